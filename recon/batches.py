@@ -1,0 +1,77 @@
+"""What a batch and a model's output look like, checked once for everyone who runs a model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from itertools import chain
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from recon.errors import ProblemError
+from recon.problem import Batch
+
+Tree = TypeVar("Tree")
+
+
+def model_device(model: nn.Module) -> torch.device:
+    """Where the model's parameters are, or its buffers if it has none; the CPU for a model without either."""
+    state = next(chain(model.parameters(), model.buffers()), None)
+    return torch.device("cpu") if state is None else state.device
+
+
+def to_device(batch: Tree, device: torch.device | str) -> Tree:
+    """The same nest of tuples, lists and dicts with everything that has a `.to(device)` moved there.
+
+    Copies from pinned memory overlap with computation (`non_blocking`).
+    """
+    return tree_map(lambda leaf: _leaf_to_device(leaf, device), batch, is_leaf=lambda node: hasattr(node, "to"))
+
+
+def _leaf_to_device(leaf: Any, device: torch.device | str) -> Any:
+    if isinstance(leaf, Tensor):
+        return leaf.to(device, non_blocking=True)
+    # A tokenizer's output or a graph batch knows how to move itself, but not every one takes `non_blocking`.
+    return leaf.to(device) if hasattr(leaf, "to") else leaf
+
+
+def unpack(batch: Any) -> Batch:
+    """A batch as `(inputs, {task name: target})`.
+
+    Raises:
+        ProblemError: the batch is anything else.
+    """
+    match batch:
+        case (inputs, Mapping() as targets):
+            return inputs, targets
+        case list() | tuple():
+            got = f"({', '.join(type(part).__name__ for part in batch)})"
+        case _:
+            got = type(batch).__name__
+    raise ProblemError(
+        f"A batch must be (inputs, {{task name: target}}), but the data loader gave {got}. "
+        "Let the data set return (inputs, {'task name': target, ...}) for each sample."
+    )
+
+
+def task_outputs(model: nn.Module, inputs: Any, tasks: Iterable[str]) -> Mapping[str, Any]:
+    """Run the model and check that it answers for every one of `tasks`.
+
+    Raises:
+        ProblemError: the output is no `{task name: output}`, or lacks a task.
+    """
+    outputs = model(inputs)
+    if not isinstance(outputs, Mapping):
+        raise ProblemError(
+            f"The model must return {{task name: output}}, but {type(model).__name__} returned "
+            f"{type(outputs).__name__}. Let its forward return a dict with one entry for each task."
+        )
+    missing = [task for task in tasks if task not in outputs]
+    if missing:
+        raise ProblemError(
+            f"The model's output has no entry for task {', '.join(map(repr, missing))}; its entries are "
+            f"{', '.join(map(repr, outputs)) or 'none'}. The names in the output must be the tasks' names."
+        )
+    return outputs

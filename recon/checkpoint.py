@@ -1,0 +1,159 @@
+"""Save and load a model, branched or not: a readable plan beside plain weights."""
+
+from __future__ import annotations
+
+import copy
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_model, save_model
+from torch import nn
+
+from recon.errors import CheckpointError, ReconError
+from recon.files import make_folder, write_atomically, write_text
+from recon.partition import Partition
+from recon.planning import BranchPlan
+from recon.surgery import convert
+
+PLAN_FILE = "plan.json"
+WEIGHTS_FILE = "weights.safetensors"
+FORMAT = "recon branch plan"
+VERSION = 1
+
+
+def save(model: nn.Module, folder: str | Path) -> None:
+    """Write `weights.safetensors`, and `plan.json` for a branched model; each file atomically.
+
+    Args:
+        model: branched by `recon.convert`, or a plain model.
+        folder: made if it does not exist; an older model in it is replaced.
+
+    Raises:
+        UsageError: the folder cannot be written to.
+    """
+    folder = make_folder(folder)
+    plan = getattr(model, "branch_plan", None)
+    text = plan_to_json(plan) if isinstance(plan, BranchPlan) else ""
+    # The weights carry the plan too, so that files of two different saves are told apart.
+    write_atomically(folder / WEIGHTS_FILE, lambda path: save_model(model, str(path), metadata={"plan": text}))
+    if text:
+        write_text(folder / PLAN_FILE, text)
+    else:
+        (folder / PLAN_FILE).unlink(missing_ok=True)
+
+
+def load(folder: str | Path, model: nn.Module) -> nn.Module:
+    """The model that `save` wrote.
+
+    Args:
+        folder: what `save` wrote.
+        model: the unbranched architecture; it is left untouched.
+
+    Raises:
+        CheckpointError: files are missing, damaged, of two different saves, or of another architecture.
+    """
+    folder = Path(folder)
+    text = _saved_plan(folder)
+    if not text:
+        loaded = copy.deepcopy(model)
+    else:
+        plan = plan_from_json(_read_plan(folder, text), str(folder / PLAN_FILE))
+        try:
+            loaded = convert(model, plan)
+        except ReconError as error:
+            raise CheckpointError(f"{folder}: the plan does not fit this model. {error}") from error
+    try:
+        load_model(loaded, str(folder / WEIGHTS_FILE))
+    except (RuntimeError, SafetensorError) as error:
+        raise CheckpointError(
+            f"{folder}: the weights do not fit this model ({_first_lines(error)}). Load it with the "
+            "architecture it was saved from."
+        ) from error
+    return loaded
+
+
+def plan_to_json(plan: BranchPlan) -> str:
+    """A plan as readable JSON."""
+    document: dict[str, Any] = {
+        "format": FORMAT,
+        "version": VERSION,
+        "tasks": list(plan.tasks),
+        "layers": {name: _groups(partition) for name, partition in plan.layers.items()},
+        "statistics": {path: _groups(partition) for path, partition in (plan.statistics or {}).items()},
+        "task_modules": {path: list(tasks) for path, tasks in (plan.task_modules or {}).items()},
+    }
+    head = [f" {json.dumps(key)}: {json.dumps(document[key])}" for key in ("format", "version", "tasks")]
+    tables = [f" {json.dumps(key)}: {_table(document[key])}" for key in ("layers", "statistics", "task_modules")]
+    return "{\n" + ",\n".join(head + tables) + "\n}\n"
+
+
+def plan_from_json(text: str, source: str) -> BranchPlan:
+    """Read a plan; `source` names it in errors.
+
+    Raises:
+        CheckpointError: not a plan, of an unknown version, or with a wrong field.
+    """
+    try:
+        document = json.loads(text)
+        if document["format"] != FORMAT or document["version"] != VERSION:
+            raise ValueError(f"format {document['format']!r}, version {document['version']!r} is not supported")
+        tasks = document["tasks"]
+        plan = BranchPlan.grouped(document["layers"], tasks)
+        statistics = {
+            path: Partition.of_groups(groups, [task for task in tasks if any(task in group for group in groups)])
+            for path, groups in document["statistics"].items()
+        }
+        task_modules = {path: tuple(served) for path, served in document["task_modules"].items()}
+    except KeyError as error:
+        raise CheckpointError(f"{source}: field {error} is missing. Convert and save the model again.") from error
+    except (ValueError, TypeError, AttributeError, ReconError) as error:
+        raise CheckpointError(f"{source}: not a usable plan ({error}). Convert and save the model again.") from error
+    return replace(plan, statistics=statistics, task_modules=task_modules)
+
+
+def _saved_plan(folder: Path) -> str:
+    path = folder / WEIGHTS_FILE
+    if not path.is_file():
+        raise CheckpointError(
+            f"{folder} holds no {WEIGHTS_FILE}: no model was saved there. Pass the folder that `recon convert`, "
+            "`recon train` or recon.save wrote."
+        )
+    try:
+        with safe_open(str(path), framework="pt") as weights:
+            metadata = weights.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} is damaged or truncated ({error}). Save the model again.") from error
+    return metadata.get("plan", "")
+
+
+def _read_plan(folder: Path, text: str) -> str:
+    try:
+        readable = (folder / PLAN_FILE).read_text(encoding="utf-8")
+    except OSError as error:
+        raise CheckpointError(
+            f"{folder / PLAN_FILE} cannot be read ({error.strerror}). Save the model again."
+        ) from error
+    if readable != text:
+        raise CheckpointError(
+            f"{folder}: {PLAN_FILE} is not the plan that {WEIGHTS_FILE} was saved with. A plan is not changed by "
+            "editing the file: convert and save the model again."
+        )
+    return readable
+
+
+def _groups(partition: Partition) -> list[list[str]]:
+    return [list(group) for group in partition.groups]
+
+
+def _table(entries: dict[str, Any]) -> str:
+    if not entries:
+        return "{}"
+    return "{\n" + ",\n".join(f"  {json.dumps(k)}: {json.dumps(v)}" for k, v in entries.items()) + "\n }"
+
+
+def _first_lines(error: Exception, limit: int = 300) -> str:
+    text = " ".join(str(error).split())
+    return text if len(text) <= limit else text[:limit] + "..."

@@ -1,0 +1,61 @@
+"""What a model costs: parameters and multiply-adds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from recon.dry_run import undisturbed
+from recon.planning import BranchPlan
+from recon.surgery import convert
+
+
+@dataclass(frozen=True)
+class Costs:
+    """The cost of one forward pass on the example inputs.
+
+    Args:
+        parameters: how many scalars the parameters hold, tied ones once.
+        macs: forward multiply-adds of convolutions and matrix products, for the whole batch of example inputs.
+    """
+
+    parameters: int
+    macs: int
+
+
+def costs(model: nn.Module, plan: BranchPlan | None, example_inputs: Any) -> Costs:
+    """The costs of `model` branched by `plan`, counted by a dry run of the converted model in evaluation mode.
+
+    Args:
+        model: the unbranched model; with `plan=None`, any model, branched or not.
+        plan: what would be branched.
+        example_inputs: a batch of inputs, as the model's forward takes it.
+
+    Raises:
+        UnknownNameError, UsageError, FanError: as `recon.convert`.
+    """
+    if plan is not None:
+        model = convert(model, plan, example_inputs)
+    counter = FlopCounterMode(display=False)
+    with undisturbed(model), torch.no_grad(), _no_fused_attention():
+        model.eval()
+        with counter:
+            model(example_inputs)
+    return Costs(sum(p.numel() for p in model.parameters()), counter.get_total_flops() // 2)
+
+
+@contextmanager
+def _no_fused_attention() -> Iterator[None]:
+    # The fused transformer kernel of evaluation mode is opaque to the counter, and would count as nothing.
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)

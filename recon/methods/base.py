@@ -1,0 +1,202 @@
+"""What a gradient method is: something that combines the losses, or the gradients, of the tasks."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from recon.errors import GradientError, UnknownNameError, UsageError
+
+
+class Method(nn.Module, ABC):
+    """A way to turn the losses or gradients of several tasks into one update, in sum scale.
+
+    Sum scale means that tasks which agree change nothing: where all T of them have the gradient g, the update
+    is T·g, as it is for the sum of the losses. The entry of a method in the registry says so, or what it does
+    instead.
+
+    Attributes:
+        name: what the registry calls it.
+        tasks: all task names of the run, in order; empty before `setup`.
+    """
+
+    name: str = ""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tasks: tuple[str, ...] = ()
+
+    def setup(self, tasks: Sequence[str]) -> None:
+        """Names all tasks of the run; called once, before the first step and before `load_state_dict`.
+
+        The state made here lies on the CPU: move the method with `.to(device)` afterwards.
+
+        Raises:
+            UsageError: no tasks, a task named twice, or other tasks than those of an earlier call.
+        """
+        tasks = tuple(tasks)
+        if not tasks or len(set(tasks)) < len(tasks):
+            raise UsageError(f"Method {self.name!r} needs the different names of all tasks, but got {list(tasks)}.")
+        if self.tasks == tasks:
+            return
+        if self.tasks:
+            raise UsageError(
+                f"Method {self.name!r} was set up for the tasks {list(self.tasks)} and cannot change to "
+                f"{list(tasks)}. Make a new one with recon.methods.get({self.name!r})."
+            )
+        self.tasks = tasks
+        self._create_state()
+
+    def _create_state(self) -> None:
+        """Makes the parameters and buffers whose size depends on `self.tasks`."""
+
+    def end_epoch(self) -> None:
+        """Called once at the end of every epoch."""
+
+    @abstractmethod
+    def forward(self, J: Tensor) -> Tensor:
+        """The update for one step.
+
+        Args:
+            J: (T, P), one task gradient per row.
+
+        Returns:
+            (P,), on J's device and in its dtype.
+        """
+
+
+class Weighting(Method):
+    """A method that weighs the losses, so that one backward pass is enough."""
+
+    @abstractmethod
+    def combine(self, losses: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Combines the losses of one step.
+
+        Args:
+            losses: `{task: scalar loss}`. A task that is absent, its target missing from the batch, takes no
+                part in the step and keeps its state.
+
+        Returns:
+            The scalar to call `backward` on, and `{task: weight}`: detached scalars, what each loss was
+            multiplied by.
+
+        Raises:
+            UsageError: no losses, a loss that is not a scalar, an unknown task, or no `setup` yet.
+        """
+
+    @abstractmethod
+    def weights(self, count: int) -> Tensor:
+        """(T,) the present weights by position in `tasks`; `count` is T, for use before `setup`."""
+
+    @torch.no_grad()
+    def forward(self, J: Tensor) -> Tensor:
+        """The sum of J's rows, weighted as the losses are at present. See `Method.forward`."""
+        _check_rows(J)
+        if self.tasks and len(J) != len(self.tasks):
+            raise UsageError(
+                f"Method {self.name!r} needs one gradient for each of the tasks {list(self.tasks)}, "
+                f"but got {len(J)} rows."
+            )
+        return self.weights(len(J)).to(J) @ J
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """The tasks' names: state is stored by position, so it fits only the same tasks in the same order."""
+        return {"tasks": list(self.tasks)}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """Refuses the state of other tasks."""
+        if tuple(state["tasks"]) != self.tasks:
+            raise UsageError(
+                f"The saved state of method {self.name!r} belongs to the tasks {state['tasks']}, but the "
+                f"method is set up for {list(self.tasks)}. Call setup for the same tasks, then load_state_dict."
+            )
+
+    def _stack(self, losses: Mapping[str, Tensor]) -> Tensor:
+        """The step's losses in one vector."""
+        if not losses:
+            raise UsageError("There is no loss to combine: every task's target was missing. Skip such a batch.")
+        for task, loss in losses.items():
+            if loss.ndim:
+                raise UsageError(
+                    f"The loss of task {task!r} must be a scalar, but has shape {tuple(loss.shape)}. "
+                    "Reduce it, for example with .mean()."
+                )
+        return torch.stack(list(losses.values()))
+
+    def _positions(self, losses: Mapping[str, Tensor]) -> list[int]:
+        """Where the step's tasks are in `tasks`."""
+        if not self.tasks:
+            raise UsageError(
+                f"Method {self.name!r} keeps a state per task: call setup(task names) before the first step."
+            )
+        for task in losses:
+            if task not in self.tasks:
+                raise UnknownNameError("task", task, self.tasks)
+        return [self.tasks.index(task) for task in losses]
+
+
+class Aggregator(Method):
+    """A method that combines the task gradients, which takes one backward pass per task.
+
+    This class is for those that need the gradients themselves; most need only their Gramian, see
+    `GramianAggregator`.
+    """
+
+
+class GramianAggregator(Aggregator):
+    """An aggregator whose update is `weights(J Jᵀ) @ J`: it never sees more than T² numbers."""
+
+    @abstractmethod
+    def weights(self, gramian: Tensor, tasks: Sequence[str] | None = None) -> Tensor:
+        """What to multiply each task gradient with.
+
+        Args:
+            gramian: (T, T), the inner products of the task gradients.
+            tasks: the rows' task names, for the error message.
+
+        Returns:
+            (T,), on the Gramian's device and in its dtype.
+
+        Raises:
+            GradientError: the Gramian is not finite; the message names the tasks at fault.
+            UsageError: not a square matrix.
+        """
+
+    @torch.no_grad()
+    def forward(self, J: Tensor) -> Tensor:
+        """The update for one step. See `Method.forward`."""
+        _check_rows(J)
+        # Squared norms of float32 gradients leave float32 at norms of 1e-23 and 1e19.
+        rows = J.double()
+        return self.weights(rows @ rows.T).to(J) @ J
+
+    def _finite(self, gramian: Tensor, tasks: Sequence[str] | None) -> Tensor:
+        """The Gramian on the CPU in float64, where the solvers work; refused if it is not finite."""
+        if gramian.ndim != 2 or gramian.shape[0] != gramian.shape[1] or not len(gramian):
+            raise UsageError(f"Expected a Gramian of shape (T, T), but got {tuple(gramian.shape)}.")
+        G = gramian.detach().cpu().double()
+        if not G.isfinite().all():
+            names = tasks if tasks is not None else self.tasks
+            raise GradientError(_name_non_finite(G, names if len(names) == len(G) else ()))
+        return G
+
+
+def _name_non_finite(G: Tensor, tasks: Sequence[str]) -> str:
+    # One bad gradient spoils its whole row and column; only the diagonal tells whose it was.
+    bad = (~G.diagonal().isfinite()).nonzero().flatten().tolist()
+    bad = bad or (~G.isfinite()).any(dim=1).nonzero().flatten().tolist()
+    named = ", ".join(f"{i} ({tasks[i]!r})" if tasks else f"{i}" for i in bad)
+    return (
+        f"The gradient of task {named} is not finite, so there is no update that is right for all tasks. "
+        "Look at that task's loss on this batch (a logarithm or division of zero, an empty mask, an overflow "
+        "in float16), or lower the learning rate."
+    )
+
+
+def _check_rows(J: Tensor) -> None:
+    if J.ndim != 2 or not len(J):
+        raise UsageError(f"Expected task gradients of shape (T, P), one task per row, but got {tuple(J.shape)}.")

@@ -1,0 +1,66 @@
+"""Pictures of conflict: where in the network, when in training, and what is left after branching."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from recon.conflict_map import STAGES, ConflictMap
+from recon.files import write_atomically
+
+
+def heatmap(cmap: ConflictMap, path: str | Path, branched: Sequence[str] = ()) -> None:
+    """Draw the share of conflicts, shared layers × quarters of the training.
+
+    Args:
+        cmap: the map; shares are at its own threshold.
+        path: of the PNG to write.
+        branched: layers to mark as chosen for branching.
+
+    Raises:
+        UsageError: the path cannot be written.
+    """
+    names = [layer.name for layer in cmap.layers]
+    figure = Figure(figsize=(6, 1.4 + 0.24 * len(names)), layout="constrained")
+    axes = figure.add_subplot()
+    image = axes.imshow(100 * cmap.stage_shares(), cmap="magma_r", vmin=0, vmax=100, aspect="auto")
+    axes.set_yticks(range(len(names)), [f"▸ {name}" if name in branched else name for name in names], fontsize=8)
+    axes.set_xticks(range(STAGES), [f"quarter {i + 1}" for i in range(STAGES)])
+    axes.set_title(f"Steps with conflicting gradients (cos < {cmap.threshold:g})", fontsize=10)
+    if branched:
+        axes.set_xlabel(f"▸ branched: {len(branched)} of {len(names)} shared layers", fontsize=8)
+    figure.colorbar(image, label="% of steps and task pairs")
+    _save(figure, path)
+
+
+def before_after(before: Mapping[str, float], after: Mapping[str, float], path: str | Path) -> None:
+    """Draw the share of conflicting steps (cos < 0) in the layers that stay shared, before and after branching.
+
+    Args:
+        before: `{layer name: share in [0, 1]}` in the unbranched model.
+        after: the same in the branched one.
+        path: of the PNG to write.
+
+    Raises:
+        UsageError: the path cannot be written.
+    """
+    names = [name for name in before if name in after]
+    at = np.arange(len(names))
+    figure = Figure(figsize=(6.5, 1.4 + 0.34 * len(names)), layout="constrained")
+    axes = figure.add_subplot()
+    axes.barh(at - 0.2, [100 * before[n] for n in names], height=0.38, color="#b5367a", label="joint training")
+    axes.barh(at + 0.2, [100 * after[n] for n in names], height=0.38, color="#4c7fb8", label="with Recon")
+    axes.set_yticks(at, names, fontsize=8)
+    axes.invert_yaxis()
+    axes.set_xlim(0, 100)
+    axes.set_xlabel("% of steps with conflicting gradients (cos < 0)")
+    axes.set_title("Layers that stay shared", fontsize=10)
+    axes.legend(fontsize=8, loc="lower right")
+    _save(figure, path)
+
+
+def _save(figure: Figure, path: str | Path) -> None:
+    write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=130, format="png"))

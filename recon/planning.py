@@ -1,0 +1,160 @@
+"""BranchPlan, and the selectors that make one from a conflict map."""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from torch import nn
+
+from recon.conflict_map import ConflictMap
+from recon.errors import MapMismatchError, PlanError
+from recon.layers import Layer, canonical_name, find_layers
+from recon.partition import Partition
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class BranchPlan:
+    """Which layers are branched, and into which groups of tasks.
+
+    Args:
+        tasks: all the tasks of the model.
+        layers: `{layer name: partition of the tasks}`.
+        statistics: `{module path: partition}`, the modules whose running statistics are kept per group because
+            fanned values reach them; `None` until `recon.convert` has found them.
+        task_modules: `{module path: tasks}`, the modules that serve only some of the tasks, and so run for those
+            alone; `None` until `recon.convert` has found them.
+    """
+
+    tasks: tuple[str, ...]
+    layers: Mapping[str, Partition]
+    statistics: Mapping[str, Partition] | None = None
+    task_modules: Mapping[str, tuple[str, ...]] | None = None
+
+    def __post_init__(self) -> None:
+        if len(self.tasks) < 2 or len(set(self.tasks)) < len(self.tasks):
+            raise PlanError(f"A branch plan needs at least two different tasks, but got {list(self.tasks)}.")
+        if not self.layers:
+            raise PlanError("The branch plan names no layer. Choose at least one (top_k=1, or layers=[...]).")
+        for name, partition in self.layers.items():
+            if partition.tasks != self.tasks:
+                raise PlanError(
+                    f"Layer {name!r} is split over tasks {list(partition.tasks)}, but the plan is for "
+                    f"{list(self.tasks)}."
+                )
+
+    @classmethod
+    def per_task(cls, layer_names: Iterable[str], tasks: Sequence[str]) -> BranchPlan:
+        """Recon's plan (Shi et al. 2023, sec. 3.3): a copy of each named layer for every task.
+
+        Raises:
+            PlanError: no layer, a layer named twice, or fewer than two different tasks.
+        """
+        return cls.grouped({name: list(tasks) for name in _once(layer_names)}, tasks)
+
+    @classmethod
+    def grouped(cls, groups: Mapping[str, Sequence[str | Sequence[str]]], tasks: Sequence[str]) -> BranchPlan:
+        """A plan by hand: `{layer name: groups of tasks}`; a bare task name is a group of one.
+
+        Raises:
+            PlanError: a layer's groups leave a task out, name one twice, or put all tasks into one group.
+        """
+        plan = {}
+        for name, split in groups.items():
+            partition = Partition.of_groups(split, tasks)
+            if len(partition.groups) < 2:
+                raise PlanError(f"Layer {name!r} has one group, so it is not branched. Leave it out of the plan.")
+            plan[name] = partition
+        return cls(tuple(tasks), plan)
+
+    def on(self, model: nn.Module) -> BranchPlan:
+        """The same plan with each layer under its first path in `model`.
+
+        Raises:
+            UnknownNameError: the model has no such layer; the message gives the nearest names.
+        """
+        layers = find_layers(model)
+        named = {canonical_name(layers, name): partition for name, partition in self.layers.items()}
+        return replace(self, layers={layer.name: named[layer.name] for layer in layers if layer.name in named})
+
+
+def plan(
+    cmap: ConflictMap,
+    model: nn.Module,
+    *,
+    top_k: int | None = None,
+    threshold: float | None = None,
+    select: Literal["top", "random"] = "top",
+    seed: int = 0,
+    layers: Sequence[str] | None = None,
+) -> BranchPlan:
+    """Choose which layers of `model` to branch, one copy per task (Shi et al. 2023, algorithm 1).
+
+    Args:
+        cmap: the conflict map, made on this architecture.
+        model: the unbranched model.
+        top_k: how many layers to branch.
+        threshold: S of the scores; the map's own when not given.
+        select: `top` takes the highest scores; `random` is the control, `top_k` shared layers at random.
+        seed: of the random control.
+        layers: names the layers, instead of `top_k`.
+
+    Raises:
+        MapMismatchError: the map's layers are not the model's.
+        PlanError: both or neither of `top_k` and `layers`, or `top_k` out of range.
+        UnknownNameError: a layer in `layers` does not exist.
+    """
+    if (top_k is None) == (layers is None):
+        raise PlanError("Choose the layers either by top_k=... or by layers=[...], one of the two.")
+    shared = _match(cmap, find_layers(model))
+    if layers is not None:
+        return BranchPlan.per_task(layers, cmap.tasks).on(model)
+    if top_k is None or not 1 <= top_k <= len(shared):
+        raise PlanError(
+            f"top_k is {top_k}, but the map has {len(shared)} shared layers. Choose between 1 and {len(shared)}."
+        )
+    chosen = cmap.ranking(threshold)
+    if select == "random":
+        chosen = random.Random(seed).sample(shared, len(shared))
+    elif select != "top":
+        raise PlanError(f"select is {select!r}. Choose 'top' or 'random'.")
+    return BranchPlan.per_task(chosen[:top_k], cmap.tasks).on(model)
+
+
+def _match(cmap: ConflictMap, layers: Sequence[Layer]) -> list[str]:
+    """The map's layer names, after checking that the model has them all."""
+    by_name = {layer.name: layer for layer in layers}
+    names = [layer.name for layer in cmap.layers]
+    missing = [name for name in names if name not in by_name]
+    if missing:
+        raise MapMismatchError(
+            f"The map was made for another architecture: {len(missing)} of its {len(names)} layers are not in this "
+            f"model ({_some(missing)}; the model has {_some(list(by_name))}). Profile this model, or take the map "
+            "made for it."
+        )
+    changed = [layer.name for layer in cmap.layers if layer.shapes != by_name[layer.name].shapes]
+    if len(changed) == len(names):
+        raise MapMismatchError(
+            f"The map was made for another architecture: every layer has other shapes here ({_some(changed)}). "
+            "Profile this model, or take the map made for it."
+        )
+    if changed:
+        logger.warning("%d layers have other shapes in the map than in the model: %s", len(changed), _some(changed))
+    return names
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
+
+
+def _once(names: Iterable[str]) -> list[str]:
+    names = list(names)
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise PlanError(f"The plan names {_some(twice)} twice. Name each layer once.")
+    return names

@@ -1,0 +1,115 @@
+"""Task and Problem: what a user brings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from recon.errors import ProblemError
+
+if TYPE_CHECKING:  # importing torchmetrics takes longer than importing torch
+    from torchmetrics import Metric as MetricState
+
+Loss = Callable[[Any, Any], Tensor]
+"""`(output, target) -> scalar`."""
+
+Batch = tuple[Any, Mapping[str, Any]]
+"""`(inputs, {task name: target})`; a task whose target is missing is skipped for that step."""
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A number that says how well a task is done.
+
+    Args:
+        name: what the results call it.
+        make: gives a fresh accumulator (torchmetrics: `update(output, target)`, `compute()`).
+        higher_is_better: the direction in which the metric improves.
+    """
+
+    name: str
+    make: Callable[[], MetricState]
+    higher_is_better: bool = True
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task: its name, its loss `(output, target) -> scalar`, and its metrics."""
+
+    name: str
+    loss: Loss
+    metrics: Sequence[Metric] = ()
+
+    def __post_init__(self) -> None:
+        if not self.name or "." in self.name or "+" in self.name:
+            raise ProblemError(
+                f"Task name {self.name!r} cannot be used: names become parts of parameter names, so they "
+                "must not be empty nor contain '.' or '+'. Rename the task, for example with '_'."
+            )
+        metrics = [metric.name for metric in self.metrics]
+        if len(set(metrics)) < len(metrics):
+            raise ProblemError(f"Task {self.name!r} needs metrics with different names, but got {metrics}.")
+
+
+def _adam(parameters: Iterable[nn.Parameter]) -> Optimizer:
+    return torch.optim.Adam(parameters, lr=1e-3)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Tasks, a model factory and data loaders.
+
+    Args:
+        name: what the command line and the result files call it.
+        tasks: the tasks; the model's output has one entry for each.
+        make_model: gives a freshly initialised model, `model(inputs) -> {task name: output}`.
+        make_loaders: `seed -> (train loader, test loader)`; each yields `(inputs, {task name: target})`.
+        make_optimizer: gives the optimizer for a list of parameters.
+        epochs: how long a normal training runs, unless the user says otherwise.
+        description: one line for `recon problems`.
+    """
+
+    name: str
+    tasks: Sequence[Task]
+    make_model: Callable[[], nn.Module]
+    make_loaders: Callable[[int], tuple[Iterable[Batch], Iterable[Batch]]]
+    make_optimizer: Callable[[Iterable[nn.Parameter]], Optimizer] = field(default=_adam)
+    epochs: int = 10
+    description: str = ""
+
+    def __post_init__(self) -> None:
+        names = [task.name for task in self.tasks]
+        if len(names) < 2 or len(set(names)) < len(names):
+            raise ProblemError(f"Problem {self.name!r} needs at least two tasks with different names, but got {names}.")
+
+    @property
+    def task_names(self) -> tuple[str, ...]:
+        """The tasks' names, in order."""
+        return tuple(task.name for task in self.tasks)
+
+    @property
+    def losses(self) -> dict[str, Loss]:
+        """`{task name: loss}`, as `recon.profile` and `recon.train` take it."""
+        return {task.name: task.loss for task in self.tasks}
+
+
+def check_outputs(output: Any, tasks: Sequence[str]) -> Mapping[str, Any]:
+    """A model's output, after checking that it has an entry for every task.
+
+    Raises:
+        ProblemError: it is not a mapping, or lacks a task.
+    """
+    if not isinstance(output, Mapping):
+        raise ProblemError(
+            f"The model returned a {type(output).__name__}; it must return {{task name: output}} for the tasks "
+            f"{list(tasks)}."
+        )
+    missing = [task for task in tasks if task not in output]
+    if missing:
+        raise ProblemError(f"The model's output has no entry for {missing}; its entries are {list(output)}.")
+    return output

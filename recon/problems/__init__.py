@@ -1,0 +1,73 @@
+"""Problems by name: the built-in ones, and those in a user's module or file.
+
+Importing this package does not import torch, so listing the problems is instant.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+from recon.errors import ProblemError, UnknownNameError, UsageError
+from recon.problems._importing import call, functions_of, import_target
+
+if TYPE_CHECKING:
+    from recon.problem import Problem
+
+__all__ = ["descriptions", "get", "names"]
+
+_BUILT_IN = {
+    "digits": (
+        "recon.problems.digits:digits",
+        "two overlaid handwritten digits, 2 tasks, 12x12 pixels, no download, a small ResNet",
+    ),
+}
+
+_HOW_TO_NAME_ONE = (
+    "A problem of your own is named path/to/file.py:function or package.module:function, "
+    "where the function returns a recon.Problem."
+)
+
+
+def names() -> list[str]:
+    """The names of the built-in problems."""
+    return list(_BUILT_IN)
+
+
+def descriptions() -> dict[str, str]:
+    """`{name: one line}` for every built-in problem."""
+    return {name: line for name, (_, line) in _BUILT_IN.items()}
+
+
+def get(spec: str) -> Problem:
+    """The problem that `spec` names.
+
+    Files are imported as `python path/to/file.py` would run them: with their own folder first on `sys.path`.
+
+    Args:
+        spec: a built-in name, `package.module:function`, or `path/to/file.py:function`; the function takes no
+            arguments and returns a `recon.Problem`. (A `recon.Problem` in its place is as good.)
+
+    Raises:
+        UnknownNameError: there is no such problem, file, module or function; names the nearest ones.
+        UsageError: `spec` has none of the three forms.
+        ProblemError: the user's code raised an exception (which is chained), or returned something else.
+    """
+    if spec in _BUILT_IN:
+        target, _, function = _BUILT_IN[spec][0].partition(":")
+        return getattr(importlib.import_module(target), function)()
+    if ":" not in spec:
+        raise UnknownNameError("problem", spec, names(), _HOW_TO_NAME_ONE)
+    target, _, function = spec.rpartition(":")  # the last colon: a Windows path has one of its own
+    if not target or not function.isidentifier():
+        raise UsageError(f"Problem {spec!r} does not end in ':function'. {_HOW_TO_NAME_ONE}")
+    module = import_target(target)
+    if not hasattr(module, function):
+        raise UnknownNameError("function", function, functions_of(module), f"Looked in {target}.")
+    made = call(module, function)
+
+    from recon.problem import Problem  # late: it imports torch
+
+    if not isinstance(made, Problem):
+        raise ProblemError(f"{spec} must return a recon.Problem, but it gave {type(made).__name__}.")
+    return made
