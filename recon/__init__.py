@@ -1,16 +1,27 @@
-"""recon: find the layers where the tasks of a multi-task network fight, and give each task its own copy."""
+"""recon: find the layers where the tasks of a multi-task network fight, and give each task its own copy.
 
-from recon import errors, methods
-from recon.checkpoint import load, save
-from recon.conflict_map import ConflictMap
-from recon.costs import Costs, costs
-from recon.evaluation import delta_m, evaluate
-from recon.planning import BranchPlan, plan
-from recon.problem import Metric, Problem, Task
-from recon.profiler import Profiler, profile
-from recon.surgery import convert, extract_task
-from recon.trainer import Epoch, History, train
-from recon.updates import backward
+The public names are imported on first use: `import recon` is instant, torch comes with the first call that needs it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from recon import errors, methods
+    from recon.checkpoint import load, save
+    from recon.conflict_map import ConflictMap
+    from recon.costs import Costs, costs
+    from recon.evaluation import delta_m, evaluate
+    from recon.planning import BranchPlan, plan
+    from recon.problem import Metric, Problem, Task
+    from recon.profiler import Profiler, profile
+    from recon.surgery import convert, extract_task
+    from recon.trainer import Epoch, History, train
+    from recon.updates import backward
 
 __all__ = [
     "BranchPlan",
@@ -36,3 +47,51 @@ __all__ = [
     "save",
     "train",
 ]
+
+_HOME = {
+    "BranchPlan": "planning",
+    "ConflictMap": "conflict_map",
+    "Costs": "costs",
+    "Epoch": "trainer",
+    "History": "trainer",
+    "Metric": "problem",
+    "Problem": "problem",
+    "Profiler": "profiler",
+    "Task": "problem",
+    "backward": "updates",
+    "convert": "surgery",
+    "costs": "costs",
+    "delta_m": "evaluation",
+    "evaluate": "evaluation",
+    "extract_task": "surgery",
+    "load": "checkpoint",
+    "plan": "planning",
+    "profile": "profiler",
+    "save": "checkpoint",
+    "train": "trainer",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("errors", "methods"):
+        return importlib.import_module(f"recon.{name}")
+    if name not in _HOME:
+        raise AttributeError(f"module 'recon' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"recon.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+class _Package(ModuleType):
+    """Importing a submodule binds it to its package's attribute: `recon.costs` must stay the function."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in _HOME and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

@@ -62,11 +62,19 @@ def task_outputs(model: nn.Module, inputs: Any, tasks: Iterable[str]) -> Mapping
     Raises:
         ProblemError: the output is no `{task name: output}`, or lacks a task.
     """
-    outputs = model(inputs)
+    return check_outputs(model(inputs), tasks)
+
+
+def check_outputs(outputs: Any, tasks: Iterable[str]) -> Mapping[str, Any]:
+    """A model's outputs, if they have an entry for every one of `tasks`.
+
+    Raises:
+        ProblemError: the output is no `{task name: output}`, or lacks a task.
+    """
     if not isinstance(outputs, Mapping):
         raise ProblemError(
-            f"The model must return {{task name: output}}, but {type(model).__name__} returned "
-            f"{type(outputs).__name__}. Let its forward return a dict with one entry for each task."
+            f"The model must return {{task name: output}}, but it returned {type(outputs).__name__}. Let its forward "
+            "return a dict with one entry for each task."
         )
     missing = [task for task in tasks if task not in outputs]
     if missing:

@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from recon.batches import check_outputs
 from recon.fan import map_groups, merge, partition_of, restrict, value_for, within
 from recon.partition import Group, Partition, group_name
-from recon.problem import check_outputs
 
 
 class Branches(nn.Module):

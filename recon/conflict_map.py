@@ -34,12 +34,9 @@ def threshold_bin(threshold: float) -> int:
     Raises:
         UsageError: the threshold is outside (-1, 0] or off the 0.01 grid.
     """
-    steps = round(threshold * 100)
-    if not -1 < threshold <= 0 or abs(threshold * 100 - steps) > 1e-6:
-        raise UsageError(
-            f"Threshold {threshold} is not a multiple of 0.01 in (-1, 0]. Try {min(0, max(-99, steps)) / 100}."
-        )
-    return steps + 100
+    if not -1 < threshold <= 0 or abs(threshold * 100 - round(threshold * 100)) > 1e-6:
+        raise UsageError(f"Threshold {threshold} is not a multiple of 0.01 in (-1, 0], such as -0.1.")
+    return round(threshold * 100) + 100
 
 
 @dataclass

@@ -19,8 +19,8 @@ from recon.partition import Group, Partition, join, refine
 
 # A Python number or bool read off a fan would send every group down one group's path.
 _READS_VALUES = frozenset(
-    ["__bool__", "__float__", "__int__", "__index__", "__complex__", "__contains__", "__array__"]
-    + ["item", "tolist", "numpy", "is_nonzero", "equal", "allclose"]
+    "__bool__ __float__ __int__ __index__ __complex__ __contains__ __array__ "
+    "item tolist numpy is_nonzero equal allclose".split()
 )
 _AUGMENTED = range(13, 26)  # BINARY_OP arguments that mean `+=` and its kin, from Python 3.11 on
 
@@ -33,14 +33,14 @@ class TaskFan(Tensor):
     """
 
     _partition: Partition
-    _values: list[Tensor]
+    _by_group: list[Tensor]
 
     @staticmethod
     def __new__(cls, partition: Partition, values: Sequence[Tensor]) -> TaskFan:
         """Take `values[i]` as the value of the i-th group of `partition`."""
         shell = Tensor._make_wrapper_subclass(cls, (0,), dtype=values[0].dtype, device=values[0].device)
         shell._partition = partition
-        shell._values = list(values)
+        shell._by_group = list(values)
         return shell
 
     def __init__(self, partition: Partition, values: Sequence[Tensor]) -> None:
@@ -48,17 +48,17 @@ class TaskFan(Tensor):
 
     def for_group(self, group: Group) -> Tensor:
         """The value of a group that lies within one of the fan's."""
-        return self._values[self._partition.label_of[group[0]]]
+        return self._by_group[self._partition.label_of[group[0]]]
 
     def restrict(self, tasks: Group) -> TaskFan:
         """The same fan for some tasks only; the other groups' values are left behind."""
         partition = self._partition.restrict(tasks)
         return TaskFan(partition, [self.for_group(group) for group in partition.groups])
 
-    def __repr__(self, *, tensor_contents: object = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         inside = ", ".join(
             f"{'+'.join(group)}: {tuple(value.shape)}"
-            for group, value in zip(self._partition.groups, self._values, strict=True)
+            for group, value in zip(self._partition.groups, self._by_group, strict=True)
         )
         return f"TaskFan({inside})"
 
@@ -89,7 +89,7 @@ class TaskFan(Tensor):
         return map_groups(lambda group, *a, **k: func(*a, **k), None, args, kwargs)
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         raise FanError(
             f"{func} was called past Python on values that differ between tasks{where()}: a compiled or scripted "
             "operator cannot map over them. Use its Python form there, or branch later layers only."
@@ -173,7 +173,7 @@ def within(structure: Any, group: Group) -> Any:
         if type(leaf) is not TaskFan:
             return leaf
         inner = leaf.restrict(group)
-        return inner._values[0] if len(inner._values) == 1 else inner
+        return inner._by_group[0] if len(inner._by_group) == 1 else inner
 
     return tree_map(pick, structure)
 
@@ -251,10 +251,11 @@ def _map_write(
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
 ) -> Any:
-    plain = [target for target in written if type(target) is not TaskFan]
+    fans = [target for target in written if isinstance(target, TaskFan)]
+    plain = [target for target in written if not isinstance(target, TaskFan)]
     if not plain:
         common = _refine([fan._partition for fan in fans_in((args, dict(kwargs)))])
-        for target in written:
+        for target in fans:
             _separate(target, common)
         result = map_groups(lambda group, *a, **k: func(*a, **k), None, args, kwargs)
         # `y.add_(x)` is y itself: aliases of the fan must go on seeing later writes.
@@ -282,7 +283,7 @@ def _separate(target: TaskFan, common: Partition) -> None:
         storage = value.untyped_storage()._cdata
         values.append(value.clone() if storage in seen else value)
         seen.add(storage)
-    target._partition, target._values = common, values
+    target._partition, target._by_group = common, values
 
 
 def _augmented_assignment() -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 from torch import Tensor, nn
@@ -69,11 +70,11 @@ def _reached_of(task: str, loss: Tensor, trainable: Sequence[nn.Parameter]) -> s
     return reached
 
 
-def reached_leaves(values: Iterable[Tensor]) -> set[Tensor]:
+def reached_leaves(values: Sequence[Tensor]) -> set[Tensor]:
     """The leaf tensors that `values` depend on, read off the autograd graph without computing anything."""
     leaves = {v for v in values if v.grad_fn is None and v.requires_grad}
     seen = set()
-    stack = [v.grad_fn for v in values if v.grad_fn is not None]
+    stack = [v.grad_fn for v in values]
     while stack:
         node = stack.pop()
         if node is None or node in seen:
@@ -81,7 +82,7 @@ def reached_leaves(values: Iterable[Tensor]) -> set[Tensor]:
         seen.add(node)
         if hasattr(node, "variable"):
             leaves.add(node.variable)
-        stack.extend(next_node for next_node, _ in node.next_functions)
+        stack += [next_node for next_node, _ in node.next_functions]
     return leaves
 
 
@@ -122,6 +123,34 @@ def gramian(block: Tensor) -> Tensor:
             wide = chunk.to(dtype)
             total.addmm_(wide, wide.T)
     return total
+
+
+def layer_gramians(jacobian: TaskJacobian, layer_of: Mapping[nn.Parameter, int]) -> tuple[list[int], Tensor, Tensor]:
+    """The Gramian G_k = J_k J_kᵀ of every shared layer: weight and bias together, one product per layer.
+
+    Args:
+        jacobian: its shared parameters must come layer by layer.
+        layer_of: the number of each parameter's layer.
+
+    Returns:
+        The L layers' numbers; their Gramians (L, T, T); and (L, T), which tasks reach each layer.
+    """
+    layers, gramians, reached = [], [], []
+    column = start = 0
+    for layer, parameters in groupby(jacobian.shared, key=layer_of.__getitem__):
+        sizes = [p.numel() for p in parameters]
+        stop = start + sum(sizes)
+        layers.append(layer)
+        gramians.append(gramian(jacobian.matrix[:, start:stop]))
+        reached.append(jacobian.reached[:, column : column + len(sizes)].any(dim=1))
+        start, column = stop, column + len(sizes)
+    return layers, torch.stack(gramians), torch.stack(reached)
+
+
+def cosines_of(gramians: Tensor) -> Tensor:
+    """(L, T, T) cosines of the angles between task gradients, from their Gramians; NaN for a zero gradient."""
+    norms = gramians.diagonal(dim1=-2, dim2=-1).sqrt()
+    return gramians / (norms.unsqueeze(-1) * norms.unsqueeze(-2))
 
 
 def add_gradient(parameter: nn.Parameter, gradient: Tensor) -> None:

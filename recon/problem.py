@@ -96,20 +96,3 @@ class Problem:
     def losses(self) -> dict[str, Loss]:
         """`{task name: loss}`, as `recon.profile` and `recon.train` take it."""
         return {task.name: task.loss for task in self.tasks}
-
-
-def check_outputs(output: Any, tasks: Sequence[str]) -> Mapping[str, Any]:
-    """A model's output, after checking that it has an entry for every task.
-
-    Raises:
-        ProblemError: it is not a mapping, or lacks a task.
-    """
-    if not isinstance(output, Mapping):
-        raise ProblemError(
-            f"The model returned a {type(output).__name__}; it must return {{task name: output}} for the tasks "
-            f"{list(tasks)}."
-        )
-    missing = [task for task in tasks if task not in output]
-    if missing:
-        raise ProblemError(f"The model's output has no entry for {missing}; its entries are {list(output)}.")
-    return output

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 
 from recon.conflict_map import BINS, STAGES, ConflictMap, LayerConflicts, bin_edges, threshold_bin
 from recon.errors import GradientError, UsageError
-from recon.gradients import TaskJacobian, gramian
+from recon.gradients import TaskJacobian, cosines_of, layer_gramians
 from recon.layers import find_layers
 from recon.methods import Method
 from recon.problem import Batch, Loss
@@ -82,15 +81,13 @@ class Profiler:
         block.steps += 1
         if not jacobian.shared:
             return
-        layers, gramians, reached = self._by_layer(jacobian)
+        layers, gramians, reached = layer_gramians(jacobian, self._layer_of)
         self._shared.update(layers)
-        norms = gramians.diagonal(dim1=1, dim2=2).sqrt()
-        cosines = gramians / (norms.unsqueeze(2) * norms.unsqueeze(1))
         # A pair counts where both tasks reach the layer; a zero gradient has no direction to compare.
-        usable = reached & (norms > 0)
-        pairs = (usable.unsqueeze(2) & usable.unsqueeze(1)).triu(diagonal=1)
+        usable = reached & (gramians.diagonal(dim1=1, dim2=2) > 0)
         finite = gramians.isfinite().all()
-        pairs &= finite
+        pairs = (usable.unsqueeze(2) & usable.unsqueeze(1)).triu(diagonal=1) & finite
+        cosines = cosines_of(gramians)
         self._count(block, torch.tensor(layers, device=at.device), at, cosines, pairs, finite)
 
     def _count(self, block: _Block, rows: Tensor, at: Tensor, cosines: Tensor, pairs: Tensor, finite: Tensor) -> None:
@@ -150,19 +147,6 @@ class Profiler:
             layers=layers,
             made_by=dict(made_by or {}),
         )
-
-    def _by_layer(self, jacobian: TaskJacobian) -> tuple[list[int], Tensor, Tensor]:
-        """The layers in the Jacobian, their Gramians (L, T, T), and (L, T) which tasks reach them."""
-        layers, gramians, reached = [], [], []
-        column = start = 0
-        for layer, parameters in groupby(jacobian.shared, key=self._layer_of.__getitem__):
-            sizes = [p.numel() for p in parameters]
-            stop = start + sum(sizes)
-            layers.append(layer)
-            gramians.append(gramian(jacobian.matrix[:, start:stop]))
-            reached.append(jacobian.reached[:, column : column + len(sizes)].any(dim=1))
-            start, column = stop, column + len(sizes)
-        return layers, torch.stack(gramians), torch.stack(reached)
 
     def _index(self, task: str) -> int:
         if task not in self._tasks:

@@ -94,8 +94,8 @@ def extract_task(branched: nn.Module, task: str) -> nn.Module:
             module.give_back(parent, (task,))
         else:
             setattr(parent, name, _plain(module, (task,)))
-    for module in plain.modules():
-        _drop_hooks(module)
+    for part in plain.modules():
+        _drop_hooks(part)
     return plain
 
 
@@ -174,6 +174,7 @@ def _split_statistics(model: nn.Module, path: str, partition: Partition) -> None
 
 
 def _plain(module: nn.Module, group: Group) -> nn.Module:
+    """The copy that serves a group; a copy may keep its own statistics by group in turn."""
     while isinstance(module, (Branched, BranchedStatistics)):
         module = module.branch(group)
     return module

@@ -94,7 +94,7 @@ def test_an_output_that_lacks_a_task():
 
 
 def test_an_output_that_is_no_dict():
-    with pytest.raises(ProblemError, match=r"must return \{task name: output\}, but Identity returned Tensor"):
+    with pytest.raises(ProblemError, match=r"must return \{task name: output\}, but it returned Tensor"):
         evaluate(nn.Identity(), [batch([1.0], size=[1.0])], [SIZE])
 
 

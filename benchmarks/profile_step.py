@@ -1,0 +1,123 @@
+"""What profiling costs: its step against a plain joint step, alternating in one run; and its peak memory.
+
+    python benchmarks/profile_step.py            # ResNet-18, 1x36x36, batch 64; two and three tasks
+    python benchmarks/profile_step.py --rounds 30
+
+The bound for T tasks is set by one forward and T backward passes, about (1 + 2 T) / 3 of a plain step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import subprocess
+import sys
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.models import resnet18
+
+import recon
+from recon.problems import get
+from recon.timing import step_seconds
+
+Step = Callable[[], None]
+
+
+class ResNet18(nn.Module):
+    """Torchvision's ResNet-18 for one-channel images, with a linear head per task."""
+
+    def __init__(self, tasks: int) -> None:
+        super().__init__()
+        self.backbone = resnet18(num_classes=100)
+        self.backbone.conv1 = nn.Conv2d(1, 64, 7, stride=2, padding=3, bias=False)
+        self.heads = nn.ModuleDict({f"task{i}": nn.Linear(100, 10) for i in range(tasks)})
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        """Images (N, 1, 36, 36) to logits (N, 10) by task."""
+        features = F.relu(self.backbone(x))
+        return {task: head(features) for task, head in self.heads.items()}
+
+
+def resnet_case(tasks: int) -> tuple[nn.Module, Tensor, dict[str, Tensor]]:
+    model = ResNet18(tasks)
+    return model, torch.randn(64, 1, 36, 36), {task: torch.randint(10, (64,)) for task in model.heads}
+
+
+def digits_case() -> tuple[nn.Module, Tensor, dict[str, Tensor]]:
+    problem = get("digits")
+    x, targets = next(iter(problem.make_loaders(0)[0]))
+    return problem.make_model(), x, dict(targets)
+
+
+def steps(model: nn.Module, x: Tensor, targets: dict[str, Tensor]) -> tuple[Step, Step]:
+    """A plain joint step and a profiled one, on the same model."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    profiler = recon.Profiler(model)
+
+    def losses() -> dict[str, Tensor]:
+        out = model(x)
+        return {task: F.cross_entropy(out[task], target) for task, target in targets.items()}
+
+    def plain() -> None:
+        optimizer.zero_grad()
+        total: Tensor = sum(losses().values(), torch.zeros(()))
+        total.backward()
+        optimizer.step()
+
+    def profiled() -> None:
+        optimizer.zero_grad()
+        profiler.backward(losses())
+        optimizer.step()
+
+    return plain, profiled
+
+
+def peak_megabytes(which: str, tasks: int) -> float:
+    """The peak memory of a process of its own that takes three steps."""
+    out = subprocess.run(
+        [sys.executable, __file__, "--memory", which, "--tasks", str(tasks)], capture_output=True, text=True, check=True
+    )
+    return float(out.stdout)
+
+
+def main() -> None:
+    """Print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--memory", choices=["plain", "profiled"], help=argparse.SUPPRESS)
+    parser.add_argument("--tasks", type=int, default=2, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    if args.memory:
+        plain, profiled = steps(*resnet_case(args.tasks))
+        for _ in range(3):
+            (plain if args.memory == "plain" else profiled)()
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+        return
+    print(f"{'model':<22}{'tasks':>6}{'plain ms':>10}{'profiled ms':>13}{'ratio':>8}{'bound':>8}")
+    for name, case in (
+        ("digits, batch 128", digits_case()),
+        ("ResNet-18, batch 64", resnet_case(2)),
+        ("ResNet-18, batch 64", resnet_case(3)),
+    ):
+        plain, profiled = steps(*case)
+        seconds = step_seconds({"plain": plain, "profiled": profiled}, args.rounds)
+        ratio, tasks = seconds["profiled"] / seconds["plain"], len(case[2])
+        print(
+            f"{name:<22}{tasks:>6}{1000 * seconds['plain']:>10.1f}{1000 * seconds['profiled']:>13.1f}"
+            f"{ratio:>8.2f}{(1 + 2 * tasks) / 3:>8.2f}"
+        )
+    shared = sum(p.numel() for p in ResNet18(2).backbone.parameters()) * 4 / 2**20
+    for tasks in (2, 3):
+        extra = peak_megabytes("profiled", tasks) - peak_megabytes("plain", tasks)
+        print(
+            f"peak memory above plain training, ResNet-18, {tasks} tasks: {extra:.0f} MB "
+            f"= {extra / shared:.2f} × the shared parameters ({shared:.0f} MB)"
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,7 @@
+"""`python -m recon_cli`."""
+
+import sys
+
+from recon_cli.main import main
+
+sys.exit(main())

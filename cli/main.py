@@ -1,0 +1,114 @@
+"""`recon VERB ...`: finds the verb, runs it, prints what it reports, and turns errors into messages and exit codes."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import importlib
+import json
+import os
+import sys
+import sysconfig
+import traceback
+from collections.abc import Sequence
+from contextlib import redirect_stdout
+from importlib.metadata import version
+from pathlib import Path
+
+import recon
+from recon.errors import ReconError, UnknownNameError, UsageError
+from recon.runs import json_values
+from recon_cli.parsing import Parser
+
+VERBS = ("profile", "convert", "train", "evaluate", "compare", "map", "problems", "methods", "demo")
+"""Each is a module `verb_<name>` with `add_parser(verbs)`, which calls `recon_cli.parsing.add_verb`."""
+
+DONE, FAILED, WRONG_USAGE = 0, 1, 2
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit code: 0 done, 1 failed while running, 2 wrong usage or input."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    try:
+        args = _parse(argv)
+        if args is None:
+            return DONE
+        # Results alone go to stdout, whatever a problem's code prints.
+        with redirect_stdout(sys.stderr):
+            report = args.run(args)
+        _print(json.dumps(json_values(report.data), indent=1) if args.json else report.text)
+    except (Exception, KeyboardInterrupt, SystemExit) as error:
+        return _fail(error, as_json="--json" in argv, debug="--debug" in argv)
+    return DONE
+
+
+def _parse(argv: list[str]) -> argparse.Namespace | None:
+    """The arguments; None where `--help` or `--version` has answered already."""
+    if argv and not argv[0].startswith("-") and argv[0] not in VERBS:
+        raise UnknownNameError("verb", argv[0], VERBS, "See `recon --help`.")
+    try:
+        args, unknown = _root_parser().parse_known_args(argv)
+    except SystemExit:
+        return None
+    for option in unknown:
+        near = difflib.get_close_matches(option.partition("=")[0], args.parser.option_names(), n=1)
+        args.parser.error(f"unrecognized argument {option!r}" + (f", did you mean {near[0]!r}?" if near else ""))
+    return args
+
+
+def _root_parser() -> Parser:
+    parser = Parser(
+        prog="recon",
+        description="Find the layers where the tasks of a multi-task network fight, and give each task its own copy.",
+        epilog="`recon VERB --help` shows a verb's options and examples. Begin with `recon demo`.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"recon {version('recon-mtl')}")
+    verbs = parser.add_subparsers(title="verbs", dest="verb", metavar="VERB", required=True)
+    for verb in VERBS:
+        importlib.import_module(f"recon_cli.verb_{verb}").add_parser(verbs)
+    return parser
+
+
+def _print(text: str) -> None:
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:  # the reader, `head` say, has seen enough; the interpreter's own last flush must not fail
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _fail(error: BaseException, *, as_json: bool, debug: bool) -> int:
+    if debug:
+        traceback.print_exception(error)
+    message = _message(error)
+    if as_json:
+        _print(json.dumps({"error": {"type": type(error).__name__, "message": message}}, indent=1))
+    else:
+        print(f"error: {message}", file=sys.stderr)
+    return WRONG_USAGE if isinstance(error, UsageError) else FAILED
+
+
+def _message(error: BaseException) -> str:
+    if isinstance(error, ReconError):
+        return str(error)
+    if isinstance(error, KeyboardInterrupt):
+        return "Interrupted."
+    what = f"{type(error).__name__}: {error}"
+    frame = _user_frame(error)
+    if frame is None:
+        return f"{what}\nThis was not expected; rerun with --debug for the traceback."
+    where = f"{frame.filename}:{frame.lineno}, in {frame.name}"
+    return f"The problem's code raised {what} ({where}). Rerun with --debug for the traceback."
+
+
+def _user_frame(error: BaseException) -> traceback.FrameSummary | None:
+    """The innermost line that is not recon's, Python's or an installed package's."""
+    folders = [Path(__file__).parent, Path(recon.__file__).parent]
+    folders += [Path(sysconfig.get_path(kind)) for kind in ("stdlib", "purelib", "platlib")]
+    others = ("<", *(os.path.join(folder, "") for folder in folders))
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(others)]
+    return frames[-1] if frames else None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,55 @@
+"""Checks of `--out` before hours of training, not after."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from recon.errors import UsageError
+
+_OURS = ("run.json", "plan.json", "weights.safetensors")
+
+
+def check_file(path: Path, mark: bytes) -> Path:
+    """Refuse a file that cannot be written, or one that holds something else.
+
+    Args:
+        path: where a file will be written.
+        mark: what the beginning of an older such file contains: that one may be replaced.
+
+    Raises:
+        UsageError: see above.
+    """
+    if path.is_dir():
+        raise UsageError(f"Cannot write {path}: it is a folder. Give the name of a file.")
+    _check_place(path)
+    if path.exists():
+        with path.open("rb") as file:
+            head = file.read(200)
+        if head and mark not in head:
+            raise UsageError(f"{path} holds something else and would be overwritten. Choose another name, or remove it.")
+    return path
+
+
+def check_folder(folder: Path) -> Path:
+    """Refuse a folder that cannot be written to, or one with files that are not a model's or a run's.
+
+    Raises:
+        UsageError: see above.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"Cannot write into {folder}: it is a file. Give the name of a folder.")
+    _check_place(folder / _OURS[0])
+    if folder.exists() and any(folder.iterdir()) and not any((folder / name).exists() for name in _OURS):
+        raise UsageError(f"{folder} holds files that are neither a run nor a model. Choose a new or an empty folder.")
+    return folder
+
+
+def _check_place(path: Path) -> None:
+    folder = path.parent
+    while not os.path.lexists(folder):
+        folder = folder.parent
+    if not folder.is_dir():
+        raise UsageError(f"Cannot write {path}: {folder} is not a folder. Choose another place to write to.")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise UsageError(f"Cannot write {path}: no permission to write in {folder}. Choose another place to write to.")

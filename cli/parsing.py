@@ -1,0 +1,122 @@
+"""What the verbs' argument parsers have in common. Nothing here imports torch."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import re
+import textwrap
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from recon.errors import UsageError
+
+if TYPE_CHECKING:
+    Verbs = argparse._SubParsersAction["Parser"]
+
+PROBLEM = "a built-in problem (see `recon problems`), path/to/file.py:function or package.module:function"
+METHOD = "a gradient method (see `recon methods`), with options as in cagrad:c=0.5"
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a verb prints on stdout in the end: `text`, or with --json `data` as one object."""
+
+    text: str
+    data: dict[str, Any]
+
+
+Run = Callable[[argparse.Namespace], Report]
+
+
+class CommandLineError(UsageError):
+    """A command line that the parser cannot make sense of."""
+
+
+class Parser(argparse.ArgumentParser):
+    """Raises instead of exiting, so that `--json` covers mistakes on the command line too."""
+
+    def error(self, message: str) -> NoReturn:
+        """See `argparse.ArgumentParser.error`."""
+        raise CommandLineError(f"{message}. See `{self.prog} --help`.")
+
+    def option_names(self) -> list[str]:
+        """Every option that the parser knows."""
+        return re.findall(r"--[\w-]+", self.format_usage())
+
+
+def add_verb(verbs: Verbs, name: str, run: Run, summary: str, examples: str, details: str = "") -> Parser:
+    """Add a verb to the root parser.
+
+    Args:
+        verbs: the root parser's subparsers.
+        name: the verb.
+        run: what it does.
+        summary: one line for `recon --help`.
+        examples: command lines, one a line.
+        details: more for `recon VERB --help`.
+    """
+    indented = "\n".join(f"  {line.strip()}" for line in examples.strip().splitlines())
+    parser = verbs.add_parser(
+        name,
+        help=summary,
+        description=textwrap.fill(f"{summary[0].upper()}{summary[1:]}. {details}", 100),
+        epilog=f"examples:\n{indented}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object on stdout, errors included")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    parser.set_defaults(run=run, parser=parser)
+    return parser
+
+
+def add_training_options(parser: Parser) -> None:
+    """What profiling and training have in common."""
+    parser.add_argument("--seed", type=seed, default=0, help="of the initial weights and the loaders (default: 0)")
+    parser.add_argument("--lr", type=positive_number, help="learning rate (default: the problem's own)")
+    add_device_option(parser)
+
+
+def add_device_option(parser: Parser) -> None:
+    """Where the model runs."""
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is one, else cpu")
+
+
+def positive_integer(text: str) -> int:
+    """An argument that counts something."""
+    return _number(text, int, lambda value: value > 0, "a whole number of at least 1")
+
+
+def seed(text: str) -> int:
+    """A random seed that torch and numpy take."""
+    return _number(text, int, lambda value: 0 <= value < 2**32, "a whole number from 0 to 4294967295")
+
+
+def positive_number(text: str) -> float:
+    """A number above 0."""
+    return _number(text, float, lambda value: 0 < value < math.inf, "a number above 0")
+
+
+def threshold(text: str) -> float:
+    """A conflict threshold S on the 0.01 grid."""
+    from recon.conflict_map import threshold_bin  # late: it imports numpy
+
+    value = _number(text, float, math.isfinite, "a number")
+    try:
+        threshold_bin(value)
+    except UsageError as error:
+        raise argparse.ArgumentTypeError(str(error).rstrip(".")) from None
+    return value
+
+
+def _number(text: str, kind: type, accept: Callable[[Any], bool], expected: str) -> Any:
+    try:
+        value = kind(text)
+    except ValueError:
+        value = None
+    if value is None or not accept(value):
+        raise argparse.ArgumentTypeError(f"{text!r} is not {expected}")
+    return value
+

@@ -1,0 +1,194 @@
+"""What the verbs make of a problem: seeded models, loaders, optimizers and example inputs. Imports torch."""
+
+from __future__ import annotations
+
+import inspect
+import random
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils._pytree import tree_leaves, tree_map
+
+import recon
+from recon.batches import task_outputs, to_device, unpack
+from recon.costs import Costs
+from recon.dry_run import undisturbed
+from recon.errors import CheckpointError, FanError, ProblemError, UsageError
+from recon.gradients import reached_leaves
+from recon.layers import find_layers
+from recon.problem import Batch, Problem
+from recon.runs import RUN_FILE, Run
+from recon.tables import metric_text, text_table
+from recon.trainer import Epoch
+
+_SAMPLES = 8  # enough for batch norm, little enough to be quick
+
+
+def choose_device(name: str | None) -> torch.device:
+    """The device that `--device` names, or the best there is.
+
+    Raises:
+        UsageError: there is no GPU that torch can use.
+    """
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UsageError("--device cuda: torch finds no usable GPU here. Take --device cpu.")
+    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def make_model(problem: Problem, seed: int) -> nn.Module:
+    """A freshly initialised model on the CPU; the same seed gives the same weights.
+
+    Raises:
+        ProblemError: the problem's `make_model` gives something else.
+    """
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    model = problem.make_model()
+    if not isinstance(model, nn.Module):
+        raise ProblemError(f"make_model of {problem.name!r} must return a torch.nn.Module, but gave {_kind(model)}.")
+    return model
+
+
+def load_model(problem: Problem, folder: Path, seed: int) -> tuple[nn.Module, Run | None]:
+    """A saved model on the CPU, and its record if it has one.
+
+    Raises:
+        CheckpointError: there is no model, or it is another problem's.
+        UsageError: the folder holds one model for each task.
+    """
+    record = read_record(problem, folder)
+    if record is not None and record.is_single_task:
+        raise UsageError(f"{folder} holds one model for each task. Pass one of them, as in {folder / problem.task_names[0]}.")
+    return recon.load(folder, make_model(problem, seed)), record
+
+
+def read_record(problem: Problem, folder: Path) -> Run | None:
+    """The record of the run in a folder; None for a model that was saved without one.
+
+    Raises:
+        CheckpointError: it cannot be read, or is another problem's.
+    """
+    if not (folder / RUN_FILE).exists():
+        return None
+    record = Run.load(folder)
+    if record.problem != problem.name:
+        raise CheckpointError(f"{folder} is a run of the problem {record.problem!r}, not of {problem.name!r}.")
+    return record
+
+
+def task_folder(folder: Path, task: str) -> Path:
+    """Where a single-task run keeps a task's model."""
+    return folder / task.replace("/", "_")
+
+
+def make_loaders(problem: Problem, seed: int) -> tuple[Iterable[Batch], Iterable[Batch]]:
+    """The train and the test loader.
+
+    Raises:
+        ProblemError: the problem's `make_loaders` does not take a seed, or gives something else.
+    """
+    try:
+        inspect.signature(problem.make_loaders).bind(seed)
+    except TypeError as error:
+        raise ProblemError(f"make_loaders of {problem.name!r} must take one argument, the seed: {error}.") from error
+    match problem.make_loaders(seed):
+        case (train, test):
+            return train, test
+        case other:
+            raise ProblemError(
+                f"make_loaders of {problem.name!r} must return (train loader, test loader), but gave {_kind(other)}."
+            )
+
+
+def make_optimizer(problem: Problem, model: nn.Module, lr: float | None) -> Optimizer:
+    """The problem's optimizer, at another learning rate if one is given."""
+    optimizer = problem.make_optimizer(model.parameters())
+    if lr is not None:
+        for settings in [optimizer.defaults, *optimizer.param_groups]:
+            settings["lr"] = lr
+    return optimizer
+
+
+def first_batch(problem: Problem, loader: Iterable[Batch], device: torch.device) -> Batch:
+    """The train loader's first batch.
+
+    Raises:
+        ProblemError: there is none, or it is no `(inputs, {task name: target})`.
+    """
+    for batch in loader:
+        return to_device(unpack(batch), device)
+    raise ProblemError(f"The train loader of {problem.name!r} gave no batch. Check that its data set is not empty.")
+
+
+def few_samples(inputs: Any) -> tuple[Any, int]:
+    """The first samples of a batch of inputs, and how many those are.
+
+    Inputs are cut only if every tensor in them has the batch's size first: whatever else there is, a graph say, is
+    not ours to cut.
+    """
+    leaves = tree_leaves(inputs)
+    sizes = {leaf.shape[0] if isinstance(leaf, Tensor) and leaf.ndim else None for leaf in leaves}
+    size = next((size for size in sizes if size is not None), 1)
+    if sizes != {size} or size <= _SAMPLES:
+        return inputs, size
+    return tree_map(lambda leaf: leaf[:_SAMPLES], inputs), _SAMPLES
+
+
+def costs_per_sample(model: nn.Module, inputs: Any) -> Costs:
+    """What a model costs, its multiply-adds for one sample."""
+    inputs, samples = few_samples(inputs)
+    costs = recon.costs(model, None, inputs)
+    return Costs(costs.parameters, costs.macs // samples)
+
+
+def single_task_costs(model: nn.Module, tasks: tuple[str, ...], inputs: Any) -> Costs:
+    """What one model for each task costs, all together, its multiply-adds for one sample.
+
+    A single-task model is the backbone and its own head, without the other tasks' heads. T of those are what is left
+    when every shared layer is branched, so that is what is counted.
+    """
+    inputs, samples = few_samples(inputs)
+    with undisturbed(model):
+        outputs = task_outputs(model.train(), inputs, tasks)
+    reached = [reached_leaves([v for v in tree_leaves(outputs[t]) if isinstance(v, Tensor)]) for t in tasks]
+    shared = [
+        layer.name
+        for layer in find_layers(model)
+        if sum(not leaves.isdisjoint(layer.parameters.values()) for leaves in reached) > 1
+    ]
+    plan = recon.BranchPlan.per_task(shared, tasks) if shared else None
+    try:
+        costs = recon.costs(model, plan, inputs)
+    except FanError as error:
+        print(f"Cannot leave the other tasks' heads out of the single-task costs: {error}", file=sys.stderr)
+        costs = recon.costs(model, None, inputs)
+        costs = Costs(len(tasks) * costs.parameters, len(tasks) * costs.macs)
+    return Costs(costs.parameters, costs.macs // samples)
+
+
+def show_epoch(epoch: Epoch, epochs: int, prefix: str = "") -> None:
+    """One line on stderr."""
+    losses = ", ".join(f"{task} {loss:.4f}" for task, loss in epoch.losses.items())
+    print(f"{prefix}epoch {epoch.number}/{epochs}: loss {losses} ({epoch.seconds:.1f} s)", file=sys.stderr)
+
+
+def results_table(results: Mapping[str, Mapping[str, float]]) -> str:
+    """The metrics as text."""
+    rows = [[task, name, metric_text(value)] for task, values in results.items() for name, value in values.items()]
+    return text_table(["task", "metric", "value"], rows, left=2)
+
+
+def shows_progress() -> bool:
+    """Progress bars are for people: a log file gets a line an epoch."""
+    return sys.stderr.isatty()
+
+
+def _kind(value: Any) -> str:
+    return type(value).__name__

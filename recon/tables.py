@@ -1,0 +1,43 @@
+"""Tables as plain text, for terminals and README files."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+def text_table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
+    """Columns of equal width under a ruled header.
+
+    Args:
+        header: one title a column.
+        rows: one text a column.
+        left: how many of the first columns are aligned to the left; the others, numbers, to the right.
+    """
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+
+    def line(cells: Sequence[str]) -> str:
+        padded = [
+            cell.ljust(width) if number < left else cell.rjust(width)
+            for number, (cell, width) in enumerate(zip(cells, widths, strict=True))
+        ]
+        return "  ".join(padded).rstrip()
+
+    return "\n".join([line(header), "  ".join("-" * width for width in widths), *map(line, rows)])
+
+
+def short_number(count: float) -> str:
+    """A count in three digits and a unit, as in "78.0k" or "11.2M"; whole below a thousand."""
+    for unit, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if count >= 0.9995 * size:
+            return f"{count / size:#.3g}".rstrip(".") + unit
+    return f"{count:.0f}"
+
+
+def with_ratio(text: str, ratio: float | None) -> str:
+    """A number's text and its ratio to a reference, as in "11.2M (1.50x)"."""
+    return text if ratio is None else f"{text} ({ratio:.2f}x)"
+
+
+def metric_text(value: float) -> str:
+    """A metric with four digits behind the point, or five in all if it is large."""
+    return f"{value:.4f}" if abs(value) < 10 else f"{value:.5g}"

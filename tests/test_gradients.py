@@ -1,0 +1,160 @@
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from recon.errors import GradientError
+from recon.gradients import cosines_of, gramian, layer_gramians, reached_leaves, task_jacobian
+from recon.layers import find_layers
+from recon.problems import get
+
+
+class TwoHeads(nn.Module):
+    """Smooth, so that float32 and float64 differ by rounding alone; `extra` serves task a only."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(1, 4, 3)
+        self.norm = nn.BatchNorm2d(4)
+        self.extra = nn.Linear(4, 4)
+        self.heads = nn.ModuleDict({"a": nn.Linear(4, 3), "b": nn.Linear(4, 2)})
+
+    def forward(self, x):
+        features = torch.tanh(self.norm(self.conv(x))).mean(dim=(2, 3))
+        return {"a": self.heads["a"](torch.tanh(self.extra(features))), "b": self.heads["b"](features)}
+
+
+def losses_of(model, x):
+    out = model(x)
+    return {"a": out["a"].square().sum(), "b": (out["b"] - 1).square().mean()}
+
+
+def autograd_cosines(model, losses):
+    """{layer: cosine} by one full backward per task in float64, over Python lists: nothing of ours."""
+    gradients = []
+    for loss in losses.values():
+        model.zero_grad()
+        loss.backward(retain_graph=True)
+        gradients.append({id(p): None if p.grad is None else p.grad.double().flatten() for p in model.parameters()})
+    cosines = {}
+    for layer in find_layers(model):
+        first, second = ([g[id(p)] for p in layer.parameters.values()] for g in gradients)
+        if not any(v is None for v in [*first, *second]):
+            u, v = torch.cat(first), torch.cat(second)
+            cosines[layer.name] = float(u @ v / (u.norm() * v.norm()))
+    return cosines
+
+
+def our_cosines(model, losses):
+    layers = find_layers(model)
+    layer_of = {p: i for i, layer in enumerate(layers) for p in layer.parameters.values()}
+    numbers, gramians, _ = layer_gramians(task_jacobian(losses, list(layer_of)), layer_of)
+    return {layers[i].name: float(c) for i, c in zip(numbers, cosines_of(gramians)[:, 0, 1], strict=True)}
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_cosines_of_the_digits_model_equal_autograds(seed):
+    problem = get("digits")
+    torch.manual_seed(seed)
+    model = problem.make_model().eval()
+    x, targets = next(iter(problem.make_loaders(seed)[0]))
+
+    def losses(model, x):
+        return {task: F.cross_entropy(out, targets[task]) for task, out in model(x).items()}
+
+    wide, wide_x = copy.deepcopy(model).double(), x.double()
+    ours, oracle = our_cosines(wide, losses(wide, wide_x)), autograd_cosines(wide, losses(wide, wide_x))
+    assert ours.keys() == oracle.keys() and len(ours) == 18
+    assert ours == pytest.approx(oracle, abs=1e-12)
+    # In float32: against float64 cosines of the same float32 gradients (a ReLU may flip between the precisions).
+    assert our_cosines(model, losses(model, x)) == pytest.approx(autograd_cosines(model, losses(model, x)), abs=1e-6)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_float32_cosines_of_a_smooth_model_equal_float64(seed):
+    torch.manual_seed(seed)
+    model, x = TwoHeads().eval(), torch.randn(32, 1, 6, 6)
+    wide = copy.deepcopy(model).double()
+    assert our_cosines(model, losses_of(model, x)) == pytest.approx(
+        autograd_cosines(wide, losses_of(wide, x.double())), abs=1e-6
+    )
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-10, 1.0, 1e10])
+def test_cosines_do_not_depend_on_the_loss_scale(scale):
+    torch.manual_seed(0)
+    model, x = TwoHeads().eval(), torch.randn(8, 1, 6, 6)
+    plain = our_cosines(model, losses_of(model, x))
+    scaled = our_cosines(model, {"a": losses_of(model, x)["a"] * scale, "b": losses_of(model, x)["b"]})
+    assert scaled == pytest.approx(plain, abs=1e-6)
+
+
+def test_the_jacobian_tells_shared_from_own():
+    model, x = TwoHeads(), torch.randn(4, 1, 6, 6)
+    jacobian = task_jacobian(losses_of(model, x), model.parameters())
+    assert [p.shape for p in jacobian.shared] == [p.shape for p in [*model.conv.parameters(), *model.norm.parameters()]]
+    assert set(jacobian.own["a"]) == {*model.extra.parameters(), *model.heads["a"].parameters()}
+    assert set(jacobian.own["b"]) == set(model.heads["b"].parameters())
+    assert jacobian.matrix.shape == (2, sum(p.numel() for p in jacobian.shared))
+    assert jacobian.reached.all()
+
+
+def test_a_task_that_does_not_reach_a_shared_layer_has_a_zero_row_there():
+    model, x = TwoHeads(), torch.randn(4, 1, 6, 6)
+    losses = losses_of(model, x) | {"c": model.norm.weight.sum() + model.heads["b"].weight.sum()}
+    jacobian = task_jacobian(losses, model.parameters())
+    conv = model.conv.weight.numel() + model.conv.bias.numel()
+    assert jacobian.reached[2].tolist() == [False, False, True, False, True]
+    assert not jacobian.matrix[2, :conv].any()
+    assert jacobian.matrix[2].sum() == model.norm.weight.numel() + model.heads["b"].weight.numel()
+
+
+def test_frozen_parameters_take_no_part():
+    model, x = TwoHeads(), torch.randn(4, 1, 6, 6)
+    model.conv.requires_grad_(False)
+    assert [p.shape for p in task_jacobian(losses_of(model, x), model.parameters()).shared] == [(4,), (4,)]
+
+
+def test_the_last_backward_frees_the_graph():
+    model, x = TwoHeads(), torch.randn(4, 1, 6, 6)
+    losses = losses_of(model, x)
+    task_jacobian(losses, model.parameters())
+    with pytest.raises(RuntimeError, match="second time"):
+        losses["b"].backward()
+
+
+@pytest.mark.parametrize("loss", [torch.tensor(1.0), torch.ones(3, requires_grad=True).sum()])
+def test_a_task_without_gradient_is_named(loss):
+    model = TwoHeads()
+    losses = losses_of(model, torch.randn(4, 1, 6, 6)) | {"lost": loss}
+    with pytest.raises(GradientError, match=r"task 'lost' depends on no trainable parameter"):
+        task_jacobian(losses, model.parameters())
+
+
+@pytest.mark.parametrize("rows, columns", [(2, 5), (3, 300_000), (40, 10_000)])
+def test_gramians_are_summed_in_float64(rows, columns):
+    block = torch.randn(rows, columns)
+    torch.testing.assert_close(gramian(block), block.double() @ block.double().T, rtol=1e-12, atol=1e-9)
+
+
+def test_gramians_ignore_autocast():
+    block = torch.randn(2, 1000)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.testing.assert_close(gramian(block), block.double() @ block.double().T, rtol=1e-12, atol=1e-9)
+
+
+def test_half_precision_gradients_are_kept_in_float32():
+    model = nn.Linear(3, 1).to(torch.bfloat16)
+    out = model(torch.randn(4, 3, dtype=torch.bfloat16))
+    assert task_jacobian({"a": out.sum(), "b": out.square().sum()}, model.parameters()).matrix.dtype == torch.float32
+
+
+def test_reached_leaves_are_what_autograd_reaches():
+    model, x = TwoHeads(), torch.randn(4, 1, 6, 6)
+    out = model(x)
+    for task, other in (("a", "b"), ("b", "a")):
+        reached = reached_leaves([out[task]])
+        grads = torch.autograd.grad(out[task].sum(), list(model.parameters()), allow_unused=True, retain_graph=True)
+        assert reached == {p for p, g in zip(model.parameters(), grads, strict=True) if g is not None}, other

@@ -1,0 +1,155 @@
+import copy
+
+import pytest
+import torch
+
+import recon
+from recon.errors import GradientError, UsageError
+from recon.methods import Aggregator
+from recon.profiler import Profiler
+from recon.updates import backward
+from tests.test_gradients import TwoHeads, losses_of
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return TwoHeads().double().eval()
+
+
+@pytest.fixture
+def x():
+    torch.manual_seed(1)
+    return torch.randn(16, 1, 6, 6, dtype=torch.float64)
+
+
+def gradients_by_task(model, x):
+    """Plain autograd: {task: [gradient of each parameter]}, zeros where the task does not reach it."""
+    parameters = list(model.parameters())
+    return {
+        task: torch.autograd.grad(loss, parameters, retain_graph=True, materialize_grads=True, allow_unused=True)
+        for task, loss in losses_of(model, x).items()
+    }
+
+
+def shared_rows(model, gradients):
+    """(T, P) of what both tasks reach: the stem."""
+    stem = [i for i, (name, _) in enumerate(model.named_parameters()) if name.startswith(("conv", "norm"))]
+    return torch.stack([torch.cat([g[i].flatten() for i in stem]) for g in gradients.values()])
+
+
+@pytest.mark.parametrize("profiled", [False, True])
+@pytest.mark.parametrize("method", ["joint", "uw", "dwa", "pcgrad", "cagrad", "mgda"])
+def test_grad_is_the_methods_update(model, x, method, profiled):
+    gradients = gradients_by_task(model, x)
+    rows = shared_rows(model, gradients)
+    expected = recon.methods.get(method)(rows)
+    profiler = Profiler(model) if profiled else None
+    weights = backward(losses_of(model, x), model, recon.methods.get(method), profiler=profiler)
+    stem = torch.cat([p.grad.flatten() for p in [*model.conv.parameters(), *model.norm.parameters()]])
+    torch.testing.assert_close(stem, expected, rtol=1e-9, atol=1e-9)
+    # What one task alone reaches is in no conflict: aggregators leave it, and these weightings start at one.
+    for i, (name, p) in enumerate(model.named_parameters()):
+        if name.startswith(("extra", "heads")):
+            torch.testing.assert_close(p.grad, sum(g[i] for g in gradients.values()), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(torch.stack([weights["a"], weights["b"]]).double() @ rows, expected)
+    if profiler is not None:
+        assert profiler.conflict_map().steps == 1
+
+
+@pytest.mark.parametrize("profiled", [False, True])
+def test_a_learned_weighting_scales_everything_and_learns(model, x, profiled):
+    gradients = gradients_by_task(model, x)
+    method = recon.methods.get("uw")
+    method.setup(("a", "b"))
+    log_variances = list(method.parameters())
+    with torch.no_grad():
+        for s, value in zip(log_variances, (0.5, -1.0), strict=True):
+            s.fill_(value)
+    losses = losses_of(model, x)
+    backward(losses, model, method, profiler=Profiler(model) if profiled else None)
+    scale = {"a": torch.tensor(-0.5).exp(), "b": torch.tensor(1.0).exp()}
+    for i, p in enumerate(model.parameters()):
+        torch.testing.assert_close(p.grad, sum(scale[t] * g[i] for t, g in gradients.items()), check_dtype=False)
+    for s, task in zip(log_variances, ("a", "b"), strict=True):
+        torch.testing.assert_close(s.grad.double(), 1 - scale[task] * losses[task].detach(), check_dtype=False)
+
+
+def test_grad_accumulates(model, x):
+    method = recon.methods.get("pcgrad")
+    backward(losses_of(model, x), model, method)
+    once = [p.grad.clone() for p in model.parameters()]
+    backward(losses_of(model, x), model, method)
+    for p, g in zip(model.parameters(), once, strict=True):
+        torch.testing.assert_close(p.grad, 2 * g)
+
+
+def test_a_method_that_needs_the_jacobian_itself(model, x):
+    class Longest(Aggregator):
+        name = "longest"
+
+        def forward(self, J):
+            return J[J.norm(dim=1).argmax()]
+
+    rows = shared_rows(model, gradients_by_task(model, x))
+    assert backward(losses_of(model, x), model, Longest()) == {}
+    stem = torch.cat([p.grad.flatten() for p in [*model.conv.parameters(), *model.norm.parameters()]])
+    torch.testing.assert_close(stem, rows[rows.norm(dim=1).argmax()])
+
+
+@pytest.mark.parametrize("method", ["joint", "uw", "dwa", "pcgrad", "cagrad", "mgda"])
+def test_a_step_with_one_task_alone(model, x, method):
+    chosen = recon.methods.get(method)
+    chosen.setup(("a", "b"))
+    expected = gradients_by_task(model, x)["a"]
+    backward({"a": losses_of(model, x)["a"]}, model, chosen)
+    for p, g in zip(model.parameters(), expected, strict=True):
+        torch.testing.assert_close(torch.zeros_like(p) if p.grad is None else p.grad, g)
+
+
+def test_a_branched_models_copies_get_their_own_groups_gradient(model, x):
+    """Gradients of the branched model under PCGrad, against the two plain models and Algorithm 1 at T = 2."""
+    plan = recon.BranchPlan.per_task(["conv"], ("a", "b"))
+    branched = recon.convert(model, plan, x[:4]).eval()
+    with torch.no_grad():
+        branched.conv.branches.b.weight.add_(0.3)
+    plain = {task: recon.extract_task(branched, task).eval() for task in ("a", "b")}
+    backward(losses_of(branched, x), branched, recon.methods.get("pcgrad"))
+    own, rows = {}, []
+    for task, net in plain.items():
+        named = dict(net.named_parameters())
+        loss = losses_of(net, x)[task]
+        own[task] = torch.autograd.grad(loss, named["conv.weight"], retain_graph=True)[0]
+        rows.append(torch.cat([g for g in torch.autograd.grad(loss, [named["norm.weight"], named["norm.bias"]])]))
+    for task in ("a", "b"):
+        torch.testing.assert_close(branched.conv.branches.get_submodule(task).weight.grad, own[task])
+    a, b = rows
+    dot = a @ b
+    expected = a + b if dot >= 0 else a + b - dot / (b @ b) * b - dot / (a @ a) * a
+    torch.testing.assert_close(torch.cat([branched.norm.weight.grad, branched.norm.bias.grad]), expected)
+
+
+def test_joint_equals_the_sum_of_losses(model, x):
+    plain = copy.deepcopy(model)
+    backward(losses_of(model, x), model)
+    sum(losses_of(plain, x).values()).backward()
+    for p, q in zip(model.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(p.grad, q.grad)
+
+
+def test_a_method_by_name_is_refused_where_it_would_lose_its_state(model, x):
+    with pytest.raises(UsageError, match=r"recon\.methods\.get"):
+        backward(losses_of(model, x), model, "pcgrad")
+
+
+def test_a_gradient_that_is_not_finite_is_refused_by_name(model, x):
+    losses = losses_of(model, x)
+    with pytest.raises(GradientError, match="'b'"):
+        backward({"a": losses["a"], "b": losses["b"] * float("nan")}, model, recon.methods.get("mgda"))
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_no_losses(model):
+    for method in ("joint", "pcgrad"):
+        with pytest.raises(UsageError):
+            backward({}, model, recon.methods.get(method))
