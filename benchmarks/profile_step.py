@@ -1,7 +1,7 @@
 """What profiling costs: its step against a plain joint step, alternating in one run; and its peak memory.
 
     python benchmarks/profile_step.py            # ResNet-18, 1x36x36, batch 64; two and three tasks
-    python benchmarks/profile_step.py --rounds 30
+    python benchmarks/profile_step.py --rounds 30 --device cuda
 
 The bound for T tasks is set by one forward and T backward passes, about (1 + 2 T) / 3 of a plain step.
 """
@@ -9,14 +9,15 @@ The bound for T tasks is set by one forward and T backward passes, about (1 + 2 
 from __future__ import annotations
 
 import argparse
-import resource
-import subprocess
-import sys
+import json
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 from torchvision.models import resnet18
 
 import recon
@@ -42,18 +43,21 @@ class ResNet18(nn.Module):
 
 
 def resnet_case(tasks: int) -> tuple[nn.Module, Tensor, dict[str, Tensor]]:
+    """The ResNet-18 and one batch."""
     model = ResNet18(tasks)
     return model, torch.randn(64, 1, 36, 36), {task: torch.randint(10, (64,)) for task in model.heads}
 
 
 def digits_case() -> tuple[nn.Module, Tensor, dict[str, Tensor]]:
+    """The demo's model and one batch."""
     problem = get("digits")
     x, targets = next(iter(problem.make_loaders(0)[0]))
     return problem.make_model(), x, dict(targets)
 
 
-def steps(model: nn.Module, x: Tensor, targets: dict[str, Tensor]) -> tuple[Step, Step]:
+def steps(model: nn.Module, x: Tensor, targets: dict[str, Tensor], device: str) -> tuple[Step, Step]:
     """A plain joint step and a profiled one, on the same model."""
+    model, x, targets = model.to(device), x.to(device), {task: y.to(device) for task, y in targets.items()}
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
     profiler = recon.Profiler(model)
 
@@ -63,7 +67,7 @@ def steps(model: nn.Module, x: Tensor, targets: dict[str, Tensor]) -> tuple[Step
 
     def plain() -> None:
         optimizer.zero_grad()
-        total: Tensor = sum(losses().values(), torch.zeros(()))
+        total: Tensor = sum(losses().values(), torch.zeros((), device=device))
         total.backward()
         optimizer.step()
 
@@ -75,47 +79,58 @@ def steps(model: nn.Module, x: Tensor, targets: dict[str, Tensor]) -> tuple[Step
     return plain, profiled
 
 
-def peak_megabytes(which: str, tasks: int) -> float:
-    """The peak memory of a process of its own that takes three steps."""
-    out = subprocess.run(
-        [sys.executable, __file__, "--memory", which, "--tasks", str(tasks)], capture_output=True, text=True, check=True
-    )
-    return float(out.stdout)
+def peak_megabytes(step: Step) -> float:
+    """The peak memory of a step's tensors above what is held before it, in MB, as the allocator saw it."""
+    if torch.cuda.is_available() and torch.cuda.memory_allocated():
+        torch.cuda.reset_peak_memory_stats()
+        held = torch.cuda.memory_allocated()
+        step()
+        return (torch.cuda.max_memory_allocated() - held) / 2**20
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
+        step()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        trace.export_chrome_trace(str(path))
+        events = json.loads(path.read_text())["traceEvents"]
+    memory = [event for event in events if event.get("name") == "[memory]"]
+    memory.sort(key=lambda event: event["ts"])
+    first = memory[0]["args"]
+    start = first["Total Allocated"] - first["Bytes"]
+    return (max(event["args"]["Total Allocated"] for event in memory) - start) / 2**20
 
 
 def main() -> None:
     """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--memory", choices=["plain", "profiled"], help=argparse.SUPPRESS)
-    parser.add_argument("--tasks", type=int, default=2, help=argparse.SUPPRESS)
+    parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
     torch.manual_seed(0)
-    if args.memory:
-        plain, profiled = steps(*resnet_case(args.tasks))
-        for _ in range(3):
-            (plain if args.memory == "plain" else profiled)()
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
-        return
     print(f"{'model':<22}{'tasks':>6}{'plain ms':>10}{'profiled ms':>13}{'ratio':>8}{'bound':>8}")
     for name, case in (
         ("digits, batch 128", digits_case()),
         ("ResNet-18, batch 64", resnet_case(2)),
         ("ResNet-18, batch 64", resnet_case(3)),
     ):
-        plain, profiled = steps(*case)
+        plain, profiled = steps(*case, args.device)
         seconds = step_seconds({"plain": plain, "profiled": profiled}, args.rounds)
         ratio, tasks = seconds["profiled"] / seconds["plain"], len(case[2])
         print(
             f"{name:<22}{tasks:>6}{1000 * seconds['plain']:>10.1f}{1000 * seconds['profiled']:>13.1f}"
             f"{ratio:>8.2f}{(1 + 2 * tasks) / 3:>8.2f}"
         )
-    shared = sum(p.numel() for p in ResNet18(2).backbone.parameters()) * 4 / 2**20
     for tasks in (2, 3):
-        extra = peak_megabytes("profiled", tasks) - peak_megabytes("plain", tasks)
+        case = resnet_case(tasks)
+        shared = sum(p.numel() for p in case[0].parameters()) * 4 / 2**20
+        plain, profiled = steps(*case, args.device)
+        peaks = []
+        for step in (plain, profiled):
+            step()  # the optimizer's state and the tallies are there from now on
+            peaks.append(peak_megabytes(step))
+        extra = peaks[1] - peaks[0]
         print(
-            f"peak memory above plain training, ResNet-18, {tasks} tasks: {extra:.0f} MB "
-            f"= {extra / shared:.2f} × the shared parameters ({shared:.0f} MB)"
+            f"peak memory of a step, ResNet-18, {tasks} tasks: plain {peaks[0]:.0f} MB, profiled {peaks[1]:.0f} MB; "
+            f"the difference is {extra / shared:.2f} × the shared parameters"
         )
 
 

@@ -52,7 +52,7 @@ def _parse(argv: list[str]) -> argparse.Namespace | None:
         return None
     for option in unknown:
         near = difflib.get_close_matches(option.partition("=")[0], args.parser.option_names(), n=1)
-        args.parser.error(f"unrecognized argument {option!r}" + (f", did you mean {near[0]!r}?" if near else ""))
+        args.parser.error(f"unrecognized argument {option!r}" + (f" (did you mean {near[0]!r}?)" if near else ""))
     return args
 
 

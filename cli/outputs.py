@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from recon.errors import UsageError
 
-_OURS = ("run.json", "plan.json", "weights.safetensors")
+_MODEL_FILES = ("run.json", "plan.json", "weights.safetensors")
 
 
 def check_file(path: Path, mark: bytes) -> Path:
@@ -27,21 +28,25 @@ def check_file(path: Path, mark: bytes) -> Path:
         with path.open("rb") as file:
             head = file.read(200)
         if head and mark not in head:
-            raise UsageError(f"{path} holds something else and would be overwritten. Choose another name, or remove it.")
+            raise UsageError(f"{path} holds something else and would be overwritten. Choose another name.")
     return path
 
 
-def check_folder(folder: Path) -> Path:
-    """Refuse a folder that cannot be written to, or one with files that are not a model's or a run's.
+def check_folder(folder: Path, marks: Sequence[str] = _MODEL_FILES) -> Path:
+    """Refuse a folder that cannot be written to, or one with files of another kind.
+
+    Args:
+        folder: where files will be written.
+        marks: an older folder with any of these files may be written into; the default is a model's or a run's.
 
     Raises:
         UsageError: see above.
     """
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"Cannot write into {folder}: it is a file. Give the name of a folder.")
-    _check_place(folder / _OURS[0])
-    if folder.exists() and any(folder.iterdir()) and not any((folder / name).exists() for name in _OURS):
-        raise UsageError(f"{folder} holds files that are neither a run nor a model. Choose a new or an empty folder.")
+    _check_place(folder / marks[0])
+    if folder.exists() and any(folder.iterdir()) and not any((folder / name).exists() for name in marks):
+        raise UsageError(f"{folder} holds other files, and no {' or '.join(marks)}. Choose a new or empty folder.")
     return folder
 
 

@@ -39,7 +39,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """See `argparse.ArgumentParser.error`."""
-        raise CommandLineError(f"{message}. See `{self.prog} --help`.")
+        raise CommandLineError(f"{message.rstrip('.')}. See `{self.prog} --help`.")
 
     def option_names(self) -> list[str]:
         """Every option that the parser knows."""
@@ -119,4 +119,3 @@ def _number(text: str, kind: type, accept: Callable[[Any], bool], expected: str)
     if value is None or not accept(value):
         raise argparse.ArgumentTypeError(f"{text!r} is not {expected}")
     return value
-

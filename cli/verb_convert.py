@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import copy
 import shlex
+import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Literal
 
 import recon
 from recon import problems
@@ -17,13 +17,17 @@ from recon_cli.outputs import check_folder
 from recon_cli.parsing import PROBLEM, Report, add_device_option, add_verb, positive_integer, seed, threshold
 
 if TYPE_CHECKING:
-    import torch
     from torch import nn
 
-    from recon.problem import Batch, Problem
+    from recon import BranchPlan, ConflictMap, Costs, Problem
     from recon_cli.parsing import Verbs
 
 _ROUNDS = 7  # of timing; each takes a step of either model
+_COSTS = {
+    "parameters": "parameters",
+    "macs": "multiply-adds, forward, per sample",
+    "seconds_per_step": "training step, joint",
+}
 
 
 def add_parser(verbs: Verbs) -> None:
@@ -58,52 +62,38 @@ def run(args: argparse.Namespace) -> Report:
     check_folder(args.out)
     cmap = recon.ConflictMap.load(args.map) if args.map else None
     problem = problems.get(args.problem)
-    from recon_cli import workbench  # late: it imports torch
+    from recon.surgery import plan_of  # late: these import torch
+    from recon.timing import step_seconds
+    from recon_cli import workbench
 
     device = workbench.choose_device(args.device)
-    model = workbench.make_model(problem, args.seed)
-    plan = _plan(args, problem, model, cmap)
+    plain = workbench.make_model(problem, args.seed).to(device)
+    chosen = _choose(args, problem, plain, cmap)
     loader, _ = workbench.make_loaders(problem, args.seed)
     batch = workbench.first_batch(problem, loader, device)
-    few, _ = workbench.few_samples(batch[0])
-    branched = recon.convert(model.to(device), plan, few)
-    models = {"plain": model, "branched": branched}
-    costs = {name: workbench.costs_per_sample(each, batch[0]) for name, each in models.items()}
-    plan = branched.branch_plan
-    record = Run(
-        problem=problem.name,
-        label=_surgery(args),
-        tasks=problem.task_names,
-        method="",
-        surgery=_surgery(args),
-        branched_layers=tuple(plan.layers),
-        seed=args.seed,
-        parameters=costs["branched"].parameters,
-        macs=costs["branched"].macs,
-    )
-    record.save(args.out)
-    recon.save(branched, args.out)
-    seconds = _time_steps(problem, models, batch)
+    branched = recon.convert(plain, chosen, workbench.few_samples(batch[0])[0])
+    models = {"plain": plain, "branched": branched}
+    costs = {name: workbench.costs_per_sample(model, batch[0]) for name, model in models.items()}
+    _save(args, problem, branched, plan_of(branched), costs["branched"])
+    print("Timing training steps of both models ...", file=sys.stderr)
+    steps = {name: workbench.TrainingStep(problem, model, batch) for name, model in models.items()}
+    seconds = step_seconds(steps, rounds=_ROUNDS)
     table = {
         name: {"parameters": costs[name].parameters, "macs": costs[name].macs, "seconds_per_step": seconds[name]}
         for name in models
     }
-    return _report(args, record, branched, table)
+    return _report(args, problem, plan_of(branched), table)
 
 
 def _check_options(args: argparse.Namespace) -> None:
-    if args.map is None:
-        if args.top_k:
-            args.parser.error("--top-k needs --map MAP: `recon profile` makes one")
-        if args.threshold is not None:
-            args.parser.error("--threshold needs --map MAP, and --top-k")
-    if args.layers and args.select:
-        args.parser.error("--select goes with --top-k, not with --layers")
+    if args.top_k and not args.map:
+        args.parser.error("--top-k needs --map MAP: `recon profile` makes one")
+    for option, value in (("--select", args.select), ("--threshold", args.threshold)):
+        if args.layers and value is not None:
+            args.parser.error(f"{option} goes with --top-k, not with --layers")
 
 
-def _plan(
-    args: argparse.Namespace, problem: Problem, model: nn.Module, cmap: recon.ConflictMap | None
-) -> recon.BranchPlan:
+def _choose(args: argparse.Namespace, problem: Problem, model: nn.Module, cmap: ConflictMap | None) -> BranchPlan:
     if cmap is None:
         return recon.BranchPlan.per_task(args.layers, problem.task_names).on(model)
     if set(cmap.tasks) != set(problem.task_names):
@@ -113,7 +103,7 @@ def _plan(
         )
     if args.layers:
         return recon.plan(cmap, model, layers=args.layers)
-    select = args.select or "top"
+    select: Literal["top", "random"] = "random" if args.select == "random" else "top"
     return recon.plan(cmap, model, top_k=args.top_k, threshold=args.threshold, select=select, seed=args.seed)
 
 
@@ -123,65 +113,58 @@ def _surgery(args: argparse.Namespace) -> str:
     return f"{'random' if args.select == 'random' else 'Recon'} K={args.top_k}"
 
 
-def _time_steps(problem: Problem, models: dict[str, nn.Module], batch: Batch) -> dict[str, float]:
-    """Median seconds of a joint training step of each model, the two timed in turn."""
-    from recon.timing import step_seconds
-
-    return step_seconds({name: _Step(problem, model, batch) for name, model in models.items()}, rounds=_ROUNDS)
-
-
-class _Step:
-    """One training step after the other, on a copy of the model."""
-
-    def __init__(self, problem: Problem, model: nn.Module, batch: Batch) -> None:
-        self.model = copy.deepcopy(model).train()
-        self.losses = problem.losses
-        self.optimizer: torch.optim.Optimizer = problem.make_optimizer(self.model.parameters())
-        self.inputs, self.targets = batch
-
-    def __call__(self) -> None:
-        from recon.trainer import task_losses
-
-        self.optimizer.zero_grad()
-        recon.backward(task_losses(self.model, self.inputs, self.targets, self.losses), self.model)
-        self.optimizer.step()
+def _save(args: argparse.Namespace, problem: Problem, branched: nn.Module, plan: BranchPlan, costs: Costs) -> None:
+    """Save the model, and an unfinished run from which `recon train` learns how the layers were chosen."""
+    run = Run(
+        problem=problem.name,
+        label=_surgery(args),
+        tasks=problem.task_names,
+        method="",
+        surgery=_surgery(args),
+        branched_layers=tuple(plan.layers),
+        seed=args.seed,
+        parameters=costs.parameters,
+        macs=costs.macs,
+    )
+    run.save(args.out)
+    recon.save(branched, args.out)
 
 
-def _report(
-    args: argparse.Namespace, record: Run, branched: nn.Module, costs: dict[str, dict[str, Any]]
-) -> Report:
-    plan = branched.branch_plan
+def _report(args: argparse.Namespace, problem: Problem, plan: BranchPlan, costs: dict[str, dict[str, float]]) -> Report:
     statistics = [path for path in plan.statistics or {} if path not in plan.layers]
-    plain, other = costs["plain"], costs["branched"]
-    ratio = {name: other[name] / plain[name] if plain[name] else None for name in plain}
-    shown = {
-        "parameters": ("parameters", short_number),
-        "macs": ("multiply-adds per sample, forward", short_number),
-        "seconds_per_step": ("training step, ms", lambda seconds: f"{1000 * seconds:.1f}"),
-    }
-    rows = [
-        [title, text(plain[name]), text(other[name]), f"{ratio[name]:.2f}x" if ratio[name] else "-"]
-        for name, (title, text) in shown.items()
-    ]
     next_command = ["recon", "train", args.problem, "--model", str(args.out), "--out", "run"]
     text = [
-        f"{len(plan.layers)} layers branched, a copy for each of the tasks {', '.join(plan.tasks)}:",
+        f"Layers branched, with a copy for each of the tasks {', '.join(plan.tasks)}: {len(plan.layers)}",
         *(f"  {name}" for name in plan.layers),
-        f"{len(statistics)} shared layers keep running statistics for each group of tasks:" if statistics else "",
-        *(f"  {name}" for name in statistics),
+        f"Shared layers that keep running statistics for each group of tasks: {len(statistics)}",
+        *(f"  {path}" for path in statistics),
         "",
-        text_table(["cost", "plain", "branched", "ratio"], rows),
+        _cost_table(costs),
         "",
         f"Saved {args.out}. Next, train it:",
         f"  {shlex.join(next_command)}",
     ]
     data = {
         "folder": str(args.out),
-        "problem": record.problem,
-        "surgery": record.surgery,
+        "problem": problem.name,
+        "surgery": _surgery(args),
         "branched_layers": list(plan.layers),
         "statistics": statistics,
         "task_modules": {path: list(tasks) for path, tasks in (plan.task_modules or {}).items()},
-        "costs": {**costs, "ratio": ratio},
+        "costs": {**costs, "ratio": {what: _ratio(costs, what) for what in costs["plain"]}},
     }
-    return Report("\n".join(line for line in text if line is not None), data)
+    return Report("\n".join(text), data)
+
+
+def _cost_table(costs: dict[str, dict[str, float]]) -> str:
+    rows = []
+    for what, title in _COSTS.items():
+        values = [costs["plain"][what], costs["branched"][what]]
+        texts = [f"{1000 * v:.1f} ms" if what == "seconds_per_step" else short_number(v) for v in values]
+        ratio = _ratio(costs, what)
+        rows.append([title, *texts, "-" if ratio is None else f"{ratio:.2f}x"])
+    return text_table(["cost", "plain", "branched", "ratio"], rows)
+
+
+def _ratio(costs: dict[str, dict[str, float]], what: str) -> float | None:
+    return costs["branched"][what] / costs["plain"][what] if costs["plain"][what] else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -66,10 +67,10 @@ def run(args: argparse.Namespace) -> Report:
 
 
 def _header(cmap: ConflictMap) -> list[str]:
-    made_by = ", ".join(f"{key} {value}" for key, value in cmap.made_by.items())
+    made_by = ", ".join(f"{key} {value}" for key, value in cmap.made_by.items()) or "unknown"
     return [
         f"tasks:     {', '.join(cmap.tasks)}",
         f"steps:     {cmap.steps}, of which {cmap.skipped} skipped as not finite",
         f"threshold: {cmap.threshold:g}",
-        f"made by:   {made_by or 'unknown'}",
+        textwrap.fill(made_by, 100, initial_indent="made by:   ", subsequent_indent=" " * 11),
     ]

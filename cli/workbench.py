@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import random
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,7 @@ from recon.gradients import reached_leaves
 from recon.layers import find_layers
 from recon.problem import Batch, Problem
 from recon.runs import RUN_FILE, Run
-from recon.tables import metric_text, text_table
-from recon.trainer import Epoch
+from recon.trainer import Epoch, task_losses
 
 _SAMPLES = 8  # enough for batch norm, little enough to be quick
 
@@ -47,13 +47,18 @@ def make_model(problem: Problem, seed: int) -> nn.Module:
     Raises:
         ProblemError: the problem's `make_model` gives something else.
     """
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
+    seed_everything(seed)
     model = problem.make_model()
     if not isinstance(model, nn.Module):
         raise ProblemError(f"make_model of {problem.name!r} must return a torch.nn.Module, but gave {_kind(model)}.")
     return model
+
+
+def seed_everything(seed: int) -> None:
+    """Seed every source of chance that a problem's code may draw from."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
 
 
 def load_model(problem: Problem, folder: Path, seed: int) -> tuple[nn.Module, Run | None]:
@@ -65,7 +70,8 @@ def load_model(problem: Problem, folder: Path, seed: int) -> tuple[nn.Module, Ru
     """
     record = read_record(problem, folder)
     if record is not None and record.is_single_task:
-        raise UsageError(f"{folder} holds one model for each task. Pass one of them, as in {folder / problem.task_names[0]}.")
+        one = task_folder(folder, record.tasks[0])
+        raise UsageError(f"{folder} holds one model for each task. Pass one of them, as in --model {one}.")
     return recon.load(folder, make_model(problem, seed)), record
 
 
@@ -79,7 +85,10 @@ def read_record(problem: Problem, folder: Path) -> Run | None:
         return None
     record = Run.load(folder)
     if record.problem != problem.name:
-        raise CheckpointError(f"{folder} is a run of the problem {record.problem!r}, not of {problem.name!r}.")
+        raise CheckpointError(
+            f"{folder} is a run of the problem {record.problem!r}, not of {problem.name!r}. Name that problem, or pass "
+            "another folder."
+        )
     return record
 
 
@@ -133,10 +142,9 @@ def few_samples(inputs: Any) -> tuple[Any, int]:
     Inputs are cut only if every tensor in them has the batch's size first: whatever else there is, a graph say, is
     not ours to cut.
     """
-    leaves = tree_leaves(inputs)
-    sizes = {leaf.shape[0] if isinstance(leaf, Tensor) and leaf.ndim else None for leaf in leaves}
-    size = next((size for size in sizes if size is not None), 1)
-    if sizes != {size} or size <= _SAMPLES:
+    sizes = [leaf.shape[0] if isinstance(leaf, Tensor) and leaf.ndim else None for leaf in tree_leaves(inputs)]
+    size = next((size for size in sizes if size), 1)
+    if set(sizes) != {size} or size <= _SAMPLES:
         return inputs, size
     return tree_map(lambda leaf: leaf[:_SAMPLES], inputs), _SAMPLES
 
@@ -173,16 +181,26 @@ def single_task_costs(model: nn.Module, tasks: tuple[str, ...], inputs: Any) -> 
     return Costs(costs.parameters, costs.macs // samples)
 
 
+class TrainingStep:
+    """One joint training step after the other, on a copy of the model and one batch: something to time."""
+
+    def __init__(self, problem: Problem, model: nn.Module, batch: Batch) -> None:
+        self.model = copy.deepcopy(model).train()
+        self.losses = problem.losses
+        self.optimizer = make_optimizer(problem, self.model, None)
+        self.inputs, self.targets = batch
+
+    def __call__(self) -> None:
+        """Take a step."""
+        self.optimizer.zero_grad()
+        recon.backward(task_losses(self.model, self.inputs, self.targets, self.losses), self.model)
+        self.optimizer.step()
+
+
 def show_epoch(epoch: Epoch, epochs: int, prefix: str = "") -> None:
     """One line on stderr."""
     losses = ", ".join(f"{task} {loss:.4f}" for task, loss in epoch.losses.items())
     print(f"{prefix}epoch {epoch.number}/{epochs}: loss {losses} ({epoch.seconds:.1f} s)", file=sys.stderr)
-
-
-def results_table(results: Mapping[str, Mapping[str, float]]) -> str:
-    """The metrics as text."""
-    rows = [[task, name, metric_text(value)] for task, values in results.items() for name, value in values.items()]
-    return text_table(["task", "metric", "value"], rows, left=2)
 
 
 def shows_progress() -> bool:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
+from recon import problems
 from recon.errors import UsageError
 from recon.runs import Run, json_values
 from recon.tables import metric_text, short_number, text_table, with_ratio
@@ -158,12 +159,13 @@ def _check(runs: Mapping[str, Run]) -> None:
 
 
 def _how_to_finish(name: str, run: Run) -> str:
+    train = f"recon train {run.problem if run.problem in problems.names() else 'PROBLEM'}"
     if run.is_single_task:
-        return f"train it again: recon train {run.problem} --single-task --out {name}."
+        return f"it was stopped. Train it again: {train} --single-task --out {name}."
     if run.history:
-        done = f"it stopped after {len(run.history)} of {run.epochs} epochs. Train it on"
-        return f"{done}: recon train {run.problem} --model {name} --out {name}."
-    return f"it was never trained. Train it: recon train {run.problem} --model {name} --out FOLDER."
+        done = f"it stopped after {len(run.history)} of {run.epochs} epochs"
+        return f"{done}. Train it on: {train} --model {name} --out {name}."
+    return f"it was never trained. Train it: {train} --model {name} --out FOLDER."
 
 
 def _check_same(what: str, values: Mapping[str, str]) -> None:

@@ -11,52 +11,60 @@ from torch import Tensor, nn
 
 from recon.errors import GradientError
 
-_CHUNK = 1 << 17  # elements converted to float64 at a time: they stay in a CPU's cache
+_CHUNK = 1 << 18  # float64 numbers held at a time: they stay in a CPU's cache
 
 
 @dataclass
 class TaskJacobian:
-    """The task gradients of one step.
+    """The task gradients of one step: J, one row a task, kept parameter by parameter.
 
     Args:
         tasks: the tasks that had a loss in this step (T of them).
-        matrix: (T, P), one row a task: the gradients of the parameters that two or more tasks reach.
-        shared: those parameters, in the order of the columns.
-        reached: (T, number of shared parameters), whether the task's loss depends on the parameter; the
-            row is zero where it does not.
-        own: `{parameter: gradient}` for the parameters that one task alone reaches, by task.
+        shared: the parameters that two or more of the losses depend on.
+        rows: `rows[t][i]`, the gradient of task t with respect to shared parameter i; `None` if it has none.
+        own: `{task: {parameter: gradient}}` for the parameters that one task alone reaches.
     """
 
     tasks: tuple[str, ...]
-    matrix: Tensor
     shared: list[nn.Parameter]
-    reached: Tensor
+    rows: list[list[Tensor | None]]
     own: dict[str, dict[nn.Parameter, Tensor]]
+
+    def matrix(self) -> Tensor:
+        """J as one (T, P) matrix, zero where a task does not reach; float32 at least."""
+        dtype = torch.float32
+        for p in self.shared:
+            dtype = torch.promote_types(dtype, p.dtype)
+        flat = [
+            [p.new_zeros(p.numel()) if g is None else g.reshape(-1) for p, g in zip(self.shared, row, strict=True)]
+            for row in self.rows
+        ]
+        return torch.stack([torch.cat(row).to(dtype) for row in flat])
 
 
 def task_jacobian(losses: Mapping[str, Tensor], parameters: Iterable[nn.Parameter]) -> TaskJacobian:
     """Differentiate each task's loss with respect to the parameters it reaches; frees the graph.
 
-    Columns follow the order of `parameters`. Rows of half-precision gradients are kept in float32.
+    `shared` follows the order of `parameters`.
 
     Raises:
         GradientError: a loss does not depend on any of the parameters.
     """
-    tasks = tuple(losses)
     trainable = [p for p in parameters if p.requires_grad]
     reach = {task: _reached_of(task, loss, trainable) for task, loss in losses.items()}
-    shared = [p for p in trainable if sum(p in reach[task] for task in tasks) > 1]
-    matrix, reached = _empty_jacobian(shared, len(tasks))
-    own: dict[str, dict[nn.Parameter, Tensor]] = {}
+    shared = [p for p in trainable if sum(p in reached for reached in reach.values()) > 1]
     shared_set = set(shared)
-    for row, task in enumerate(tasks):
+    last = list(losses)[-1] if losses else None
+    rows: list[list[Tensor | None]] = []
+    own: dict[str, dict[nn.Parameter, Tensor]] = {}
+    for task, loss in losses.items():
         mine = [p for p in trainable if p in reach[task]]
         # Only the last backward may free the graph: the tasks share its trunk.
-        gradients = torch.autograd.grad(losses[task], mine, retain_graph=row < len(tasks) - 1, allow_unused=True)
-        found = {p: g for p, g in zip(mine, gradients, strict=True) if g is not None}
-        own[task] = {p: g for p, g in found.items() if p not in shared_set}
-        _fill_row(matrix[row], reached[row], shared, found)
-    return TaskJacobian(tasks, matrix, shared, reached.to(matrix.device, non_blocking=True), own)
+        found = torch.autograd.grad(loss, mine, retain_graph=task != last, allow_unused=True)
+        gradients = {p: g.to_dense() if g.is_sparse else g for p, g in zip(mine, found, strict=True) if g is not None}
+        own[task] = {p: g for p, g in gradients.items() if p not in shared_set}
+        rows.append([gradients.get(p) for p in shared])
+    return TaskJacobian(tuple(losses), shared, rows, own)
 
 
 def _reached_of(task: str, loss: Tensor, trainable: Sequence[nn.Parameter]) -> set[Tensor]:
@@ -86,82 +94,114 @@ def reached_leaves(values: Sequence[Tensor]) -> set[Tensor]:
     return leaves
 
 
-def _empty_jacobian(shared: Sequence[nn.Parameter], rows: int) -> tuple[Tensor, Tensor]:
-    columns = sum(p.numel() for p in shared)
-    dtype = torch.float32
-    for p in shared:
-        dtype = torch.promote_types(dtype, p.dtype)
-    device = shared[0].device if shared else None
-    reached = torch.zeros(rows, len(shared), dtype=torch.bool)
-    return torch.empty(rows, columns, dtype=dtype, device=device), reached
+def gramian(jacobian: TaskJacobian) -> Tensor:
+    """J Jᵀ in float64, (T, T)."""
+    _, gramians = layer_gramians(jacobian, dict.fromkeys(jacobian.shared, 0))
+    return gramians.sum(dim=0)
 
 
-def _fill_row(
-    row: Tensor, reached: Tensor, shared: Sequence[nn.Parameter], found: Mapping[nn.Parameter, Tensor]
-) -> None:
-    start = 0
-    for column, p in enumerate(shared):
-        part = row[start : start + p.numel()]
-        start += p.numel()
-        if p in found:
-            reached[column] = True
-            part.view(p.shape).copy_(found[p])
-        else:
-            part.zero_()
+def layer_gramians(jacobian: TaskJacobian, layer_of: Mapping[nn.Parameter, int]) -> tuple[list[int], Tensor]:
+    """The Gramian G_k = J_k J_kᵀ of every shared layer, weight and bias together: one product, no loop over pairs.
 
-
-def gramian(block: Tensor) -> Tensor:
-    """`block @ block.T` in float64, (T, T), for a (T, n) block of task gradients.
-
-    float64 keeps cosines exact and independent of the loss scale: squares of gradients near 1e-25 vanish
-    in float32. Apple's MPS has no float64 and gets float32.
-    """
-    dtype = torch.float32 if block.device.type == "mps" else torch.float64
-    total = torch.zeros(len(block), len(block), dtype=dtype, device=block.device)
-    with torch.autocast(block.device.type, enabled=False):
-        for chunk in block.split(max(1, _CHUNK // max(1, len(block))), dim=1):
-            wide = chunk.to(dtype)
-            total.addmm_(wide, wide.T)
-    return total
-
-
-def layer_gramians(jacobian: TaskJacobian, layer_of: Mapping[nn.Parameter, int]) -> tuple[list[int], Tensor, Tensor]:
-    """The Gramian G_k = J_k J_kᵀ of every shared layer: weight and bias together, one product per layer.
+    In float64, for cosines that are exact and independent of the loss scale: squares of gradients near 1e-25
+    vanish in float32, and a float32 sum over a million elements is off by 1e-5. (Apple's MPS has no float64.)
 
     Args:
         jacobian: its shared parameters must come layer by layer.
         layer_of: the number of each parameter's layer.
 
     Returns:
-        The L layers' numbers; their Gramians (L, T, T); and (L, T), which tasks reach each layer.
+        The L layers' numbers, and (L, T, T), zero where a task does not reach.
     """
-    layers, gramians, reached = [], [], []
-    column = start = 0
-    for layer, parameters in groupby(jacobian.shared, key=layer_of.__getitem__):
-        sizes = [p.numel() for p in parameters]
-        stop = start + sum(sizes)
+    count = len(jacobian.tasks)
+    device = jacobian.shared[0].device if jacobian.shared else torch.device("cpu")
+    dtype = torch.float32 if device.type == "mps" else torch.float64
+    wide = torch.empty(count, max(1, _CHUNK // max(1, count)), dtype=dtype, device=device)
+    layers, gramians = [], []
+    columns = zip(jacobian.shared, zip(*jacobian.rows, strict=True), strict=True)
+    for layer, members in groupby(columns, key=lambda column: layer_of[column[0]]):
         layers.append(layer)
-        gramians.append(gramian(jacobian.matrix[:, start:stop]))
-        reached.append(jacobian.reached[:, column : column + len(sizes)].any(dim=1))
-        start, column = stop, column + len(sizes)
-    return layers, torch.stack(gramians), torch.stack(reached)
+        gramians.append(_gramian([column for _, column in members], wide))
+    return layers, torch.stack(gramians) if gramians else wide.new_zeros(0, count, count)
 
 
-def cosines_of(gramians: Tensor) -> Tensor:
-    """(L, T, T) cosines of the angles between task gradients, from their Gramians; NaN for a zero gradient."""
-    norms = gramians.diagonal(dim1=-2, dim2=-1).sqrt()
-    return gramians / (norms.unsqueeze(-1) * norms.unsqueeze(-2))
+def _gramian(columns: Sequence[tuple[Tensor | None, ...]], wide: Tensor) -> Tensor:
+    """The Gramian of some parameters' gradients (one tuple of task gradients each), converted piece by piece."""
+    total = wide.new_zeros(len(wide), len(wide))
+    used, room = 0, wide.shape[1]
+
+    def add_up() -> None:
+        with torch.autocast(wide.device.type, enabled=False):
+            total.addmm_(wide[:, :used], wide[:, :used].T)
+
+    for column in columns:
+        flat = [None if g is None else g.reshape(-1) for g in column]
+        size = next(g.numel() for g in flat if g is not None)
+        start = 0
+        while start < size:
+            if used == room:
+                add_up()
+                used = 0
+            n = min(size - start, room - used)
+            for row, g in zip(wide, flat, strict=True):
+                piece = row[used : used + n]
+                piece.zero_() if g is None else piece.copy_(g[start : start + n])
+            start, used = start + n, used + n
+    add_up()
+    return total
 
 
-def add_gradient(parameter: nn.Parameter, gradient: Tensor) -> None:
-    """Accumulate into `.grad`, as `backward()` would."""
-    gradient = gradient.to(parameter.dtype)
-    parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+def write_combination(jacobian: TaskJacobian, weights: Tensor | None = None) -> None:
+    """Accumulate `weights @ J` into the shared parameters' `.grad`; the rows are spent.
+
+    Args:
+        jacobian: of this step.
+        weights: (T,); the plain sum of the rows when not given.
+    """
+    for i, parameter in enumerate(jacobian.shared):
+        terms = [(row[i], t) for t, row in enumerate(jacobian.rows)]
+        # Each gradient is let go once it is used, so that the next sum can take its memory.
+        for row in jacobian.rows:
+            row[i] = None
+        total = _combine([(g, t) for g, t in terms if g is not None], weights)
+        if total is not None:
+            add_gradient(parameter, total)
+
+
+def _combine(terms: Sequence[tuple[Tensor, int]], weights: Tensor | None) -> Tensor | None:
+    """A sum that is nobody else's: what autograd hands out may share memory with other tensors."""
+    if not terms:
+        return None
+    (first, t), *rest = terms
+    if weights is not None:
+        total = first * weights[t].to(first)
+        for gradient, t in rest:
+            total.addcmul_(gradient, weights[t].to(gradient))
+        return total
+    if not rest:
+        return first.clone()
+    total = first + rest[0][0]
+    for gradient, _ in rest[1:]:
+        total.add_(gradient)
+    return total
 
 
 def write_update(jacobian: TaskJacobian, update: Tensor) -> None:
     """Accumulate a (P,) update of the shared parameters into their `.grad`."""
-    start = 0
-    for p in jacobian.shared:
-        add_gradient(p, update[start : start + p.numel()].view(p.shape))
-        start += p.numel()
+    sizes = [p.numel() for p in jacobian.shared]
+    for parameter, part in zip(jacobian.shared, update.split(sizes), strict=True):
+        add_gradient(parameter, part.view(parameter.shape))
+
+
+def write_own(jacobian: TaskJacobian, weights: Mapping[str, Tensor] | None = None) -> None:
+    """Accumulate the gradients of the parameters that one task alone reaches, times the task's weight if given."""
+    for task, gradients in jacobian.own.items():
+        for parameter, gradient in gradients.items():
+            own = gradient.clone() if weights is None else gradient * weights[task].to(gradient)
+            add_gradient(parameter, own)
+
+
+def add_gradient(parameter: nn.Parameter, gradient: Tensor) -> None:
+    """Accumulate into `.grad`, as `backward()` would; `gradient` must be nobody else's."""
+    gradient = gradient.to(parameter.dtype)
+    parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient

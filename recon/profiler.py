@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from recon.conflict_map import BINS, STAGES, ConflictMap, LayerConflicts, bin_edges, threshold_bin
+from recon.conflict_map import ConflictMap, LayerConflicts, threshold_bin
 from recon.errors import GradientError, UsageError
-from recon.gradients import TaskJacobian, cosines_of, layer_gramians
+from recon.gradients import TaskJacobian, layer_gramians
 from recon.layers import find_layers
 from recon.methods import Method
 from recon.problem import Batch, Loss
+from recon.tally import Tally
 from recon.trainer import Epoch, train
 from recon.updates import backward
-
-_BLOCKS = 64  # training time is kept in at most this many equal blocks, so that quarters can be formed at any end
 
 
 class Profiler:
@@ -50,11 +48,7 @@ class Profiler:
         self.parameters = [p for layer in self.layers for p in layer.parameters.values()]
         self._layer_of = {p: i for i, layer in enumerate(self.layers) for p in layer.parameters.values()}
         self._tasks = list(tasks)
-        self._steps = 0
-        self._block_length = 1
-        self._blocks: list[_Block] = []
-        self._histogram: Tensor | None = None
-        self._skipped: Tensor | None = None
+        self._tally: Tally | None = None
         self._shared: set[int] = set()
 
     def backward(self, losses: Mapping[str, Tensor]) -> None:
@@ -75,34 +69,12 @@ class Profiler:
         Args:
             jacobian: taken with respect to `self.parameters`, in their order.
         """
-        at = torch.tensor([self._index(task) for task in jacobian.tasks], device=jacobian.matrix.device)
-        block = self._current_block(jacobian.matrix.device)
-        self._steps += 1
-        block.steps += 1
-        if not jacobian.shared:
-            return
-        layers, gramians, reached = layer_gramians(jacobian, self._layer_of)
+        layers, gramians = layer_gramians(jacobian, self._layer_of)
+        if self._tally is None:
+            self._tally = Tally(len(self.layers), self.threshold, gramians.device)
         self._shared.update(layers)
-        # A pair counts where both tasks reach the layer; a zero gradient has no direction to compare.
-        usable = reached & (gramians.diagonal(dim1=1, dim2=2) > 0)
-        finite = gramians.isfinite().all()
-        pairs = (usable.unsqueeze(2) & usable.unsqueeze(1)).triu(diagonal=1) & finite
-        cosines = cosines_of(gramians)
-        self._count(block, torch.tensor(layers, device=at.device), at, cosines, pairs, finite)
-
-    def _count(self, block: _Block, rows: Tensor, at: Tensor, cosines: Tensor, pairs: Tensor, finite: Tensor) -> None:
-        histogram, skipped = self._histogram, self._skipped
-        assert histogram is not None and skipped is not None
-        skipped += ~finite
-        edges = torch.as_tensor(bin_edges(), dtype=cosines.dtype, device=cosines.device)
-        bins = (torch.bucketize(cosines, edges, right=True) - 1).clamp_(0, BINS - 1)
-        cells = rows.view(-1, 1, 1) * BINS + bins
-        histogram.view(-1).index_add_(0, cells.flatten(), pairs.flatten().to(histogram.dtype))
-        place = (rows.view(-1, 1, 1), torch.minimum(at.view(1, -1, 1), at), torch.maximum(at.view(1, -1, 1), at))
-        place = tuple(torch.broadcast_tensors(*place))
-        block.observed.index_put_(place, pairs.to(block.observed.dtype), accumulate=True)
-        conflicts = pairs & (cosines < self.threshold)
-        block.conflicts.index_put_(place, conflicts.to(block.conflicts.dtype), accumulate=True)
+        self._tasks += [task for task in jacobian.tasks if task not in self._tasks]
+        self._tally.add(layers, [self._tasks.index(task) for task in jacobian.tasks], gramians)
 
     def conflict_map(self, made_by: Mapping[str, Any] | None = None) -> ConflictMap:
         """What has been counted so far.
@@ -114,70 +86,44 @@ class Profiler:
             UsageError: nothing was recorded, or no layer is shared.
             GradientError: no step had finite gradients.
         """
-        if not self._steps or self._histogram is None or self._skipped is None:
+        tally = self._tally
+        if tally is None:
             raise UsageError("Nothing was profiled yet: call profiler.backward(losses) in the training loop first.")
         if not self._shared:
             raise UsageError(
-                f"No layer is shared: in none of {self._steps} steps did the losses of two tasks depend on the same "
+                f"No layer is shared: in none of {tally.steps} steps did the losses of two tasks depend on the same "
                 "trainable layer. A batch needs the targets of two tasks or more, and the tasks a common backbone."
             )
-        skipped = int(self._skipped)
-        if skipped == self._steps:
+        if tally.skipped == tally.steps:
             raise GradientError(
-                f"The gradients of all {self._steps} steps were infinite or NaN, so nothing could be counted. Lower "
+                f"The gradients of all {tally.steps} steps were infinite or NaN, so nothing could be counted. Lower "
                 "the learning rate, or look at the losses."
-            )
-        stages = self._by_stage()
-        histogram = self._histogram.cpu().numpy()
-        first, second = np.triu_indices(len(self._tasks), k=1)
-        layers = []
-        for i in sorted(self._shared):
-            layer = self.layers[i]
-            conflicts = np.stack([stage.conflicts[i].cpu().numpy()[first, second] for stage in stages])
-            observed = np.stack([stage.observed[i].cpu().numpy()[first, second] for stage in stages])
-            layers.append(
-                LayerConflicts(layer.name, layer.kind, layer.shapes, histogram[i].copy(), conflicts, observed)
             )
         return ConflictMap(
             tasks=tuple(self._tasks),
             threshold=self.threshold,
-            steps=self._steps,
-            skipped=skipped,
-            stage_steps=tuple(stage.steps for stage in stages),
-            layers=layers,
+            steps=tally.steps,
+            skipped=tally.skipped,
+            stage_steps=tuple(tally.by_stage(len(self._tasks))[2]),
+            layers=self._layer_conflicts(tally),
             made_by=dict(made_by or {}),
         )
 
-    def _index(self, task: str) -> int:
-        if task not in self._tasks:
-            self._tasks.append(task)
-            for block in self._blocks:
-                block.grow(len(self._tasks))
-        return self._tasks.index(task)
-
-    def _current_block(self, device: torch.device) -> _Block:
-        if self._histogram is None:
-            self._histogram = torch.zeros(len(self.layers), BINS, dtype=torch.int64, device=device)
-            self._skipped = torch.zeros((), dtype=torch.int64, device=device)
-        if self._blocks and self._blocks[-1].steps < self._block_length:
-            return self._blocks[-1]
-        if len(self._blocks) == _BLOCKS:
-            self._blocks = [a.add(b) for a, b in zip(self._blocks[::2], self._blocks[1::2], strict=True)]
-            self._block_length *= 2
-        self._blocks.append(_Block.empty(len(self.layers), len(self._tasks), device))
-        return self._blocks[-1]
-
-    def _by_stage(self) -> list[_Block]:
-        """The blocks summed by quarter of the training; a block belongs where its middle lies."""
-        device = self._blocks[0].observed.device
-        stages = [_Block.empty(len(self.layers), len(self._tasks), device) for _ in range(STAGES)]
-        done = 0
-        for block in self._blocks:
-            middle = done + block.steps / 2
-            stage = min(STAGES - 1, int(STAGES * middle / self._steps))
-            stages[stage] = stages[stage].add(block)
-            done += block.steps
-        return stages
+    def _layer_conflicts(self, tally: Tally) -> list[LayerConflicts]:
+        histogram = tally.histogram.numpy()
+        conflicts, observed, _ = tally.by_stage(len(self._tasks))
+        i, j = np.triu_indices(len(self._tasks), k=1)
+        return [
+            LayerConflicts(
+                name=self.layers[k].name,
+                kind=self.layers[k].kind,
+                shapes=self.layers[k].shapes,
+                histogram=histogram[k],
+                conflicts=conflicts[:, k].numpy()[:, i, j],
+                observed=observed[:, k].numpy()[:, i, j],
+            )
+            for k in sorted(self._shared)
+        ]
 
 
 def profile(
@@ -236,25 +182,3 @@ def profile(
         "torch": torch.__version__,
     }
     return profiler.conflict_map({**how, **(made_by or {})})
-
-
-@dataclass
-class _Block:
-    """A stretch of training: its steps, and (layers, tasks, tasks) counts, the upper triangles used."""
-
-    steps: int
-    conflicts: Tensor
-    observed: Tensor
-
-    @classmethod
-    def empty(cls, layers: int, tasks: int, device: torch.device) -> _Block:
-        shape = (layers, tasks, tasks)
-        return cls(0, *(torch.zeros(shape, dtype=torch.int32, device=device) for _ in range(2)))
-
-    def add(self, other: _Block) -> _Block:
-        return _Block(self.steps + other.steps, self.conflicts + other.conflicts, self.observed + other.observed)
-
-    def grow(self, tasks: int) -> None:
-        pad = tasks - self.conflicts.shape[1]
-        self.conflicts = nn.functional.pad(self.conflicts, (0, pad, 0, pad))
-        self.observed = nn.functional.pad(self.observed, (0, pad, 0, pad))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 
 def text_table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
@@ -41,3 +41,9 @@ def with_ratio(text: str, ratio: float | None) -> str:
 def metric_text(value: float) -> str:
     """A metric with four digits behind the point, or five in all if it is large."""
     return f"{value:.4f}" if abs(value) < 10 else f"{value:.5g}"
+
+
+def metrics_table(results: Mapping[str, Mapping[str, float]]) -> str:
+    """`{task: {metric: value}}` as a table."""
+    rows = [[task, name, metric_text(value)] for task, values in results.items() for name, value in values.items()]
+    return text_table(["task", "metric", "value"], rows, left=2)

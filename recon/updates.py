@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from recon.errors import UsageError
-from recon.gradients import TaskJacobian, add_gradient, gramian, task_jacobian, write_update
+from recon.gradients import TaskJacobian, gramian, task_jacobian, write_combination, write_own, write_update
 from recon.methods import Aggregator, GramianAggregator, Joint, Method, Weighting
 
 if TYPE_CHECKING:
@@ -65,26 +65,22 @@ def _apply_weighting(method: Weighting, losses: Mapping[str, Tensor], jacobian: 
     total, weights = method.combine({task: loss.detach() for task, loss in losses.items()})
     if total.requires_grad:
         total.backward()
-    _write(jacobian, torch.stack([weights[task] for task in jacobian.tasks]))
-    for task, gradients in jacobian.own.items():
-        for parameter, gradient in gradients.items():
-            add_gradient(parameter, weights[task].to(gradient) * gradient)
+    if isinstance(method, Joint):
+        write_combination(jacobian)
+        write_own(jacobian)
+    else:
+        write_combination(jacobian, torch.stack([weights[task] for task in jacobian.tasks]))
+        write_own(jacobian, weights)
     return weights
 
 
 def _apply_aggregator(method: Aggregator, jacobian: TaskJacobian) -> dict[str, Tensor]:
     weights = {}
     if isinstance(method, GramianAggregator):
-        vector = method.weights(gramian(jacobian.matrix), tasks=jacobian.tasks)
-        _write(jacobian, vector)
+        vector = method.weights(gramian(jacobian), tasks=jacobian.tasks)
         weights = dict(zip(jacobian.tasks, vector, strict=True))
+        write_combination(jacobian, vector)
     else:
-        write_update(jacobian, method(jacobian.matrix))
-    for gradients in jacobian.own.values():
-        for parameter, gradient in gradients.items():
-            add_gradient(parameter, gradient)
+        write_update(jacobian, method(jacobian.matrix()))
+    write_own(jacobian)
     return weights
-
-
-def _write(jacobian: TaskJacobian, weights: Tensor) -> None:
-    write_update(jacobian, weights.to(jacobian.matrix) @ jacobian.matrix)

@@ -32,7 +32,7 @@ def test_scores_at_any_threshold_on_the_grid():
 
 @pytest.mark.parametrize("threshold", [-1, 0.01, -0.123, 1, float("nan")])
 def test_other_thresholds_are_refused(threshold):
-    with pytest.raises(UsageError, match="multiple of 0.01"):
+    with pytest.raises(UsageError, match=r"multiple of 0\.01"):
         make_map().scores(threshold)
 
 

@@ -6,7 +6,14 @@ import torch.nn.functional as F
 from torch import nn
 
 from recon.errors import GradientError
-from recon.gradients import cosines_of, gramian, layer_gramians, reached_leaves, task_jacobian
+from recon.gradients import (
+    gramian,
+    layer_gramians,
+    reached_leaves,
+    task_jacobian,
+    write_combination,
+    write_own,
+)
 from recon.layers import find_layers
 from recon.problems import get
 
@@ -50,8 +57,8 @@ def autograd_cosines(model, losses):
 def our_cosines(model, losses):
     layers = find_layers(model)
     layer_of = {p: i for i, layer in enumerate(layers) for p in layer.parameters.values()}
-    numbers, gramians, _ = layer_gramians(task_jacobian(losses, list(layer_of)), layer_of)
-    return {layers[i].name: float(c) for i, c in zip(numbers, cosines_of(gramians)[:, 0, 1], strict=True)}
+    numbers, gramians = layer_gramians(task_jacobian(losses, list(layer_of)), layer_of)
+    return {layers[i].name: float(G[0, 1] / (G[0, 0] * G[1, 1]).sqrt()) for i, G in zip(numbers, gramians, strict=True)}
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -97,8 +104,8 @@ def test_the_jacobian_tells_shared_from_own():
     assert [p.shape for p in jacobian.shared] == [p.shape for p in [*model.conv.parameters(), *model.norm.parameters()]]
     assert set(jacobian.own["a"]) == {*model.extra.parameters(), *model.heads["a"].parameters()}
     assert set(jacobian.own["b"]) == set(model.heads["b"].parameters())
-    assert jacobian.matrix.shape == (2, sum(p.numel() for p in jacobian.shared))
-    assert jacobian.reached.all()
+    assert jacobian.matrix().shape == (2, sum(p.numel() for p in jacobian.shared))
+    assert all(g is not None for row in jacobian.rows for g in row)
 
 
 def test_a_task_that_does_not_reach_a_shared_layer_has_a_zero_row_there():
@@ -106,9 +113,9 @@ def test_a_task_that_does_not_reach_a_shared_layer_has_a_zero_row_there():
     losses = losses_of(model, x) | {"c": model.norm.weight.sum() + model.heads["b"].weight.sum()}
     jacobian = task_jacobian(losses, model.parameters())
     conv = model.conv.weight.numel() + model.conv.bias.numel()
-    assert jacobian.reached[2].tolist() == [False, False, True, False, True]
-    assert not jacobian.matrix[2, :conv].any()
-    assert jacobian.matrix[2].sum() == model.norm.weight.numel() + model.heads["b"].weight.numel()
+    assert [g is not None for g in jacobian.rows[2]] == [False, False, True, False, True]
+    assert not jacobian.matrix()[2, :conv].any()
+    assert jacobian.matrix()[2].sum() == model.norm.weight.numel() + model.heads["b"].weight.numel()
 
 
 def test_frozen_parameters_take_no_part():
@@ -133,22 +140,64 @@ def test_a_task_without_gradient_is_named(loss):
         task_jacobian(losses, model.parameters())
 
 
-@pytest.mark.parametrize("rows, columns", [(2, 5), (3, 300_000), (40, 10_000)])
-def test_gramians_are_summed_in_float64(rows, columns):
-    block = torch.randn(rows, columns)
-    torch.testing.assert_close(gramian(block), block.double() @ block.double().T, rtol=1e-12, atol=1e-9)
+def linear_losses(vectors, shape=(-1,)):
+    """Losses whose gradients with respect to one parameter are the rows of `vectors`."""
+    weight = nn.Parameter(torch.zeros(vectors.shape[1], dtype=vectors.dtype).view(shape))
+    return weight, {f"task{i}": (weight.view(-1) * v).sum() for i, v in enumerate(vectors)}
 
 
-def test_gramians_ignore_autocast():
-    block = torch.randn(2, 1000)
+@pytest.mark.parametrize("tasks, size", [(2, 5), (2, 131_072), (3, 300_001), (40, 10_000)])
+def test_gramians_are_exact_in_float64(tasks, size):
+    vectors = torch.randn(tasks, size)
+    weight, losses = linear_losses(vectors)
+    expected = vectors.double() @ vectors.double().T
+    torch.testing.assert_close(gramian(task_jacobian(losses, [weight])), expected, rtol=1e-12, atol=1e-9)
+    weight, losses = linear_losses(vectors)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        torch.testing.assert_close(gramian(block), block.double() @ block.double().T, rtol=1e-12, atol=1e-9)
+        torch.testing.assert_close(gramian(task_jacobian(losses, [weight])), expected, rtol=1e-12, atol=1e-9)
 
 
-def test_half_precision_gradients_are_kept_in_float32():
+def test_half_precision_gradients_are_summed_in_float64():
     model = nn.Linear(3, 1).to(torch.bfloat16)
     out = model(torch.randn(4, 3, dtype=torch.bfloat16))
-    assert task_jacobian({"a": out.sum(), "b": out.square().sum()}, model.parameters()).matrix.dtype == torch.float32
+    jacobian = task_jacobian({"a": out.sum(), "b": out.square().sum()}, model.parameters())
+    J = jacobian.matrix()
+    assert J.dtype == torch.float32 and gramian(jacobian).dtype == torch.float64
+    torch.testing.assert_close(gramian(jacobian), J.double() @ J.double().T)
+
+
+def test_sparse_gradients():
+    embedding = nn.Embedding(6, 3, sparse=True)
+    out = embedding(torch.tensor([1, 4, 4]))
+    jacobian = task_jacobian({"a": out.sum(), "b": out.square().sum()}, embedding.parameters())
+    assert jacobian.matrix()[0].view(6, 3).sum(dim=1).tolist() == [0, 3, 0, 0, 6, 0]
+
+
+@pytest.mark.parametrize("weights", [None, torch.tensor([2.0, -1.0, 0.5])])
+def test_combinations_never_write_into_what_autograd_returned(weights):
+    class Constant(torch.autograd.Function):
+        """Its gradient is a tensor of the user's own."""
+
+        @staticmethod
+        def forward(ctx, x, mine):
+            ctx.mine = mine
+            return x.sum()
+
+        @staticmethod
+        def backward(ctx, grad):
+            return ctx.mine, None
+
+    weight, other = nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(3))
+    mine = torch.tensor([1.0, 2.0, 3.0])
+    added = weight + other  # the two parameters are handed the same gradient tensor
+    losses = {"a": Constant.apply(weight, mine), "b": Constant.apply(weight, mine), "c": (added * 4).sum()}
+    jacobian = task_jacobian(losses, [weight, other])
+    write_combination(jacobian, weights)
+    write_own(jacobian)
+    a, b, c = [1.0, 1.0, 1.0] if weights is None else weights.tolist()
+    torch.testing.assert_close(weight.grad, (a + b) * torch.tensor([1.0, 2.0, 3.0]) + 4 * c)
+    weight.grad.zero_()
+    assert mine.tolist() == [1.0, 2.0, 3.0] and other.grad.tolist() == [4.0, 4.0, 4.0]
 
 
 def test_reached_leaves_are_what_autograd_reaches():

@@ -230,9 +230,7 @@ def test_nothing_profiled_yet(model):
 
 def test_no_shared_layer(model):
     with pytest.raises(UsageError, match="No layer is shared"):
-        recon.profile(
-            model, list(batches(4, a={0, 1}, b={2, 3})), LOSSES, optimizer=sgd(model), epochs=1
-        )
+        recon.profile(model, list(batches(4, a={0, 1}, b={2, 3})), LOSSES, optimizer=sgd(model), epochs=1)
 
 
 def test_every_step_non_finite(model):
@@ -245,7 +243,7 @@ def test_every_step_non_finite(model):
 
 @pytest.mark.parametrize("threshold", [0.1, -1.0, -0.105])
 def test_a_threshold_off_the_grid_is_refused_before_training(model, threshold):
-    with pytest.raises(UsageError, match="multiple of 0.01"):
+    with pytest.raises(UsageError, match=r"multiple of 0\.01"):
         Profiler(model, threshold)
 
 

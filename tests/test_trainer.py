@@ -126,9 +126,7 @@ def test_bad_calls(model):
     with pytest.raises(UnknownNameError, match="Did you mean 'pcgrad'"):
         recon.train(model, data, LOSSES, optimizer=sgd(model), method="pcgard")
     with pytest.raises(ProblemError, match="no entry for task 'c'"):
-        recon.train(
-            model, [(x, y | {"c": y["a"]}) for x, y in data], LOSSES | {"c": LOSSES["a"]}, optimizer=sgd(model)
-        )
+        recon.train(model, [(x, y | {"c": y["a"]}) for x, y in data], LOSSES | {"c": LOSSES["a"]}, optimizer=sgd(model))
     with pytest.raises(ProblemError, match=r"loss of task 'a' must be a scalar tensor, but is shape \(8, 3\)"):
         recon.train(model, data, LOSSES | {"a": lambda out, target: out - target}, optimizer=sgd(model))
     with pytest.raises(ProblemError, match="No batch of epoch 1"):

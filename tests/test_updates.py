@@ -120,7 +120,7 @@ def test_a_branched_models_copies_get_their_own_groups_gradient(model, x):
         named = dict(net.named_parameters())
         loss = losses_of(net, x)[task]
         own[task] = torch.autograd.grad(loss, named["conv.weight"], retain_graph=True)[0]
-        rows.append(torch.cat([g for g in torch.autograd.grad(loss, [named["norm.weight"], named["norm.bias"]])]))
+        rows.append(torch.cat(torch.autograd.grad(loss, [named["norm.weight"], named["norm.bias"]])))
     for task in ("a", "b"):
         torch.testing.assert_close(branched.conv.branches.get_submodule(task).weight.grad, own[task])
     a, b = rows

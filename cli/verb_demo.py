@@ -1,0 +1,42 @@
+"""`recon demo`: the whole story on real digits, in a few minutes on a CPU."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from recon_cli.outputs import check_folder
+from recon_cli.parsing import Report, add_device_option, add_verb, positive_integer
+
+if TYPE_CHECKING:
+    from recon_cli.parsing import Verbs
+
+
+def add_parser(verbs: Verbs) -> None:
+    """Add the verb to the root parser."""
+    parser = add_verb(
+        verbs,
+        "demo",
+        run,
+        "profile, branch, retrain and compare on real digits; a few minutes on a CPU",
+        """
+        recon demo
+        recon demo --seeds 1 --epochs 3 --out quick
+        """,
+        "Profiles once; trains single-task models, joint training and PCGrad, with and without Recon, and with as many "
+        "layers branched at random; prints one table, whoever wins.",
+    )
+    parser.add_argument("--out", type=Path, default=Path("demo"), metavar="FOLDER", help="default: demo")
+    parser.add_argument("--seeds", type=positive_integer, default=2, help="train everything this often (default: 2)")
+    parser.add_argument("--epochs", type=positive_integer, default=6, help="of every training (default: 6)")
+    parser.add_argument("--top-k", type=positive_integer, default=8, metavar="K", help="layers to branch (default: 8)")
+    add_device_option(parser)
+
+
+def run(args: argparse.Namespace) -> Report:
+    """Run it all and report."""
+    check_folder(args.out)
+    from recon_cli.demo import Demo  # late: it imports torch
+
+    return Demo(args.out, args.seeds, args.epochs, args.top_k, args.device).run()

@@ -1,0 +1,64 @@
+"""`recon evaluate`: the metrics of a saved model."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import recon
+from recon import problems
+from recon.tables import metrics_table
+from recon_cli.parsing import PROBLEM, Report, add_device_option, add_verb, seed
+
+if TYPE_CHECKING:
+    import torch
+
+    from recon import Problem
+    from recon_cli.parsing import Verbs
+
+
+def add_parser(verbs: Verbs) -> None:
+    """Add the verb to the root parser."""
+    parser = add_verb(
+        verbs,
+        "evaluate",
+        run,
+        "evaluate a saved model on the test data",
+        """
+        recon evaluate digits --model joint
+        recon evaluate digits --model recon4 --json
+        """,
+    )
+    parser.add_argument("problem", metavar="PROBLEM", help=PROBLEM)
+    parser.add_argument("--model", type=Path, required=True, metavar="FOLDER", help="what train or convert saved")
+    parser.add_argument("--seed", type=seed, help="of the loaders (default: the one that the model was trained with)")
+    add_device_option(parser)
+
+
+def run(args: argparse.Namespace) -> Report:
+    """Load and evaluate."""
+    problem = problems.get(args.problem)
+    from recon_cli import workbench  # late: it imports torch
+
+    device = workbench.choose_device(args.device)
+    results = _evaluate(problem, args.model, args.seed, device)
+    data = {"model": str(args.model), "problem": problem.name, "results": results}
+    return Report(metrics_table(results), data)
+
+
+def _evaluate(problem: Problem, folder: Path, seed: int | None, device: torch.device) -> dict[str, dict[str, float]]:
+    from recon_cli import workbench
+
+    record = workbench.read_record(problem, folder)
+    # A problem may split its data by the seed: another one would test on what was trained on.
+    seed = (record.seed if record else 0) if seed is None else seed
+    _, test = workbench.make_loaders(problem, seed)
+    if record is None or not record.is_single_task:
+        model, _ = workbench.load_model(problem, folder, seed)
+        return recon.evaluate(model.to(device), test, problem.tasks)
+    results: dict[str, dict[str, float]] = {}
+    for task in problem.tasks:
+        model = recon.load(workbench.task_folder(folder, task.name), workbench.make_model(problem, seed))
+        results |= recon.evaluate(model.to(device), test, [task])
+    return results
