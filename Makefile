@@ -16,9 +16,11 @@ test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow
 
 lint: $(READY)
+	mkdir -p build/typing && ln -sfn ../../cli build/typing/recon_cli  # mypy does not see the folder's other name
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/mypy benchmarks examples
 
 bench: $(READY)
 	$(BIN)/python benchmarks/profile_step.py

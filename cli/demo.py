@@ -20,7 +20,6 @@ from recon.comparison import compare
 from recon.evaluation import directions
 from recon.files import write_text
 from recon.pictures import before_after, heatmap
-from recon.problem import Problem
 from recon.runs import SINGLE_TASK, Run, json_values
 from recon.tables import text_table
 from recon.timing import step_seconds

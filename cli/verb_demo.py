@@ -36,7 +36,7 @@ def add_parser(verbs: Verbs) -> None:
 
 def run(args: argparse.Namespace) -> Report:
     """Run it all and report."""
-    check_folder(args.out)
+    check_folder(args.out, marks=("map.json", "results.json"))
     from recon_cli.demo import Demo  # late: it imports torch
 
     return Demo(args.out, args.seeds, args.epochs, args.top_k, args.device).run()

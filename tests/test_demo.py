@@ -1,0 +1,66 @@
+import json
+import re
+
+import pytest
+
+import recon
+from recon.problems import digits
+from recon_cli.main import main
+
+
+@pytest.fixture
+def few_digits(monkeypatch):
+    monkeypatch.setattr(digits, "TRAIN_PAIRS", 640)
+    monkeypatch.setattr(digits, "TEST_PAIRS", 200)
+
+
+def test_the_demo_tells_the_whole_story(tmp_path, capsys, few_digits):
+    assert main(["demo", "--seeds", "1", "--epochs", "1", "--top-k", "3", "--out", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    labels = [
+        "single-task",
+        "joint",
+        "pcgrad",
+        *(f"{m} + {s} K=3" for s in ("Recon", "random") for m in ("joint", "pcgrad")),
+    ]
+    table = {label: re.search(rf"^{re.escape(label)}  .*$", out, re.MULTILINE) for label in labels}
+    assert all(table.values()), out
+    for column in ("top_left accuracy", "bottom_right accuracy", "mean accuracy", "Δm %", "multiply-adds", "ms/step"):
+        assert column in out
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert [row["name"] for row in results["rows"]] == labels
+    by_name = {row["name"]: row for row in results["rows"]}
+    assert by_name["single-task"]["delta_m"] == 0
+    assert by_name["joint + Recon K=3"]["parameters_ratio"] > 1
+    assert all(row["seconds_per_step"] > 0 and 0 < row["mean"] < 1 for row in results["rows"])
+    shares = results["conflicting_steps"]
+    assert set(shares["after"]).isdisjoint(results["branched_layers"]) and len(shares["after"]) == 15
+    for picture in ("conflicts_by_layer.png", "conflicts_before_after.png"):
+        assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
+    cmap = recon.ConflictMap.load(tmp_path / "map.json")
+    assert (
+        cmap.steps == 15
+        and list(recon.plan(cmap, digits.digits().make_model(), top_k=3).layers) == (results["branched_layers"])
+    )
+    branched = recon.load(tmp_path / "branched", digits.digits().make_model())
+    assert list(branched.branch_plan.layers) == results["branched_layers"]
+
+
+def test_the_demos_numbers_are_those_of_the_same_training_by_hand(tmp_path, few_digits):
+    main(["demo", "--seeds", "1", "--epochs", "1", "--top-k", "3", "--out", str(tmp_path)])
+    results = json.loads((tmp_path / "results.json").read_text())
+    problem = digits.digits()
+    loaded = recon.load(tmp_path / "branched", problem.make_model())
+    measured = recon.evaluate(loaded, problem.make_loaders(0)[1], problem.tasks)
+    # Again, into the same folder: nothing of the first run may be in the way.
+    assert main(["demo", "--seeds", "1", "--epochs", "1", "--top-k", "3", "--out", str(tmp_path)]) == 0
+    again = json.loads((tmp_path / "results.json").read_text())
+    assert again["results_by_seed"] == results["results_by_seed"]
+    assert measured == results["results_by_seed"]["pcgrad + Recon K=3"][0]
+
+
+@pytest.mark.parametrize("options", [["--top-k", "99"], ["--seeds", "0"], ["--epochs", "x"], ["--out", "/dev/null/x"]])
+def test_wrong_options(options, capsys, tmp_path, monkeypatch, few_digits):
+    monkeypatch.chdir(tmp_path)
+    assert main(["demo", *options]) == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith("error: ")

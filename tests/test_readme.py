@@ -1,0 +1,43 @@
+import re
+from pathlib import Path
+
+import pytest
+
+import recon
+from recon_cli.main import VERBS
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def test_the_python_example_runs_as_written(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    first, loop = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    namespace = {}
+    exec(first, namespace)
+    assert next(iter(namespace["plan"].layers)) in ("body.0", "body.1")
+    assert (tmp_path / "branched" / "weights.safetensors").exists() and (tmp_path / "map.json").exists()
+    net = namespace["Net"]()
+    net.load_state_dict(namespace["plain"].state_dict())
+    # The loop of one's own, on the same models.
+    x, targets = namespace["loader"][0]
+    for name in ("model", "branched"):
+        out = namespace[name](x)
+        losses = [namespace["losses"][task](out[task], targets[task]) for task in out]
+        part = loop.split("\n\n")[name == "branched"]
+        exec(part, namespace | {"loss_a": losses[0], "loss_b": losses[1]})
+        assert all(p.grad is not None for p in namespace[name].parameters())
+
+
+def test_every_verb_and_method_is_in_the_readme():
+    for verb in VERBS:
+        assert re.search(rf"\b(recon|make) {verb}\b", README), verb
+    for name in recon.methods.names():
+        entry = recon.methods.entry(name)
+        options = ", ".join(f"`{option}={default}`" for option, default in entry.options.items())
+        assert f"| `{name}` | {entry.title} | {entry.family} | {options} | {entry.paper} |" in README, name
+
+
+@pytest.mark.parametrize("link", re.findall(r"\]\((?!http)([^)]+)\)", README))
+def test_links_point_at_files(link):
+    assert (ROOT / link).exists()
