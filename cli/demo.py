@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -20,6 +24,7 @@ from recon.comparison import compare
 from recon.evaluation import directions
 from recon.files import write_text
 from recon.pictures import before_after, heatmap
+from recon.problem import Problem
 from recon.runs import SINGLE_TASK, Run, json_values
 from recon.tables import text_table
 from recon.timing import step_seconds
@@ -27,28 +32,28 @@ from recon.trainer import task_losses
 from recon_cli import workbench
 from recon_cli.parsing import Report
 
+PROBLEM = "digits"
 _PROFILE_EPOCHS = 3
 
 Results = dict[str, dict[str, float]]
+Shares = dict[str, float]
 
 
-@dataclass
+@dataclass(frozen=True)
 class Variant:
     """One way to train: a method, on the plain model or on a branched one.
 
     Args:
         method: a gradient method, or `SINGLE_TASK`.
         surgery: how its layers were chosen; empty for the plain model.
-        plan: `seed -> plan`; None for the plain model.
-        results: of each seed.
-        conflicts: `{shared layer: share of steps with cos < 0}` of each seed, where they were counted.
+        plans: of each seed; empty for the plain model.
+        counted: whether conflicts are counted while it trains.
     """
 
     method: str
     surgery: str = ""
-    plan: Callable[[int], recon.BranchPlan] | None = None
-    results: list[Results] = field(default_factory=list)
-    conflicts: list[dict[str, float]] = field(default_factory=list)
+    plans: tuple[recon.BranchPlan, ...] = ()
+    counted: bool = False
 
     @property
     def label(self) -> str:
@@ -56,6 +61,15 @@ class Variant:
         return f"{self.method} + {self.surgery}" if self.surgery else self.method
 
 
+@dataclass(frozen=True)
+class Outcome:
+    """What one training gave: its test results, and the share of steps with cos < 0 by shared layer if counted."""
+
+    results: Results
+    conflicts: Shares
+
+
+@dataclass(frozen=True)
 class Demo:
     """The demo on the problem `digits`.
 
@@ -64,133 +78,204 @@ class Demo:
         seeds: how often everything is trained.
         epochs: of every training.
         top_k: how many layers are branched.
-        device: "cpu", "cuda" or None for the best there is.
+        device: where the models run.
+        workers: how many trainings run at the same time.
     """
 
-    def __init__(self, folder: Path, seeds: int, epochs: int, top_k: int, device: str | None) -> None:
-        self.folder, self.seeds, self.epochs, self.top_k = folder, seeds, epochs, top_k
-        self.device = workbench.choose_device(device)
-        self.problem = problems.get("digits")
-        self.start = time.perf_counter()
+    folder: Path
+    seeds: int
+    epochs: int
+    top_k: int
+    device: torch.device
+    workers: int
+
+    @property
+    def surgery(self) -> str:
+        """What the tables call Recon's plan."""
+        return f"Recon K={self.top_k}"
 
     def run(self) -> Report:
         """Profile, train, time, print."""
-        cmap = self._profile()
-        plan = recon.plan(cmap, self._fresh(0), top_k=self.top_k)
-        heatmap(cmap, self.folder / "conflicts_by_layer.png", branched=list(plan.layers))
-        variants = self._variants(cmap, plan)
-        for seed in range(self.seeds):
-            for variant in variants:
-                self._train(variant, seed)
-        runs = self._runs(variants)
-        before, after = (
-            _mean_shares(_find(variants, label).conflicts) for label in ("joint", f"joint + {_recon(self)}")
-        )
-        before_after(before, after, self.folder / "conflicts_before_after.png")
-        return self._report(cmap, plan, variants, runs, before, after)
-
-    def _variants(self, cmap: recon.ConflictMap, plan: recon.BranchPlan) -> list[Variant]:
-        def random_plan(seed: int) -> recon.BranchPlan:
-            return recon.plan(cmap, self._fresh(seed), top_k=self.top_k, select="random", seed=seed)
-
-        chosen, random = _recon(self), f"random K={self.top_k}"
-        return [
-            Variant(SINGLE_TASK),
-            Variant("joint"),
-            Variant("pcgrad"),
-            Variant("joint", chosen, lambda seed: plan),
-            Variant("pcgrad", chosen, lambda seed: plan),
-            Variant("joint", random, random_plan),
-            Variant("pcgrad", random, random_plan),
-        ]
+        with _one_thread():
+            start = time.perf_counter()
+            cmap = self._profile()
+            variants = self._variants(cmap)
+            plan = next(variant.plans[0] for variant in variants if variant.surgery == self.surgery)
+            heatmap(cmap, self.folder / "conflicts_by_layer.png", branched=list(plan.layers))
+            outcomes = self._train_all(variants)
+            runs = self._runs(variants, outcomes)
+            before, after = (_mean([o.conflicts for o in outcomes[k]]) for k in ("joint", f"joint + {self.surgery}"))
+            before_after(before, after, self.folder / "conflicts_before_after.png")
+            story = _Story(self, cmap, plan, runs, outcomes, before, after, (time.perf_counter() - start) / 60)
+        write_text(self.folder / "results.json", json.dumps(json_values(story.data()), indent=1) + "\n")
+        return Report(story.text(), story.data())
 
     def _profile(self) -> recon.ConflictMap:
-        self._say(f"Profiling {self.problem.name}: {_PROFILE_EPOCHS} epochs of joint training ...")
-        model = self._fresh(0)
-        train, _ = workbench.make_loaders(self.problem, 0)
+        _say(f"Profiling {PROBLEM}: {_PROFILE_EPOCHS} epochs of joint training")
+        problem = problems.get(PROBLEM)
+        model = workbench.make_model(problem, 0).to(self.device)
+        train, _ = workbench.make_loaders(problem, 0)
         cmap = recon.profile(
             model,
             train,
-            self.problem.losses,
-            optimizer=workbench.make_optimizer(self.problem, model, None),
+            problem.losses,
+            optimizer=workbench.make_optimizer(problem, model, None),
             epochs=_PROFILE_EPOCHS,
-            made_by={"problem": self.problem.name, "backbone": type(model).__name__, "seed": 0},
+            made_by={"problem": PROBLEM, "backbone": type(model).__name__, "seed": 0},
         )
         cmap.save(self.folder / "map.json")
         return cmap
 
-    def _train(self, variant: Variant, seed: int) -> None:
-        self._say(f"Training {variant.label}, seed {seed}, {self.epochs} epochs ...")
-        if variant.method == SINGLE_TASK:
-            results: Results = {}
-            for task in self.problem.task_names:
-                results |= self._fit(self._fresh(seed), "joint", seed, [task])
-            variant.results.append(results)
+    def _variants(self, cmap: recon.ConflictMap) -> list[Variant]:
+        model = workbench.make_model(problems.get(PROBLEM), 0)
+        plan = recon.plan(cmap, model, top_k=self.top_k)
+        seeds = range(self.seeds)
+        chosen = tuple(plan for _ in seeds)
+        random = tuple(recon.plan(cmap, model, top_k=self.top_k, select="random", seed=seed) for seed in seeds)
+        control = f"random K={self.top_k}"
+        return [
+            Variant(SINGLE_TASK),
+            Variant("joint", counted=True),
+            Variant("pcgrad"),
+            Variant("joint", self.surgery, chosen, counted=True),
+            Variant("pcgrad", self.surgery, chosen),
+            Variant("joint", control, random),
+            Variant("pcgrad", control, random),
+        ]
+
+    def _train_all(self, variants: Sequence[Variant]) -> dict[str, list[Outcome]]:
+        """Every variant's outcomes, by seed. The trainings are independent, so the workers change nothing but time."""
+        jobs = [(variant, seed) for seed in range(self.seeds) for variant in variants]
+        done: dict[tuple[str, int], Outcome] = {}
+        for number, (variant, seed, outcome) in enumerate(self._outcomes(jobs), start=1):
+            done[variant.label, seed] = outcome
+            _say(f"Trained {number} of {len(jobs)}: {variant.label}, seed {seed}")
+        return {variant.label: [done[variant.label, seed] for seed in range(self.seeds)] for variant in variants}
+
+    def _outcomes(self, jobs: Sequence[tuple[Variant, int]]) -> Iterator[tuple[Variant, int, Outcome]]:
+        if self.workers == 1:
+            yield from ((variant, seed, self.train(variant, seed)) for variant, seed in jobs)
             return
-        model = self._model(variant, seed)
-        # Counting conflicts does not change joint training, so these runs serve for both.
-        profiler = recon.Profiler(model) if variant.method == "joint" and "random" not in variant.surgery else None
-        variant.results.append(self._fit(model, variant.method, seed, self.problem.task_names, profiler))
-        if profiler is not None:
-            variant.conflicts.append(profiler.conflict_map().shares(0.0))
-        if variant.label == f"pcgrad + {_recon(self)}" and seed == 0:
+        with ProcessPoolExecutor(
+            self.workers, get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)
+        ) as pool:
+            futures = {pool.submit(self.train, variant, seed): (variant, seed) for variant, seed in jobs}
+            try:
+                yield from ((*futures[future], future.result()) for future in as_completed(futures))
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+
+    def train(self, variant: Variant, seed: int) -> Outcome:
+        """Train and evaluate one variant."""
+        problem = problems.get(PROBLEM)
+        if variant.method == SINGLE_TASK:
+            models = {task: workbench.make_model(problem, seed).to(self.device) for task in problem.task_names}
+            return Outcome(
+                {k: v for task in models for k, v in self._fit(problem, models[task], "joint", seed, [task]).items()},
+                {},
+            )
+        model = self._model(problem, variant, seed)
+        profiler = recon.Profiler(model) if variant.counted else None
+        results = self._fit(problem, model, variant.method, seed, problem.task_names, profiler)
+        if variant.label == f"pcgrad + {self.surgery}" and seed == 0:
             recon.save(model, self.folder / "branched")
+        return Outcome(results, profiler.conflict_map().shares(0.0) if profiler else {})
 
     def _fit(
         self,
+        problem: Problem,
         model: nn.Module,
         method: str,
         seed: int,
         tasks: Sequence[str],
         profiler: recon.Profiler | None = None,
     ) -> Results:
-        train, test = workbench.make_loaders(self.problem, seed)
+        train, test = workbench.make_loaders(problem, seed)
         torch.manual_seed(seed)
-        optimizer = workbench.make_optimizer(self.problem, model, None)
-        losses = {task: loss for task, loss in self.problem.losses.items() if task in tasks}
-        recon.train(model, train, losses, optimizer=optimizer, method=method, epochs=self.epochs, profiler=profiler)
-        return recon.evaluate(model, test, [task for task in self.problem.tasks if task.name in tasks])
+        optimizer = workbench.make_optimizer(problem, model, None)
+        losses = {task: loss for task, loss in problem.losses.items() if task in tasks}
+        recon.train(
+            model,
+            train,
+            losses,
+            optimizer=optimizer,
+            scheduler=workbench.make_scheduler(problem, train, self.epochs),
+            method=method,
+            epochs=self.epochs,
+            profiler=profiler,
+        )
+        return recon.evaluate(model, test, [task for task in problem.tasks if task.name in tasks])
 
-    def _runs(self, variants: Sequence[Variant]) -> dict[str, Run]:
+    def _model(self, problem: Problem, variant: Variant, seed: int) -> nn.Module:
+        model = workbench.make_model(problem, seed).to(self.device)
+        if not variant.plans:
+            return model
+        return recon.convert(model, variant.plans[seed], workbench.few_samples(self._batch(problem)[0])[0])
+
+    def _batch(self, problem: Problem) -> tuple[Any, Mapping[str, Any]]:
+        train, _ = workbench.make_loaders(problem, 0)
+        return workbench.first_batch(problem, train, self.device)
+
+    def _runs(self, variants: Sequence[Variant], outcomes: Mapping[str, Sequence[Outcome]]) -> dict[str, Run]:
         """Each variant's mean results and its costs."""
-        batch = self._batch()
-        self._say("Timing training steps of all in turn ...")
-        seconds = step_seconds({variant.label: self._step(variant, batch) for variant in variants})
-        runs = {}
-        for variant in variants:
-            if variant.method == SINGLE_TASK:
-                costs = workbench.single_task_costs(self._fresh(0), self.problem.task_names, batch[0])
-            else:
-                costs = workbench.costs_per_sample(self._model(variant, 0), batch[0])
-            runs[variant.label] = Run(
-                problem=self.problem.name,
-                label=variant.label,
-                tasks=self.problem.task_names,
-                method=variant.method,
-                surgery=variant.surgery,
-                branched_layers=tuple(variant.plan(0).layers) if variant.plan else (),
-                epochs=self.epochs,
-                parameters=costs.parameters,
-                macs=costs.macs,
-                seconds_per_step=seconds[variant.label],
-                results=_mean_results(variant.results),
-                higher_is_better=directions(self.problem.tasks),
-                finished=True,
-            )
-        return runs
+        _say("Timing the training steps of all, in turn")
+        problem = problems.get(PROBLEM)
+        batch = self._batch(problem)
+        seconds = step_seconds({variant.label: self._step(problem, variant, batch) for variant in variants})
+        return {
+            variant.label: self._run_of(problem, variant, outcomes[variant.label], seconds[variant.label], batch[0])
+            for variant in variants
+        }
 
-    def _step(self, variant: Variant, batch: tuple[Any, Mapping[str, Any]]) -> Callable[[], None]:
-        """One training step of a fresh model; for single-task training, one of each model."""
+    def _run_of(
+        self, problem: Problem, variant: Variant, outcomes: Sequence[Outcome], seconds: float, inputs: Any
+    ) -> Run:
+        model = self._model(problem, variant, 0)
         if variant.method == SINGLE_TASK:
-            alone = [self._plain_step(self._fresh(0), "joint", batch, [task]) for task in self.problem.task_names]
-            return lambda: [step() for step in alone].clear()
-        return self._plain_step(self._model(variant, 0), variant.method, batch, self.problem.task_names)
+            costs = workbench.single_task_costs(model, problem.task_names, inputs)
+        else:
+            costs = workbench.costs_per_sample(model, inputs)
+        tables = [outcome.results for outcome in outcomes]
+        return Run(
+            problem=PROBLEM,
+            label=variant.label,
+            tasks=problem.task_names,
+            method=variant.method,
+            surgery=variant.surgery,
+            branched_layers=tuple(variant.plans[0].layers) if variant.plans else (),
+            epochs=self.epochs,
+            parameters=costs.parameters,
+            macs=costs.macs,
+            seconds_per_step=seconds,
+            results={task: _mean([table[task] for table in tables]) for task in problem.task_names},
+            higher_is_better=directions(problem.tasks),
+            finished=True,
+        )
 
-    def _plain_step(
-        self, model: nn.Module, method: str, batch: tuple[Any, Mapping[str, Any]], tasks: Sequence[str]
+    def _step(self, problem: Problem, variant: Variant, batch: tuple[Any, Mapping[str, Any]]) -> Callable[[], None]:
+        """One training step of a fresh model; for single-task training, one of each model."""
+        if variant.method != SINGLE_TASK:
+            return self._step_of(problem, variant, variant.method, batch, problem.task_names)
+        alone = [self._step_of(problem, variant, "joint", batch, [task]) for task in problem.task_names]
+
+        def one_of_each() -> None:
+            for step in alone:
+                step()
+
+        return one_of_each
+
+    def _step_of(
+        self,
+        problem: Problem,
+        variant: Variant,
+        method: str,
+        batch: tuple[Any, Mapping[str, Any]],
+        tasks: Sequence[str],
     ) -> Callable[[], None]:
-        optimizer = workbench.make_optimizer(self.problem, model, None)
-        losses = {task: loss for task, loss in self.problem.losses.items() if task in tasks}
+        model = self._model(problem, variant, 0)
+        optimizer = workbench.make_optimizer(problem, model, None)
+        losses = {task: loss for task, loss in problem.losses.items() if task in tasks}
         chosen = recon.methods.get(method)
 
         def step() -> None:
@@ -200,81 +285,96 @@ class Demo:
 
         return step
 
-    def _model(self, variant: Variant, seed: int) -> nn.Module:
-        model = self._fresh(seed)
-        if variant.plan is None:
-            return model
-        return recon.convert(model, variant.plan(seed), workbench.few_samples(self._batch()[0])[0])
 
-    def _fresh(self, seed: int) -> nn.Module:
-        return workbench.make_model(self.problem, seed).to(self.device)
+@dataclass(frozen=True)
+class _Story:
+    """What was measured, as text and as plain values."""
 
-    def _batch(self) -> tuple[Any, Mapping[str, Any]]:
-        train, _ = workbench.make_loaders(self.problem, 0)
-        return workbench.first_batch(self.problem, train, self.device)
+    demo: Demo
+    cmap: recon.ConflictMap
+    plan: recon.BranchPlan
+    runs: dict[str, Run]
+    outcomes: Mapping[str, Sequence[Outcome]]
+    before: Shares
+    after: Shares
+    minutes: float
 
-    def _report(
-        self,
-        cmap: recon.ConflictMap,
-        plan: recon.BranchPlan,
-        variants: Sequence[Variant],
-        runs: dict[str, Run],
-        before: dict[str, float],
-        after: dict[str, float],
-    ) -> Report:
-        comparison = compare(runs)
-        kept = [name for name in before if name in after]
-        rows = [[name, f"{100 * before[name]:.1f}", f"{100 * after[name]:.1f}"] for name in kept]
-        means = [fmean(shares[name] for name in kept) for shares in (before, after)] if kept else [0.0, 0.0]
-        rows.append(["mean", *(f"{100 * mean:.1f}" for mean in means)])
-        minutes = (time.perf_counter() - self.start) / 60
-        data = {
-            **comparison.as_dict(),
-            "seeds": self.seeds,
-            "epochs": self.epochs,
-            "branched_layers": list(plan.layers),
-            "results_by_seed": {variant.label: variant.results for variant in variants},
-            "conflicting_steps": {"before": before, "after": {name: after[name] for name in kept}},
-            "profiled_steps": cmap.steps,
-            "minutes": minutes,
+    def data(self) -> dict[str, Any]:
+        return {
+            **compare(self.runs).as_dict(),
+            "seeds": self.demo.seeds,
+            "epochs": self.demo.epochs,
+            "branched_layers": list(self.plan.layers),
+            "results_by_seed": {label: [o.results for o in outcomes] for label, outcomes in self.outcomes.items()},
+            "conflicting_steps": {"before": self.before, "after": self.after},
+            "profiled_steps": self.cmap.steps,
+            "minutes": self.minutes,
         }
-        write_text(self.folder / "results.json", json.dumps(json_values(data), indent=1) + "\n")
-        text = [
-            f"digits: {self.epochs} epochs each, mean of {self.seeds} seed(s). Accuracies are on the test pairs; Δm is",
-            "against one model for each task; ms/step was measured for all in turn.",
-            "",
-            comparison.text(),
-            "",
-            f"Recon branched {len(plan.layers)} of {len(cmap.layers)} shared layers: {', '.join(plan.layers)}.",
-            "Conflicting steps (cos < 0), in %, in the layers that stay shared, under joint training:",
-            "",
-            text_table(["layer", "joint", f"joint + {_recon(self)}"], rows),
-            "",
-            f"{minutes:.1f} minutes. Saved in {self.folder}: map.json, branched/ (pcgrad + {_recon(self)}, seed 0), "
-            "results.json,",
-            "conflicts_by_layer.png, conflicts_before_after.png.",
-        ]
-        return Report("\n".join(text), data)
 
-    def _say(self, text: str) -> None:
-        print(f"[{time.perf_counter() - self.start:4.0f} s] {text}", file=sys.stderr)
+    def text(self) -> str:
+        demo = self.demo
+        return "\n".join(
+            [
+                f"{PROBLEM}: {demo.epochs} epochs each, mean of {demo.seeds} seed(s). Accuracies on the test pairs;",
+                "Δm is against one model for each task; ms/step was measured for all in turn, on one thread.",
+                "",
+                compare(self.runs).text(),
+                "",
+                self._spread(),
+                "",
+                f"Recon branched {len(self.plan.layers)} of {len(self.cmap.layers)} shared layers:",
+                f"  {', '.join(self.plan.layers)}",
+                "",
+                "Conflicting steps (cos < 0), in %, in the layers that stay shared, under joint training:",
+                "",
+                self._conflicts(),
+                "",
+                f"{self.minutes:.1f} minutes. Saved in {demo.folder}: map.json, results.json, conflicts_by_layer.png,",
+                f"conflicts_before_after.png, and branched/, the model of pcgrad + {demo.surgery} with seed 0.",
+            ]
+        )
+
+    def _spread(self) -> str:
+        """How far the seeds of one variant lie apart: differences in the table below that are noise."""
+        if self.demo.seeds == 1:
+            return "One seed: differences of a few tenths of a point are noise. See `--seeds`."
+        means = {
+            label: [fmean(value for metrics in o.results.values() for value in metrics.values()) for o in outcomes]
+            for label, outcomes in self.outcomes.items()
+        }
+        widest = max(max(values) - min(values) for values in means.values())
+        return f"Between its seeds, the mean accuracy of one row differs by up to {widest:.4f}."
+
+    def _conflicts(self) -> str:
+        kept = [name for name in self.before if name in self.after]
+        rows = [[name, f"{100 * self.before[name]:.1f}", f"{100 * self.after[name]:.1f}"] for name in kept]
+        if kept:
+            means = (fmean(shares[name] for name in kept) for shares in (self.before, self.after))
+            rows.append(["mean", *(f"{100 * mean:.1f}" for mean in means)])
+        return text_table(["layer", "joint", f"joint + {self.demo.surgery}"], rows)
 
 
-def _recon(demo: Demo) -> str:
-    return f"Recon K={demo.top_k}"
+def default_workers(device: torch.device) -> int:
+    """One training a core, four at the most; one alone on a GPU."""
+    return 1 if device.type == "cuda" else min(4, os.cpu_count() or 1)
 
 
-def _find(variants: Sequence[Variant], label: str) -> Variant:
-    return next(variant for variant in variants if variant.label == label)
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    # A second thread saves a network this small a fifth of its time; where the other core is busy, waiting for it
+    # costs many times that.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
-def _mean_results(results: Sequence[Results]) -> Results:
-    first = results[0]
-    return {
-        task: {name: fmean(result[task][name] for result in results) for name in metrics}
-        for task, metrics in first.items()
-    }
+def _mean(tables: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The mean of several tables with the same keys."""
+    return {key: fmean(table[key] for table in tables) for key in tables[0]}
 
 
-def _mean_shares(shares: Sequence[dict[str, float]]) -> dict[str, float]:
-    return {name: fmean(share[name] for share in shares) for name in shares[0]}
+def _say(text: str) -> None:
+    print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr)

@@ -118,6 +118,7 @@ class Training:
                 train,
                 losses,
                 optimizer=workbench.make_optimizer(self.problem, model, self.lr),
+                scheduler=workbench.make_scheduler(self.problem, train, self.epochs),
                 method=method,
                 epochs=self.epochs,
                 on_epoch=save,

@@ -31,12 +31,16 @@ def add_parser(verbs: Verbs) -> None:
     parser.add_argument("--seeds", type=positive_integer, default=2, help="train everything this often (default: 2)")
     parser.add_argument("--epochs", type=positive_integer, default=6, help="of every training (default: 6)")
     parser.add_argument("--top-k", type=positive_integer, default=8, metavar="K", help="layers to branch (default: 8)")
+    parser.add_argument("--workers", type=positive_integer, help="trainings at a time (default: one a core, up to 4)")
     add_device_option(parser)
 
 
 def run(args: argparse.Namespace) -> Report:
     """Run it all and report."""
     check_folder(args.out, marks=("map.json", "results.json"))
-    from recon_cli.demo import Demo  # late: it imports torch
+    from recon_cli import workbench  # late: these import torch
+    from recon_cli.demo import Demo, default_workers
 
-    return Demo(args.out, args.seeds, args.epochs, args.top_k, args.device).run()
+    device = workbench.choose_device(args.device)
+    workers = args.workers or default_workers(device)
+    return Demo(args.out, args.seeds, args.epochs, args.top_k, device, workers).run()

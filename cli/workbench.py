@@ -6,7 +6,7 @@ import copy
 import inspect
 import random
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sized
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 from torch.utils._pytree import tree_leaves, tree_map
 
 import recon
@@ -123,6 +124,23 @@ def make_optimizer(problem: Problem, model: nn.Module, lr: float | None) -> Opti
         for settings in [optimizer.defaults, *optimizer.param_groups]:
             settings["lr"] = lr
     return optimizer
+
+
+def make_scheduler(problem: Problem, loader: Iterable[Batch], epochs: int) -> Callable[[Optimizer], LRScheduler] | None:
+    """What makes the problem's scheduler of an optimizer; None if the problem has none.
+
+    Raises:
+        ProblemError: the train loader cannot tell how many batches it has.
+    """
+    if problem.make_scheduler is None:
+        return None
+    if not isinstance(loader, Sized):
+        raise ProblemError(
+            f"{problem.name!r} has a make_scheduler, which needs the number of steps, but its train loader has no "
+            "length. Give it a __len__, or leave the scheduler out."
+        )
+    factory, steps = problem.make_scheduler, epochs * len(loader)
+    return lambda optimizer: factory(optimizer, steps)
 
 
 def first_batch(problem: Problem, loader: Iterable[Batch], device: torch.device) -> Batch:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 from recon.errors import ProblemError
 
@@ -70,6 +71,8 @@ class Problem:
         make_model: gives a freshly initialised model, `model(inputs) -> {task name: output}`.
         make_loaders: `seed -> (train loader, test loader)`; each yields `(inputs, {task name: target})`.
         make_optimizer: gives the optimizer for a list of parameters.
+        make_scheduler: `(optimizer, optimizer steps of the whole training) -> scheduler`, stepped after every
+            optimizer step; the learning rate stays as it is when not given.
         epochs: how long a normal training runs, unless the user says otherwise.
         description: one line for `recon problems`.
     """
@@ -79,6 +82,7 @@ class Problem:
     make_model: Callable[[], nn.Module]
     make_loaders: Callable[[int], tuple[Iterable[Batch], Iterable[Batch]]]
     make_optimizer: Callable[[Iterable[nn.Parameter]], Optimizer] = field(default=_adam)
+    make_scheduler: Callable[[Optimizer, int], LRScheduler] | None = None
     epochs: int = 10
     description: str = ""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -25,12 +26,7 @@ from recon.layers import find_layers, places
 from recon.partition import Group, Partition, refine
 from recon.planning import BranchPlan
 
-_WRAPPERS = (
-    nn.parallel.DistributedDataParallel,
-    nn.DataParallel,
-    torch.jit.ScriptModule,
-    torch._dynamo.OptimizedModule,
-)
+_WRAPPERS = (nn.parallel.DistributedDataParallel, nn.DataParallel, torch.jit.ScriptModule)
 
 
 def convert(model: nn.Module, plan: BranchPlan, example_inputs: Any = None) -> nn.Module:
@@ -198,7 +194,9 @@ def _copy(model: nn.Module) -> nn.Module:
 
 
 def _refuse_wrapped(model: nn.Module) -> None:
-    if isinstance(model, _WRAPPERS):
+    # A compiled model exists only where torch.compile has loaded its compiler, which takes a second.
+    compiler = sys.modules.get("torch._dynamo.eval_frame")
+    if isinstance(model, _WRAPPERS) or (compiler is not None and isinstance(model, compiler.OptimizedModule)):
         raise UsageError(
             f"The model is wrapped in {type(model).__name__}. Convert the plain module inside (model.module, or the "
             "model before torch.compile), then wrap the result."

@@ -72,7 +72,7 @@ def train(
     optimizer: Optimizer,
     method: str | Method = "joint",
     epochs: int = 1,
-    scheduler: LRScheduler | None = None,
+    scheduler: LRScheduler | Callable[[Optimizer], LRScheduler] | None = None,
     profiler: Profiler | None = None,
     on_epoch: Callable[[Epoch], None] | None = None,
     progress: bool = False,
@@ -86,7 +86,8 @@ def train(
         optimizer: of the model's parameters. A method that learns (uw) gets a group of its own there.
         method: a name (`recon.methods.names()`), a name with options (`"cagrad:c=0.5"`), or a method.
         epochs: passes over the loader.
-        scheduler: stepped after every optimizer step.
+        scheduler: stepped after every optimizer step; or what makes one of the optimizer, which a method that learns
+            needs: a scheduler must know all parameter groups from the start.
         profiler: records conflicts from the gradients of this training.
         on_epoch: called with each epoch's record, for evaluation and checkpoints.
         progress: show a progress bar on stderr.
@@ -103,6 +104,8 @@ def train(
     method.setup(tuple(losses))
     method.to(device)
     _add_parameters(method, optimizer, scheduler)
+    if scheduler is not None and not isinstance(scheduler, LRScheduler):
+        scheduler = scheduler(optimizer)
     history = History()
     for number in range(1, epochs + 1):
         model.train()
@@ -149,16 +152,17 @@ def task_losses(
     return step_losses
 
 
-def _add_parameters(method: Method, optimizer: Optimizer, scheduler: LRScheduler | None) -> None:
+def _add_parameters(
+    method: Method, optimizer: Optimizer, scheduler: LRScheduler | Callable[[Optimizer], LRScheduler] | None
+) -> None:
     known = {p for group in optimizer.param_groups for p in group["params"]}
     new = [p for p in method.parameters() if p not in known]
     if not new:
         return
-    if scheduler is not None:
+    if isinstance(scheduler, LRScheduler):
         raise UsageError(
-            f"Method {method.name!r} has parameters of its own, and a scheduler must know them from the start. Add "
-            "them first: method.setup(tasks); optimizer.add_param_group({'params': method.parameters()}); then make "
-            "the scheduler."
+            f"Method {method.name!r} has parameters of its own, and a scheduler must know them from the start. Pass "
+            "what makes the scheduler instead: scheduler=lambda optimizer: ...LR(optimizer, ...)."
         )
     group: dict[str, Any] = {"params": new}
     if "weight_decay" in optimizer.defaults:

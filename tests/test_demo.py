@@ -15,7 +15,9 @@ def few_digits(monkeypatch):
 
 
 def test_the_demo_tells_the_whole_story(tmp_path, capsys, few_digits):
-    assert main(["demo", "--seeds", "1", "--epochs", "1", "--top-k", "3", "--out", str(tmp_path)]) == 0
+    assert (
+        main(["demo", "--seeds", "1", "--epochs", "1", "--top-k", "3", "--workers", "1", "--out", str(tmp_path)]) == 0
+    )
     out = capsys.readouterr().out
     labels = [
         "single-task",
@@ -35,6 +37,7 @@ def test_the_demo_tells_the_whole_story(tmp_path, capsys, few_digits):
     assert all(row["seconds_per_step"] > 0 and 0 < row["mean"] < 1 for row in results["rows"])
     shares = results["conflicting_steps"]
     assert set(shares["after"]).isdisjoint(results["branched_layers"]) and len(shares["after"]) == 15
+    assert set(shares["after"]) < set(shares["before"])
     for picture in ("conflicts_by_layer.png", "conflicts_before_after.png"):
         assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
     cmap = recon.ConflictMap.load(tmp_path / "map.json")
@@ -47,13 +50,15 @@ def test_the_demo_tells_the_whole_story(tmp_path, capsys, few_digits):
 
 
 def test_the_demos_numbers_are_those_of_the_same_training_by_hand(tmp_path, few_digits):
-    main(["demo", "--seeds", "1", "--epochs", "1", "--top-k", "3", "--out", str(tmp_path)])
+    main(["demo", "--seeds", "1", "--epochs", "1", "--top-k", "3", "--workers", "1", "--out", str(tmp_path)])
     results = json.loads((tmp_path / "results.json").read_text())
     problem = digits.digits()
     loaded = recon.load(tmp_path / "branched", problem.make_model())
     measured = recon.evaluate(loaded, problem.make_loaders(0)[1], problem.tasks)
     # Again, into the same folder: nothing of the first run may be in the way.
-    assert main(["demo", "--seeds", "1", "--epochs", "1", "--top-k", "3", "--out", str(tmp_path)]) == 0
+    assert (
+        main(["demo", "--seeds", "1", "--epochs", "1", "--top-k", "3", "--workers", "1", "--out", str(tmp_path)]) == 0
+    )
     again = json.loads((tmp_path / "results.json").read_text())
     assert again["results_by_seed"] == results["results_by_seed"]
     assert measured == results["results_by_seed"]["pcgrad + Recon K=3"][0]

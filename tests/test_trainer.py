@@ -109,8 +109,18 @@ def test_a_scheduler_steps_with_the_optimizer(model):
 def test_a_scheduler_and_a_method_that_learns(model):
     optimizer = sgd(model)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=3)
-    with pytest.raises(UsageError, match="add_param_group"):
+    with pytest.raises(UsageError, match="scheduler=lambda optimizer"):
         recon.train(model, list(batches(2)), LOSSES, optimizer=optimizer, scheduler=scheduler, method="uw")
+    optimizer = sgd(model)
+    recon.train(
+        model,
+        list(batches(4)),
+        LOSSES,
+        optimizer=optimizer,
+        scheduler=lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, step_size=3, gamma=0.5),
+        method="uw",
+    )
+    assert [group["lr"] for group in optimizer.param_groups] == [0.025, 0.025]
 
 
 def test_on_epoch_sees_every_epoch(model):
