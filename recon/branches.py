@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
 
 from recon.batches import check_outputs
-from recon.fan import map_groups, merge, partition_of, restrict, value_for, within
+from recon.errors import UsageError
+from recon.fan import common_refinement, merge, partition_of, restrict, served, serving, value_for, within
 from recon.partition import Group, Partition, group_name
 
 
@@ -45,6 +45,7 @@ class Branched(nn.Module):
         super().__init__()
         self.partition = partition
         self.branches = Branches(copies)
+        self.training = all(module.training for module in copies.values())
         self.register_load_state_dict_pre_hook(_load_original_into_branches)
 
     def branch(self, group: Group) -> nn.Module:
@@ -53,9 +54,14 @@ class Branched(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run each group's copy on what the group's tasks see."""
+        return self._on_each(lambda layer: layer, args, kwargs)
+
+    def _on_each(self, method: Callable[[nn.Module], Any], args: Any, kwargs: Any) -> Any:
         arriving = partition_of((args, kwargs))
-        partition = self.partition if arriving is None else self.partition.restrict(arriving.tasks)
-        results = [self.branch(group)(*within(args, group), **within(kwargs, group)) for group in partition.groups]
+        partition = served(self.partition) if arriving is None else self.partition.restrict(arriving.tasks)
+        results = [
+            method(self.branch(group))(*within(args, group), **within(kwargs, group)) for group in partition.groups
+        ]
         return merge(partition, results)
 
     def originals(self, key: str) -> bool:
@@ -68,18 +74,17 @@ class Branched(nn.Module):
         except AttributeError:
             if name.startswith("__") or "branches" not in self._modules:
                 raise
-        values = [getattr(self.branch(group), name) for group in self.partition.groups]
+        return self.attribute(name)
+
+    def attribute(self, name: str) -> Any:
+        """An attribute of the layer; a tensor reads as a fan."""
+        partition = served(self.partition)
+        values = [getattr(self.branch(group), name) for group in partition.groups]
+        if isinstance(values[0], nn.Module):  # attention.out_proj has a weight in turn
+            return Branched(partition, dict(zip(partition.groups, values, strict=True)))
         if isinstance(values[0], Tensor) or not callable(values[0]):
-            return merge(self.partition, values)
-
-        def method(*args: Any, **kwargs: Any) -> Any:
-            results = [
-                value(*within(args, group), **within(kwargs, group))
-                for group, value in zip(self.partition.groups, values, strict=True)
-            ]
-            return merge(self.partition, results)
-
-        return method
+            return merge(partition, values)
+        return lambda *args, **kwargs: self._on_each(lambda layer: getattr(layer, name), args, kwargs)
 
 
 class BranchedParameter(Branched):
@@ -94,17 +99,20 @@ class BranchedParameter(Branched):
         del container._parameters[self.name]
         container._modules[self.name] = self
         # A module is found only after the class's own attributes, so a property can hand out the fan.
-        fan = property(lambda module: getattr(module._modules[self.name], self.name))
+        fan = property(lambda module: module._modules[self.name].attribute(self.name))
         cls = type(container)
-        fields = {self.name: fan, "__module__": cls.__module__, "__qualname__": cls.__qualname__}
+        fields = {self.name: fan, "__module__": cls.__module__, "__qualname__": cls.__qualname__, "_fans": True}
         container.__class__ = type(cls.__name__, (cls,), fields)
         container.register_load_state_dict_pre_hook(_LoadBareParameter(self.name))
 
     def give_back(self, container: nn.Module, group: Group) -> None:
-        """Undo `put_into`, leaving one group's copy as the container's parameter."""
+        """Undo `put_into`, for every branched parameter of the container in turn."""
         del container._modules[self.name]
-        container.__class__ = next(c for c in type(container).__mro__ if self.name not in vars(c))
+        container.__class__ = next(cls for cls in type(container).__mro__ if "_fans" not in vars(cls))
         container.register_parameter(self.name, getattr(self.branch(group), self.name))
+        for key, hook in list(container._load_state_dict_pre_hooks.items()):
+            if isinstance(getattr(hook, "hook", None), _LoadBareParameter):
+                del container._load_state_dict_pre_hooks[key]
 
 
 class BranchedStatistics(nn.Module):
@@ -120,29 +128,38 @@ class BranchedStatistics(nn.Module):
 
     def __init__(self, layer: nn.Module, partition: Partition) -> None:
         super().__init__()
+        if "branches" in layer._modules:
+            raise UsageError(
+                f"{type(layer).__name__} keeps running statistics and has a child named 'branches', the name that "
+                "recon keeps them under. Rename the child."
+            )
         self.partition = partition
         # Not registered as a child: its parameters and children are this module's own, so that their names stay.
         object.__setattr__(self, "layer", layer)
         self._parameters = layer._parameters
         self._modules.update(layer._modules)
+        self._load_state_dict_pre_hooks.update(layer._load_state_dict_pre_hooks)
         self.branches = Branches({group: _Buffers(layer) for group in partition.groups})
         self.training = layer.training
         self.register_load_state_dict_pre_hook(_load_original_into_branches)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the layer once per group, on that group's statistics."""
-
-        def run(group: Group, *group_args: Any, **group_kwargs: Any) -> Any:
-            with self._buffers_of(group):
-                return self.layer(*group_args, **group_kwargs)
-
-        return map_groups(run, self.partition, args, kwargs)
+        partition = served(self.partition)
+        arriving = partition_of((args, kwargs))
+        if arriving is not None:
+            partition = common_refinement([partition, arriving])
+        results = []
+        for group in partition.groups:
+            with self._buffers_of(group) as layer, serving(group):
+                results.append(layer(*within(args, group), **within(kwargs, group)))
+        return merge(partition, results)
 
     def branch(self, group: Group) -> nn.Module:
-        """The plain layer as a group has it: the shared parameters, the group's buffers."""
-        with self._buffers_of(group) as layer:
-            memo: dict[int, Any] = {id(p): p for p in layer.parameters()}
-            return copy.deepcopy(layer, memo)
+        """The plain layer as a group has it. The other groups' statistics are lost: this is for taking it out."""
+        self.layer.training = self.training
+        self.layer._buffers = self.branches.at(self.partition, group)._buffers
+        return self.layer
 
     @contextmanager
     def _buffers_of(self, group: Group) -> Iterator[nn.Module]:
@@ -165,7 +182,10 @@ class BranchedStatistics(nn.Module):
             if name.startswith("__") or "branches" not in self._modules:
                 raise
         if name in self.layer._buffers:
-            return merge(self.partition, [getattr(buffers, name) for _, buffers in self.branches.items()])
+            partition = served(self.partition)
+            return merge(
+                partition, [self.branches.at(self.partition, group)._buffers[name] for group in partition.groups]
+            )
         return getattr(self.layer, name)
 
 
@@ -241,8 +261,18 @@ class _LoadBareParameter:
                 state_dict.setdefault(f"{prefix}{self.name}.branches.{group}.{self.name}", value)
 
 
-def named_surgical_modules(model: nn.Module) -> Iterator[tuple[str, Branched | BranchedStatistics]]:
-    """The outermost branched modules of a model, by every path that reaches them."""
-    for path, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, (Branched, BranchedStatistics)) and "branches" not in path.split("."):
-            yield path, module
+def named_surgical_modules(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, Branched | BranchedStatistics]]:
+    """The branched modules of a model, by every path that reaches them, outer ones first; none inside a copy."""
+    for name, child in model._modules.items():
+        if isinstance(child, (Branched, BranchedStatistics)):
+            yield prefix + name, child
+        if child is not None and not isinstance(child, Branches):
+            yield from named_surgical_modules(child, f"{prefix}{name}.")
+
+
+def all_modules(model: nn.Module) -> Iterator[nn.Module]:
+    """Every module, those included that stand behind another and so are in nobody's `modules()`."""
+    for module in model.modules():
+        yield module
+        if isinstance(module, BranchedStatistics):
+            yield module.layer

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_model, save_model
+from safetensors.torch import load_file, save_model
 from torch import nn
 
 from recon.errors import CheckpointError, ReconError
@@ -56,7 +58,8 @@ def load(folder: str | Path, model: nn.Module) -> nn.Module:
         CheckpointError: files are missing, damaged, of two different saves, or of another architecture.
     """
     folder = Path(folder)
-    text = _saved_plan(folder)
+    metadata = _metadata(folder)
+    text = metadata.get("plan", "")
     if not text:
         loaded = copy.deepcopy(model)
     else:
@@ -66,7 +69,7 @@ def load(folder: str | Path, model: nn.Module) -> nn.Module:
         except ReconError as error:
             raise CheckpointError(f"{folder}: the plan does not fit this model. {error}") from error
     try:
-        load_model(loaded, str(folder / WEIGHTS_FILE))
+        _load_weights(loaded, folder, metadata)
     except (RuntimeError, SafetensorError) as error:
         raise CheckpointError(
             f"{folder}: the weights do not fit this model ({_first_lines(error)}). Load it with the "
@@ -114,7 +117,18 @@ def plan_from_json(text: str, source: str) -> BranchPlan:
     return replace(plan, statistics=statistics, task_modules=task_modules)
 
 
-def _saved_plan(folder: Path) -> str:
+def _load_weights(model: nn.Module, folder: Path, metadata: Mapping[str, str]) -> None:
+    state = load_file(str(folder / WEIGHTS_FILE))
+    # Tied tensors are saved once; the metadata says which entry stands for the others. (safetensors' load_model
+    # refuses a BatchNorm that has two names: torch does not count its num_batches_tracked as missing.)
+    state.update({name: state[kept] for name, kept in metadata.items() if kept in state})
+    model.load_state_dict(state)
+    untied = [key for key, value in model.state_dict().items() if not torch.equal(value, state[key].to(value))]
+    if untied:
+        raise RuntimeError(f"{', '.join(untied[:4])} hold the same weights in this model, but not in the file")
+
+
+def _metadata(folder: Path) -> dict[str, str]:
     path = folder / WEIGHTS_FILE
     if not path.is_file():
         raise CheckpointError(
@@ -123,10 +137,9 @@ def _saved_plan(folder: Path) -> str:
         )
     try:
         with safe_open(str(path), framework="pt") as weights:
-            metadata = weights.metadata() or {}
+            return weights.metadata() or {}
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} is damaged or truncated ({error}). Save the model again.") from error
-    return metadata.get("plan", "")
 
 
 def _read_plan(folder: Path, text: str) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from recon.dry_run import undisturbed
@@ -43,7 +44,7 @@ def costs(model: nn.Module, plan: BranchPlan | None, example_inputs: Any) -> Cos
     if plan is not None:
         model = convert(model, plan, example_inputs)
     counter = FlopCounterMode(display=False)
-    with undisturbed(model), torch.no_grad(), _no_fused_attention():
+    with undisturbed(model), torch.no_grad(), _unfused_kernels():
         model.eval()
         with counter:
             model(example_inputs)
@@ -51,11 +52,14 @@ def costs(model: nn.Module, plan: BranchPlan | None, example_inputs: Any) -> Cos
 
 
 @contextmanager
-def _no_fused_attention() -> Iterator[None]:
-    # The fused transformer kernel of evaluation mode is opaque to the counter, and would count as nothing.
-    enabled = torch.backends.mha.get_fastpath_enabled()
+def _unfused_kernels() -> Iterator[None]:
+    # The fused kernels of attention, transformer layers and LSTMs are opaque to the counter: they count as nothing.
+    transformer, onednn = torch.backends.mha.get_fastpath_enabled(), torch.backends.mkldnn.enabled
     torch.backends.mha.set_fastpath_enabled(False)
+    torch.backends.mkldnn.enabled = False  # type: ignore[assignment]
     try:
-        yield
+        with sdpa_kernel(SDPBackend.MATH), torch.backends.cudnn.flags(enabled=False):
+            yield
     finally:
-        torch.backends.mha.set_fastpath_enabled(enabled)
+        torch.backends.mha.set_fastpath_enabled(transformer)
+        torch.backends.mkldnn.enabled = onednn  # a property, whatever its declared type

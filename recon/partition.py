@@ -30,8 +30,12 @@ class Partition:
 
     @classmethod
     def per_task(cls, tasks: Sequence[str]) -> Partition:
-        """One group per task: Recon's own (Shi et al. 2023, sec. 3.3)."""
-        return cls(tuple(tasks), tuple(range(len(tasks))))
+        """One group per task: Recon's own (Shi et al. 2023, sec. 3.3).
+
+        Raises:
+            PlanError: a task's name cannot be part of a parameter's name.
+        """
+        return cls(_checked(tasks), tuple(range(len(tasks))))
 
     @classmethod
     def of_groups(cls, groups: Iterable[Iterable[str]], tasks: Sequence[str]) -> Partition:
@@ -40,6 +44,7 @@ class Partition:
         Raises:
             PlanError: a task is in no group or in two, or a group names a task that is not in `tasks`.
         """
+        tasks = _checked(tasks)
         groups = [[group] if isinstance(group, str) else list(group) for group in groups]
         label = {}
         for number, group in enumerate(groups):
@@ -52,7 +57,7 @@ class Partition:
         missing = [task for task in tasks if task not in label]
         if missing:
             raise PlanError(f"Groups {groups} leave out {missing}; each task goes into one group.")
-        return _canonical(tuple(tasks), tuple(label[task] for task in tasks))
+        return _canonical(tasks, tuple(label[task] for task in tasks))
 
     @cached_property
     def groups(self) -> tuple[Group, ...]:
@@ -89,6 +94,17 @@ def join(outer: Partition, parts: Sequence[Partition]) -> Partition:
     """`outer` with each of its groups split further: `parts[i]` is a partition of the i-th group."""
     keys = tuple((label, parts[label].label_of[t]) for t, label in zip(outer.tasks, outer.labels, strict=True))
     return _canonical(outer.tasks, keys)
+
+
+def _checked(tasks: Iterable[str]) -> tuple[str, ...]:
+    tasks = tuple(tasks)
+    for task in tasks:
+        if not task or "." in task or "+" in task:
+            raise PlanError(
+                f"Task name {task!r} cannot be used: names become parts of parameter names, so they must not be empty "
+                "nor contain '.' or '+'. Rename the task, for example with '_'."
+            )
+    return tasks
 
 
 def _canonical(tasks: tuple[str, ...], keys: tuple[object, ...]) -> Partition:

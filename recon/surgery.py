@@ -21,7 +21,8 @@ from recon.branches import (
     named_surgical_modules,
 )
 from recon.dry_run import find_statistics, find_task_modules
-from recon.errors import PlanError, UsageError
+from recon.errors import PlanError, UnknownNameError, UsageError
+from recon.fan import fans_in, value_for
 from recon.layers import find_layers, places
 from recon.partition import Group, Partition, refine
 from recon.planning import BranchPlan
@@ -59,13 +60,14 @@ def convert(model: nn.Module, plan: BranchPlan, example_inputs: Any = None) -> n
         if example_inputs is None:
             raise UsageError("convert needs example_inputs: a small batch of inputs, as the model's forward takes it.")
         plan = replace(plan, statistics=find_statistics(branched, example_inputs))
-    for path, partition in (plan.statistics or {}).items():
+    # Inner ones first: an outer one takes its children along as they are.
+    for path, partition in sorted((plan.statistics or {}).items(), key=lambda item: -item[0].count(".")):
         _split_statistics(branched, path, partition)
     branched.register_forward_hook(SplitOutputs(plan.tasks))
     if plan.task_modules is None:
         plan = replace(plan, task_modules=find_task_modules(branched, plan.tasks, example_inputs))
     for path, tasks in (plan.task_modules or {}).items():
-        branched.get_submodule(path).register_forward_pre_hook(TasksOnly(tasks), with_kwargs=True)
+        _module_at(branched, path).register_forward_pre_hook(TasksOnly(tasks), with_kwargs=True)
     branched.branch_plan = plan  # type: ignore[assignment]
     return branched
 
@@ -86,12 +88,15 @@ def extract_task(branched: nn.Module, task: str) -> nn.Module:
     for path, module in list(named_surgical_modules(plain)):
         parent_path, _, name = path.rpartition(".")
         parent = plain.get_submodule(parent_path)
-        if isinstance(module, BranchedParameter):
-            module.give_back(parent, (task,))
-        else:
+        if not isinstance(module, BranchedParameter):
             setattr(parent, name, _plain(module, (task,)))
+        elif parent._modules.get(name) is module:  # not if the container has two paths, and is done
+            module.give_back(parent, (task,))
     for part in plain.modules():
         _drop_hooks(part)
+        for attribute, value in vars(part).items():  # what the last forward left behind
+            if fans_in(value):
+                vars(part)[attribute] = value_for(value, task)
     return plain
 
 
@@ -122,6 +127,8 @@ def _branch_layers(model: nn.Module, layers: Mapping[str, Partition]) -> None:
         if partition is None:
             continue
         if isinstance(place.owner, nn.Parameter):
+            if place.attribute not in place.parent._parameters:  # the container has two paths: done at the first
+                continue
             parameters = {group: copies.get(place.owner, group) for group in partition.groups}
             BranchedParameter(place.attribute, partition, parameters).put_into(place.parent)
             continue
@@ -161,12 +168,19 @@ class _ParameterCopies:
 
 
 def _split_statistics(model: nn.Module, path: str, partition: Partition) -> None:
-    module = model.get_submodule(path)
+    module = _module_at(model, path)
     split = BranchedStatistics(module, partition)
     for parent in list(model.modules()):
         for name, child in parent._modules.items():
             if child is module:
                 setattr(parent, name, split)
+
+
+def _module_at(model: nn.Module, path: str) -> nn.Module:
+    try:
+        return model.get_submodule(path)
+    except AttributeError as error:
+        raise UnknownNameError("module", path, [name for name, _ in model.named_modules()]) from error
 
 
 def _plain(module: nn.Module, group: Group) -> nn.Module:

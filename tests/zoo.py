@@ -138,13 +138,15 @@ class ResidualIntoIdentity(Trunk):
 
     def __init__(self) -> None:
         super().__init__(conv_bn(3, 4))
-        self.convs = nn.ModuleList(nn.Conv2d(4, 4, 3, padding=1) for _ in range(3))
+        self.shortcuts = nn.ModuleList(nn.Conv2d(4, 4, 1) for _ in range(2))
+        self.convs = nn.ModuleList(nn.Conv2d(4, 4, 3, padding=1) for _ in range(2))
 
     def trap(self, x):
-        x = x * 2
-        for conv in self.convs:
-            x += conv(x)
-            x *= 0.5
+        for shortcut, conv in zip(self.shortcuts, self.convs, strict=True):
+            identity = shortcut(x)
+            identity += conv(x)
+            identity *= 0.5
+            x = identity.relu()
         return x
 
 
@@ -158,9 +160,9 @@ class InPlaceReLU(Trunk):
         F.relu_(x)
         y = self.second(x)
         view = y.flatten(2)
-        F.leaky_relu(y, 0.1, inplace=True)
-        view.mul_(2.0)
-        return y
+        y.mul_(2.0)
+        view[:, 0] = view[:, 0].clone() + view[:, 1]
+        return F.leaky_relu(y, 0.1, inplace=True) + x.mean()
 
 
 @entry(image)
@@ -238,22 +240,20 @@ class Assigned(Trunk):
 
 
 @entry(vector)
-class AssignedFiner(Trunk):
-    """Fanned values are written into values that may have fanned out into fewer groups."""
+class InPlace(Trunk):
+    """Fanned values are written into fanned values."""
 
     def __init__(self) -> None:
         super().__init__(nn.Linear(6, 4))
         self.scale, self.shift = nn.Linear(4, 4), nn.Linear(4, 4)
 
     def trap(self, x):
-        x = self.scale(self.first_again(x))
-        y = x * 1
-        y.add_(self.shift(y))
-        y[:, 1] = self.shift(y)[:, 0]
+        y = self.scale(x) + self.shift(x)
+        y.add_(self.shift(x))
+        y[:, 1] = self.shift(x)[:, 0] * 2
+        y[:, 2] += self.shift(x * x)[:, 0]
+        y *= x
         return y
-
-    def first_again(self, x):
-        return x + self.shift(x)
 
 
 @entry(vector)
@@ -359,7 +359,7 @@ class IfTraining(Trunk):
 class WithDropout(Trunk):
     def __init__(self) -> None:
         super().__init__(nn.Linear(6, 4))
-        self.body = nn.Sequential(nn.Dropout(0.3), nn.Linear(4, 4), nn.ReLU(), nn.Dropout(0.5, inplace=True))
+        self.body = nn.Sequential(nn.Dropout(0.3), nn.Linear(4, 4), nn.Dropout(0.5, inplace=True), nn.ReLU())
 
     def trap(self, x):
         return self.body(x)
@@ -387,6 +387,27 @@ class Cached(Trunk):
 
 
 # Ways to hold parameters.
+
+
+@entry(image)
+class ChildNamedBranches(Trunk):
+    """Names of the user's that the surgery uses too (HRNet has such a child)."""
+
+    class Stage(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.branches = nn.ModuleList([conv_bn(4, 4), conv_bn(4, 4)])
+            self.layer, self.partition = nn.ModuleDict({"a": nn.Conv2d(4, 4, 1)}), nn.Parameter(torch.ones(4, 1, 1))
+
+        def forward(self, x):
+            return sum(branch(x) for branch in self.branches) + self.layer["a"](x) * self.partition
+
+    def __init__(self) -> None:
+        super().__init__(conv_bn(3, 4))
+        self.stage = ChildNamedBranches.Stage()
+
+    def trap(self, x):
+        return self.stage(x)
 
 
 @entry(vector)
@@ -470,12 +491,12 @@ class ParameterLists(Trunk):
     def __init__(self) -> None:
         super().__init__(nn.Linear(6, 4))
         self.gains = nn.ParameterList(torch.rand(4) for _ in range(3))
-        self.shifts = nn.ParameterDict({"keys": torch.rand(4), "type": torch.rand(4)})
+        self.shifts = nn.ParameterDict({"one": torch.rand(4), "two": torch.rand(4)})
 
     def trap(self, x):
         for gain in self.gains:
             x = x * gain
-        return x + self.gains[-1] + sum(shift for _, shift in self.shifts.items()) * self.shifts["type"]
+        return x + self.gains[-1] + sum(shift for _, shift in self.shifts.items()) * self.shifts["two"]
 
 
 @entry(vector)
@@ -656,7 +677,12 @@ class Counter(Trunk):
         super().__init__(nn.Linear(6, 4))
         self.body = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))
         self.body.register_buffer("steps", torch.zeros(()))
-        self.body.register_forward_pre_hook(lambda module, args: module.steps.add_(1) and None)
+        self.body.register_forward_pre_hook(Counter.count)
+
+    @staticmethod
+    def count(module, args):
+        if module.training:
+            module.steps += 1
 
     def trap(self, x):
         return self.body(x) / (1 + self.body.steps)

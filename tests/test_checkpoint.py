@@ -1,0 +1,279 @@
+import copy
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from recon.checkpoint import FORMAT, PLAN_FILE, VERSION, WEIGHTS_FILE, load, plan_from_json, plan_to_json, save
+from recon.errors import CheckpointError, UsageError
+from recon.planning import BranchPlan
+from recon.surgery import convert, plan_of
+from tests import oracle
+from tests.zoo import TASKS, ZOO, PlainConv, ResidualNet, image
+
+
+def branched_from(name: str, kind: str = "all", seed: int = 1):
+    entry = ZOO[name]
+    torch.manual_seed(seed)
+    model, inputs = entry.make(), entry.inputs(4)
+    branched = convert(model, oracle.random_plan(model, kind, seed), inputs)
+    oracle.perturb(branched)
+    return entry, branched, inputs
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A branched model and the folder that it was saved in."""
+    _, branched, _ = branched_from("PlainConv", "quarter")
+    save(branched, tmp_path)
+    return branched, tmp_path
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_round_trip(name, tmp_path):
+    entry, branched, inputs = branched_from(name)
+    branched.train()
+    branched(copy.deepcopy(inputs))  # moves the running statistics
+    save(branched, tmp_path / "new" / "folder")
+    assert sorted(path.name for path in (tmp_path / "new" / "folder").iterdir()) == [PLAN_FILE, WEIGHTS_FILE]
+    original = entry.make()
+    before = oracle.snapshot(original)
+    loaded = load(tmp_path / "new" / "folder", original)
+    oracle.assert_untouched(original, before)
+    assert plan_of(loaded) == plan_of(branched)
+    ours, theirs = loaded.state_dict(), branched.state_dict()
+    assert list(ours) == list(theirs)
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+    frozen = {name for name, p in branched.named_parameters() if not p.requires_grad}
+    assert {name for name, p in loaded.named_parameters() if not p.requires_grad} == frozen
+    with torch.no_grad():
+        one, other = loaded.eval()(copy.deepcopy(inputs)), branched.eval()(copy.deepcopy(inputs))
+    for task in TASKS:
+        for left, right in zip(oracle.tensors_in(one[task]), oracle.tensors_in(other[task]), strict=True):
+            assert torch.equal(left, right)
+    if not entry.draws:
+        oracle.check(entry.make, loaded.train(), inputs)
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_a_checkpoint_from_before_the_surgery_loads(name):
+    entry = ZOO[name]
+    _, branched, inputs = branched_from(name)
+    trained = entry.make()
+    oracle.perturb(trained, seed=5)
+    state = {key: value.clone() for key, value in trained.state_dict().items()}
+    branched.load_state_dict(state)
+    assert all(torch.equal(state[key], value) for key, value in trained.state_dict().items())
+    with torch.no_grad():
+        ours, theirs = branched.eval()(copy.deepcopy(inputs)), trained.eval()(copy.deepcopy(inputs))
+    for task in TASKS:
+        oracle.assert_outputs_close(ours[task], theirs[task], task)
+    states = oracle.state_of(branched), oracle.state_of(trained)
+    for task in TASKS:
+        for key, theirs in oracle.keys_of(branched, task, set(states[1])).items():
+            if key in state:
+                assert torch.equal(states[0][theirs], state[key]), key
+
+
+def test_loading_the_original_is_strict():
+    _, branched, _ = branched_from("StatisticsAroundStatistics")
+    state = ZOO["StatisticsAroundStatistics"].make().state_dict()
+    for key in list(state):
+        lacking = {name: value for name, value in state.items() if name != key}
+        with pytest.raises(RuntimeError, match="Missing key"):
+            branched.load_state_dict(lacking)
+        with pytest.raises(RuntimeError, match="Unexpected key"):
+            branched.load_state_dict({**state, f"{key}2": state[key]})
+
+
+def test_a_plain_model_round_trips(tmp_path):
+    model = PlainConv()
+    oracle.perturb(model)
+    branched = branched_from("PlainConv")[1]
+    save(branched, tmp_path)
+    save(model, tmp_path)  # in the same place: no plan is left over
+    assert [path.name for path in tmp_path.iterdir()] == [WEIGHTS_FILE]
+    loaded = load(tmp_path, PlainConv())
+    assert all(torch.equal(value, model.state_dict()[key]) for key, value in loaded.state_dict().items())
+
+
+def test_tied_weights_stay_tied(tmp_path):
+    entry, branched, _ = branched_from("TiedWeights")
+    save(branched, tmp_path)
+    loaded = load(tmp_path, entry.make())
+    for group in [name for name, _ in loaded.embed.branches.items()]:
+        copies = [module.branches.get_submodule(group) for module in (loaded.embed, loaded.decode)]
+        assert copies[0].weight is copies[1].weight
+
+
+def test_untied_weights_do_not_fit_a_tied_model(tmp_path):
+    untied = ZOO["TiedWeights"].make()
+    untied.decode.weight = nn.Parameter(untied.embed.weight.detach() * 2)
+    save(untied, tmp_path)
+    assert torch.equal(load(tmp_path, copy.deepcopy(untied)).decode.weight, untied.decode.weight)
+    with pytest.raises(CheckpointError, match=r"embed.weight hold the same weights in this model, but not in the file"):
+        load(tmp_path, ZOO["TiedWeights"].make())
+
+
+def test_channels_last_weights(tmp_path):
+    _, branched, _ = branched_from("PlainConv")
+    branched.to(memory_format=torch.channels_last)
+    save(branched, tmp_path)
+    loaded = load(tmp_path, ZOO["PlainConv"].make())
+    assert all(torch.equal(value, branched.state_dict()[key]) for key, value in loaded.state_dict().items())
+
+
+def test_the_plan_is_readable(saved):
+    _, folder = saved
+    text = (folder / PLAN_FILE).read_text()
+    document = json.loads(text)
+    assert (document["format"], document["version"], document["tasks"]) == (FORMAT, VERSION, list(TASKS))
+    assert set(document) == {"format", "version", "tasks", "layers", "statistics", "task_modules"}
+    assert max(map(len, text.splitlines())) < 120
+
+
+def test_a_plan_that_was_never_converted_round_trips():
+    plan = BranchPlan.grouped({"body": [["a", "b"], "c"]}, TASKS)
+    read = plan_from_json(plan_to_json(plan), "plan.json")
+    assert (read.tasks, read.layers, read.statistics, read.task_modules) == (TASKS, plan.layers, {}, {})
+
+
+# Files that are not what they should be.
+
+
+def test_an_empty_folder(tmp_path):
+    with pytest.raises(CheckpointError, match=r"holds no weights.safetensors: no model was saved there"):
+        load(tmp_path, PlainConv())
+    with pytest.raises(CheckpointError, match=r"holds no weights.safetensors"):
+        load(tmp_path / "nowhere", PlainConv())
+
+
+@pytest.mark.parametrize("part", [0, 4, 100, 0.5, 0.99])
+def test_truncated_weights(saved, part):
+    _, folder = saved
+    path = folder / WEIGHTS_FILE
+    content = path.read_bytes()
+    path.write_bytes(content[: int(part * len(content)) if isinstance(part, float) else part])
+    with pytest.raises(CheckpointError, match=r"weights.safetensors is damaged or truncated"):
+        load(folder, ZOO["PlainConv"].make())
+
+
+def test_weights_that_are_something_else(saved):
+    _, folder = saved
+    (folder / WEIGHTS_FILE).write_bytes(b"PK\x03\x04" + bytes(5000))
+    with pytest.raises(CheckpointError, match="damaged or truncated"):
+        load(folder, PlainConv())
+
+
+def test_a_missing_plan(saved):
+    _, folder = saved
+    (folder / PLAN_FILE).unlink()
+    with pytest.raises(CheckpointError, match=r"plan.json cannot be read"):
+        load(folder, PlainConv())
+
+
+def test_a_plan_of_another_save(saved):
+    _, folder = saved
+    other = branched_from("PlainConv", "last", seed=2)[1]
+    (folder / PLAN_FILE).write_text(plan_to_json(plan_of(other)))
+    with pytest.raises(CheckpointError, match=r"is not the plan that weights.safetensors was saved with"):
+        load(folder, PlainConv())
+
+
+def test_another_architecture(saved):
+    _, folder = saved
+    with pytest.raises(CheckpointError, match=r"the plan does not fit this model. There is no layer named"):
+        load(folder, ResidualNet())
+
+
+def test_another_architecture_with_the_same_layers(saved):
+    _, folder = saved
+    wider = ZOO["PlainConv"].make()
+    wider.heads.heads["a"] = nn.Linear(5, 7)
+    with pytest.raises(CheckpointError, match=r"the weights do not fit this model .*size mismatch"):
+        load(folder, wider)
+    deeper = ZOO["PlainConv"].make()
+    deeper.extra = nn.Linear(5, 7)
+    with pytest.raises(CheckpointError, match=r"the weights do not fit this model .*extra.weight"):
+        load(folder, deeper)
+    shallower = ZOO["PlainConv"].make()
+    shallower.body[3][1] = nn.BatchNorm2d(5, affine=False, track_running_stats=False)
+    with pytest.raises(CheckpointError, match=r"do(es)? not fit this model"):
+        load(folder, shallower)
+
+
+def test_a_statistics_module_that_is_gone(saved):
+    branched, folder = saved
+    text = plan_to_json(plan_of(branched)).replace("body.3.1", "body.3.9").replace("body.1.1", "body.1.9")
+    _rewrite(folder, text)
+    with pytest.raises(CheckpointError, match=r"the plan does not fit this model. There is no (module|layer) named"):
+        load(folder, ZOO["PlainConv"].make())
+
+
+def _rewrite(folder, text):
+    weights = load_file(folder / WEIGHTS_FILE)
+    save_file(weights, folder / WEIGHTS_FILE, metadata={"plan": text})
+    (folder / PLAN_FILE).write_text(text)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda d: d.update(version=99), "format 'recon branch plan', version 99 is not supported"),
+        (lambda d: d.update(format="zip"), "format 'zip'"),
+        (lambda d: d.pop("tasks"), "field 'tasks' is missing"),
+        (lambda d: d.pop("statistics"), "field 'statistics' is missing"),
+        (lambda d: d.update(tasks=["a", "a"]), "not a usable plan"),
+        (lambda d: d.update(layers={}), "names no layer"),
+        (lambda d: d.update(layers={"body.0.0": [["a"], ["b"]]}), r"leave out \['c'\]"),
+        (lambda d: d.update(layers={"body.0.0": 3}), "not a usable plan"),
+        (lambda d: d.update(layers=["body.0.0"]), "not a usable plan"),
+        (lambda d: d.update(tasks=3), "not a usable plan"),
+        (lambda d: d.update(statistics=[]), "not a usable plan"),
+        (lambda d: d.update(task_modules={"heads": 1}), "not a usable plan"),
+    ],
+)
+def test_a_plan_with_a_wrong_field(saved, change, message):
+    branched, folder = saved
+    document = json.loads(plan_to_json(plan_of(branched)))
+    change(document)
+    _rewrite(folder, json.dumps(document))
+    with pytest.raises(CheckpointError, match=message):
+        load(folder, ZOO["PlainConv"].make())
+
+
+@pytest.mark.parametrize("text", ["", "[]", "3", "{", "null", '{"format": 1}'])
+def test_a_plan_that_is_none(text):
+    with pytest.raises(CheckpointError, match="somewhere: "):
+        plan_from_json(text, "somewhere")
+
+
+def test_a_folder_that_cannot_be_written_to(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UsageError, match="Cannot make the folder"):
+        save(PlainConv(), tmp_path / "file")
+
+
+def test_nothing_half_written_stays(tmp_path, monkeypatch):
+    model = PlainConv()
+    save(model, tmp_path)
+    content = (tmp_path / WEIGHTS_FILE).read_bytes()
+
+    def fails(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.replace", fails)
+    oracle.perturb(model)
+    with pytest.raises(UsageError, match="No space left on device"):
+        save(model, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [WEIGHTS_FILE]
+    assert (tmp_path / WEIGHTS_FILE).read_bytes() == content
+    load(tmp_path, PlainConv())
+
+
+def test_the_example_inputs_are_not_needed(saved):
+    _, folder = saved
+    loaded = load(folder, ZOO["PlainConv"].make())
+    oracle.check(ZOO["PlainConv"].make, loaded.train(), image(4))
