@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from recon.branches import Branches, TasksOnly, all_modules
 from recon.errors import FanError, ReconError, UsageError
-from recon.fan import TaskFan, leaves_of, partition_of, storage_of, value_for, watching, where
+from recon.fan import TaskFan, equal, leaves_of, partition_of, storage_of, value_for, watching, where
 from recon.gradients import reached_leaves
 from recon.partition import Group, Partition, refine
 
@@ -72,7 +72,7 @@ def _values(module: nn.Module) -> dict[str, Tensor]:
 
 def _equal(values: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> bool:
     return values.keys() == others.keys() and all(
-        type(others[name]) is Tensor and torch.equal(value, others[name]) for name, value in values.items()
+        type(others[name]) is Tensor and equal(value, others[name]) for name, value in values.items()
     )
 
 
@@ -243,7 +243,9 @@ def _watch_fans(model: nn.Module) -> Iterator[set[str]]:
         return hook
 
     handles = [
-        module.register_forward_pre_hook(watch(path), with_kwargs=True) for path, module in model.named_modules()
+        module.register_forward_pre_hook(watch(path), with_kwargs=True)
+        for path, module in model.named_modules()
+        if not isinstance(module, torch.jit.ScriptModule)  # they take no hooks, and no fans either
     ]
     try:
         yield reached
@@ -264,14 +266,15 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
             for module, attributes, buffers, values in kept:
                 vars(module).clear()
                 vars(module).update(attributes)
-                module._buffers.clear()
-                module._buffers.update(buffers)
-                _put_back(buffers, values)
+                _put_back(module._buffers, buffers, values)
 
 
 @torch.no_grad()
-def _put_back(buffers: Mapping[str, Tensor | None], values: Mapping[str, Tensor]) -> None:
-    for name, value in values.items():
-        buffer = buffers[name]
-        if buffer is not None and not buffer.is_meta and not torch.equal(buffer, value):
-            buffer.copy_(value)
+def _put_back(now: dict[str, Tensor | None], buffers: dict[str, Tensor | None], values: dict[str, Tensor]) -> None:
+    for name in set(now.keys()).difference(buffers):
+        del now[name]
+    for name, buffer in buffers.items():
+        if now[name] is not buffer:
+            now[name] = buffer
+        if buffer is not None and not equal(buffer, values[name]):
+            buffer.copy_(values[name])

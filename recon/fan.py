@@ -82,11 +82,6 @@ class TaskFan(Tensor):
     def __init__(self, partition: Partition, values: Sequence[Tensor]) -> None:
         pass  # all is done in __new__; Tensor's own __init__ takes no arguments
 
-    @property
-    def partition(self) -> Partition:
-        """The groups that the value differs between."""
-        return self._partition
-
     def for_group(self, group: Group) -> Tensor:
         """The value of a group that lies within one of the fan's."""
         return self._by_group[self._partition.label_of[group[0]]]
@@ -416,13 +411,18 @@ class _Shared:
         self.tensor = tensor
         self.version = tensor._version
         # F.batch_norm does not count its writes; no operation writes into what requires a gradient uncounted.
-        self.value = None if tensor.requires_grad or tensor.is_meta else tensor.clone()
+        self.value = None if tensor.requires_grad else tensor.clone()
 
     @property
     def changed(self) -> bool:
         if self.tensor._version != self.version:
             return True
-        return self.value is not None and not torch.equal(self.value, self.tensor)
+        return self.value is not None and not equal(self.value, self.tensor)
+
+
+def equal(tensor: Tensor, other: Tensor) -> bool:
+    """`torch.equal`, and yes for sparse tensors, which it does not take."""
+    return tensor.layout != torch.strided or torch.equal(tensor, other)
 
 
 def _separate(target: TaskFan, common: Partition) -> None:
@@ -447,7 +447,7 @@ def _separate(target: TaskFan, common: Partition) -> None:
 
 def storage_of(tensor: Tensor) -> int:
     """What tells tensors that share memory."""
-    return tensor.untyped_storage()._cdata
+    return tensor.untyped_storage()._cdata if tensor.layout == torch.strided else id(tensor)
 
 
 def _augmented_assignment() -> bool:

@@ -59,6 +59,8 @@ def convert(model: nn.Module, plan: BranchPlan, example_inputs: Any = None) -> n
     if plan.statistics is None:
         if example_inputs is None:
             raise UsageError("convert needs example_inputs: a small batch of inputs, as the model's forward takes it.")
+        if any(parameter.is_meta for parameter in model.parameters()):
+            raise UsageError("convert runs the model, but its parameters are on the meta device. Load weights first.")
         plan = replace(plan, statistics=find_statistics(branched, example_inputs))
     # Inner ones first: an outer one takes its children along as they are.
     for path, partition in sorted((plan.statistics or {}).items(), key=lambda item: -item[0].count(".")):

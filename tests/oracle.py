@@ -64,7 +64,7 @@ def perturb(model: nn.Module, seed: int = 0) -> None:
     with torch.no_grad():
         for state in [*model.parameters(), *model.buffers()]:
             if state.is_floating_point():  # positive, so that running variances stay so
-                state.add_(0.2 * torch.rand(state.shape, generator=generator, dtype=state.dtype))
+                state.add_(0.2 * torch.rand(state.shape, generator=generator, dtype=state.dtype).to(state.device))
 
 
 # Plain models.
@@ -114,11 +114,11 @@ def plain_model(make: Callable[[], nn.Module], branched: nn.Module, task: str) -
 def loss_of(output: Any, task: str) -> Tensor:
     """A scalar that depends on every element of a task's output, differently for each task."""
     generator = torch.Generator().manual_seed(ord(task[0]))
-    total = torch.zeros((), dtype=torch.float64)
+    terms = []
     for leaf in tensors_in(output):
-        weight = torch.randn(leaf.shape, generator=generator, dtype=torch.float64)
-        total = total + (leaf * weight).mean() + 0.1 * leaf.square().mean()
-    return total
+        weight = torch.randn(leaf.shape, generator=generator, dtype=torch.float64).to(leaf.device)
+        terms.append((leaf * weight).mean() + 0.1 * leaf.square().mean())
+    return sum(terms)
 
 
 def tensors_in(structure: Any) -> list[Tensor]:

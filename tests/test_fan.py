@@ -296,6 +296,10 @@ def renormalises(net, x):
     return F.embedding((net.first(x) > 0).long(), torch.full((2, 4), 3.0, dtype=x.dtype), max_norm=1.0)
 
 
+def renormalises_a_parameter(net, x):
+    return F.embedding((net.first(x) > 0).long(), net.third.weight, max_norm=0.1)
+
+
 def calls_batch_norm(net, x):
     return F.batch_norm(net.first(x), torch.zeros(4).double(), torch.ones(4).double(), training=True)
 
@@ -353,13 +357,12 @@ def finds_the_larger(net, x):
     return max(*net.first(x)[0, :2])
 
 
-@torch.jit.script
-def scripted(x: Tensor) -> Tensor:
-    return x * 2 + 1
+def doubled(x: Tensor) -> Tensor:
+    return x * 2
 
 
 def calls_torchscript(net, x):
-    return scripted(net.first(x))
+    return torch.jit.script(doubled)(net.first(x))
 
 
 def makes_a_new_tensor_of_it(net, x):
@@ -451,6 +454,7 @@ CANNOT_WORK = [
     (adds_by_a_function, SHARED, "return operator.iadd(x, net.first(x.detach()))"),
     (scatters, SHARED, "return x.scatter_add_("),
     (renormalises, SHARED, "return F.embedding("),
+    (renormalises_a_parameter, SHARED, "return F.embedding("),
     (calls_batch_norm, SHARED, "return F.batch_norm("),
     (writes_in_evaluation, SHARED, "return y if net.training else x.mul_(y)"),
     (decides, rf"__bool__\(\) {READS}", "return y * 2 if y.sum() > 0 else y"),
@@ -464,7 +468,7 @@ CANNOT_WORK = [
     (goes_to_numpy, READS, "return torch.as_tensor(net.first(x).detach().numpy())"),
     (looks_inside, READS, "return x * (1.0 in net.first(x))"),
     (finds_the_larger, READS, "return max(*net.first(x)[0, :2])"),
-    (calls_torchscript, PAST, "return scripted(net.first(x))"),
+    (calls_torchscript, PAST, "return torch.jit.script(doubled)(net.first(x))"),
     (makes_a_new_tensor_of_it, PAST, "return torch.tensor(net.first(x))"),
     (maps_by_vmap, PAST, "return torch.vmap(lambda row: row * 2)(net.first(x))"),
     (reads_an_alias, STALE, "return x + alias"),

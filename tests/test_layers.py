@@ -114,6 +114,7 @@ def test_an_unknown_name():
         canonical_name(find_layers(ZOO["PlainConv"].make()), "body.3.bn")
 
 
+@pytest.mark.filterwarnings("ignore:enable_nested_tensor")
 def test_a_container_of_torchs_own_is_no_layer_but_what_is_in_it():
     model = nn.ModuleDict({"s": nn.Sequential(nn.Linear(2, 2)), "t": nn.Transformer(4, 1, 1, 1, 4)})
     kinds = {layer.kind for layer in find_layers(model)}

@@ -7,7 +7,7 @@ import torchvision
 from torch import nn
 
 from recon.errors import FanError, PlanError, UnknownNameError, UsageError
-from recon.fan import partition_of
+from recon.fan import fans_in, partition_of
 from recon.partition import Partition
 from recon.planning import BranchPlan
 from recon.surgery import convert, extract_task, plan_of
@@ -106,9 +106,10 @@ def test_extract_task_gives_the_original_architecture(name):
         outputs = branched(copy.deepcopy(inputs))
     for task in TASKS:
         plain, expected = extract_task(branched, task), oracle.plain_model(entry.make, branched, task)
-        assert _structure(plain) == _structure(original)
+        assert _structure(plain) == _structure(original.eval())
         original.load_state_dict(plain.state_dict())
         assert not any(type(part).__module__.startswith("recon") for part in plain.modules())
+        assert not any(fans_in(value) for part in plain.modules() for value in vars(part).values())
         for (key, one), (other_key, other) in zip(
             oracle.state_of(plain).items(), oracle.state_of(expected).items(), strict=True
         ):
@@ -127,9 +128,13 @@ def _structure(model: nn.Module) -> list[tuple]:
     parameters = list(model.named_parameters(remove_duplicate=False))
     first = {}
     return [
-        (path, first.setdefault(id(m), path), type(m).__name__, len(m._forward_hooks), len(m._forward_pre_hooks))
+        (path, first.setdefault(id(m), path), type(m).__name__, *map(len, _hooks_of(m)), m.training)
         for path, m in modules
     ] + [(path, first.setdefault(id(p), path), p.requires_grad) for path, p in parameters]
+
+
+def _hooks_of(module: nn.Module) -> list[dict]:
+    return [module._forward_hooks, module._forward_pre_hooks, module._load_state_dict_pre_hooks]
 
 
 @pytest.mark.parametrize("tasks", [("a", "b"), ("a", "b", "c", "d", "e")])
@@ -243,6 +248,24 @@ def test_a_module_that_serves_some_tasks_runs_for_these_alone():
         head.register_forward_hook(lambda module, args, out, task=task: seen[task].append(partition_of(out).tasks))
     branched(image(2))
     assert seen == {task: [(task,)] for task in TASKS}
+
+
+def test_a_head_with_statistics_of_its_own_runs_for_its_task_alone():
+    heads = nn.ModuleDict({task: nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)) for task in TASKS})
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.heads = nn.Linear(6, 4), copy.deepcopy(heads)
+
+        def forward(self, x):
+            x = self.body(x)
+            return {task: head(x) for task, head in self.heads.items()}
+
+    model = Net().double()
+    branched = convert(model, BranchPlan.grouped({"body": [["a", "b"], "c"]}, TASKS), vector(4))
+    assert plan_of(branched).task_modules == {f"heads.{task}": (task,) for task in TASKS}
+    oracle.check(lambda: Net().double(), branched, vector(4))
 
 
 def test_a_task_whose_output_is_a_dataclass_is_served_too():
@@ -391,6 +414,31 @@ def test_a_wrapped_model(wrap):
 def test_no_example_inputs():
     with pytest.raises(UsageError, match="convert needs example_inputs"):
         convert(PlainConv(), BranchPlan.per_task(["body.0.0"], TASKS))
+
+
+def test_a_model_on_the_meta_device():
+    with pytest.raises(UsageError, match="on the meta device"):
+        convert(PlainConv().to("meta"), BranchPlan.per_task(["body.0.0"], TASKS), image(2).to("meta"))
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script")
+def test_buffers_and_modules_that_take_no_part():
+    class Net(PlainConv):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("mixing", torch.eye(5).to_sparse())
+            self.register_buffer("expanded", torch.arange(5.0).expand(3, 5))
+            self.register_buffer("nothing", None)
+            self.scripted = torch.jit.script(nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)))
+
+        def forward(self, x):
+            x = self.body(self.scripted(x)).mean((2, 3))
+            return self.heads(torch.sparse.mm(self.mixing, x.t()).t() + self.expanded[0])
+
+    model = Net().double()
+    branched = convert(model, BranchPlan.per_task(["body.0.0"], TASKS), image(4)).eval()
+    outputs, expected = branched(inputs := image(2)), model.eval()(inputs)
+    assert all(torch.equal(outputs[task], expected[task]) for task in TASKS)
 
 
 def test_example_inputs_that_do_not_fit():
