@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+import recon.autograd_functions  # noqa: F401  (makes custom autograd functions take fans)
 from recon.batches import check_outputs
 from recon.errors import UsageError
 from recon.fan import common_refinement, merge, partition_of, restrict, served, serving, value_for, within

@@ -13,9 +13,12 @@ from torch.utils._pytree import tree_leaves
 
 from recon.branches import Branches, TasksOnly, all_modules
 from recon.errors import FanError, ReconError, UsageError
-from recon.fan import TaskFan, equal, leaves_of, partition_of, storage_of, value_for, watching, where
+from recon.fan import TaskFan, partition_of, value_for
 from recon.gradients import reached_leaves
 from recon.partition import Group, Partition, refine
+from recon.statement import where
+from recon.trees import leaves_of
+from recon.watch import equal, storage_of, watching
 
 
 def find_statistics(branched: nn.Module, example_inputs: Any) -> dict[str, Partition]:

@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
-import copy
-import dis
-import linecache
-import os
-import sys
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import fields, is_dataclass
-from types import FrameType
-from typing import Any, NoReturn, Protocol
+from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.autograd import Function
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from torch.utils.hooks import RemovableHandle
 
 from recon.errors import FanError
 from recon.partition import Group, Partition, join, refine
+from recon.statement import where
+from recon.trees import leaves_of, map_tree
+from recon.watch import SharedTensor, refuse_write, watcher
 
 # A Python number or bool read off a fan would send every group down one group's path.
 _READS_VALUES = frozenset(
@@ -30,32 +24,9 @@ _READS_VALUES = frozenset(
     "item tolist numpy is_nonzero equal allclose".split()
 )
 _PLAIN_RESULTS = (bool, int, float, str, torch.Size, torch.dtype, torch.device, torch.layout)
-_AUGMENTED = range(13, 26)  # BINARY_OP arguments that mean `+=` and its kin, from Python 3.11 on
 
 # The tasks that the code running now serves, where it runs once per group; None: all of them.
 _serving: ContextVar[Group | None] = ContextVar("serving", default=None)
-# What a dry run looks out for; nobody pays for it in every step.
-_watcher: ContextVar[Watcher | None] = ContextVar("watcher", default=None)
-
-
-class Watcher(Protocol):
-    """Is told of writes that do not mean for a branched model what they mean for the original."""
-
-    def shared_write(self, tensor: Tensor, partition: Partition) -> bool:
-        """Values that differ between groups are written into a tensor that all tasks share: is that right here?"""
-
-    def left_behind(self, tensor: Tensor) -> None:
-        """A write went into copies of a tensor: whoever still holds the tensor itself does not see it."""
-
-
-@contextmanager
-def watching(watcher: Watcher) -> Iterator[None]:
-    """Tell `watcher`."""
-    token = _watcher.set(watcher)
-    try:
-        yield
-    finally:
-        _watcher.reset(token)
 
 
 class TaskFan(Tensor):
@@ -73,7 +44,7 @@ class TaskFan(Tensor):
         """Take `values[i]` as the value of the i-th group of `partition`."""
         first = values[0]
         # In a dry run, a shell that wants a gradient tells on an autograd function that gets hold of it.
-        grad = _watcher.get() is not None and any(value.requires_grad for value in values)
+        grad = watcher() is not None and any(value.requires_grad for value in values)
         shell = Tensor._make_wrapper_subclass(cls, (0,), dtype=first.dtype, device=first.device, requires_grad=grad)
         shell._partition = partition
         shell._by_group = list(values)
@@ -127,7 +98,9 @@ class TaskFan(Tensor):
             )
         written = _written(name, args, kwargs)
         if written:
-            return _map_write(func, name, written, args, kwargs)
+            from recon.fan_writes import map_write  # the two know each other, and writes are few
+
+            return map_write(func, name, written, args, kwargs)
         return map_groups(func, args, kwargs)
 
     @classmethod
@@ -149,18 +122,18 @@ def map_groups(call: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[
     """
     leaves, spec = tree_flatten((args, dict(kwargs)))
     common = common_refinement([leaf._partition for leaf in leaves if type(leaf) is TaskFan])
-    watcher = _watcher.get()
-    if watcher:
+    watch = watcher()
+    if watch:
         _refuse_lost_gradients(leaves)
-    shared = [_Shared(leaf) for leaf in leaves if _is_shared(leaf)] if watcher else []
+    shared = [SharedTensor(leaf) for leaf in leaves if _is_shared(leaf)] if watch else []
     results = []
     for group in common.groups:
         chosen = [leaf.for_group(group) if type(leaf) is TaskFan else leaf for leaf in leaves]
         group_args, group_kwargs = tree_unflatten(chosen, spec)
         results.append(call(*group_args, **group_kwargs))
     for one in shared:
-        if watcher and one.changed and not watcher.shared_write(one.tensor, common):
-            _refuse_write(getattr(call, "__name__", "This"))
+        if watch and one.changed and not watch.shared_write(one.tensor, common):
+            refuse_write(getattr(call, "__name__", "This"))
     return merge(common, results)
 
 
@@ -176,7 +149,7 @@ def merge(partition: Partition, results: Sequence[Any]) -> Any:
     if first is None or isinstance(first, _PLAIN_RESULTS):
         return _same(results)
     try:
-        return _map(lambda *column: _fan_or_same(partition, column), *results)
+        return map_tree(lambda *column: _fan_or_same(partition, column), *results)
     except ValueError as error:
         raise FanError(f"An operation gives a different structure for different tasks{where()}: {error}") from error
 
@@ -209,24 +182,9 @@ def _fan(partition: Partition, values: Sequence[Tensor]) -> Tensor:
     return TaskFan(flat, flat_values)
 
 
-def _map(call: Callable[..., Any], *structures: Any) -> Any:
-    """`tree_map`, into dataclasses too: Python's own are leaves to it."""
-
-    def visit(leaf: Any, *others: Any) -> Any:
-        if not is_dataclass(leaf) or isinstance(leaf, type):
-            return call(leaf, *others)
-        result = copy.copy(leaf)
-        for field in fields(leaf):
-            value = _map(call, *(getattr(part, field.name) for part in (leaf, *others)))
-            object.__setattr__(result, field.name, value)
-        return result
-
-    return tree_map(visit, *structures)
-
-
 def restrict(structure: Any, tasks: Group) -> Any:
     """Any structure, its fans restricted to some tasks."""
-    return _map(lambda leaf: leaf.restrict(tasks) if type(leaf) is TaskFan else leaf, structure)
+    return map_tree(lambda leaf: leaf.restrict(tasks) if type(leaf) is TaskFan else leaf, structure)
 
 
 def within(structure: Any, group: Group) -> Any:
@@ -238,7 +196,7 @@ def within(structure: Any, group: Group) -> Any:
         inner = leaf.restrict(group)
         return inner._by_group[0] if len(inner._by_group) == 1 else inner
 
-    return _map(pick, structure)
+    return map_tree(pick, structure)
 
 
 def value_for(structure: Any, task: str) -> Any:
@@ -251,30 +209,21 @@ def value_for(structure: Any, task: str) -> Any:
     def pick(leaf: Any) -> Any:
         if type(leaf) is not TaskFan:
             return leaf
-        if _watcher.get():
+        if watcher():
             _refuse_lost_gradients([leaf])
         if task not in leaf._partition.label_of:
             raise FanError(f"The output of task {task!r} holds values computed only for {list(leaf._partition.tasks)}.")
         return leaf.for_group((task,))
 
-    return _map(pick, structure)
+    return map_tree(pick, structure)
 
 
 def fans_in(structure: Any) -> list[TaskFan]:
     """The fans in any structure of tuples, lists, dicts and dataclasses."""
     found = [leaf for leaf in leaves_of(structure) if type(leaf) is TaskFan]
-    if _watcher.get():
+    if watcher():
         _refuse_lost_gradients(found)
     return found
-
-
-def leaves_of(structure: Any) -> Iterator[Any]:
-    """`tree_leaves`, into dataclasses too."""
-    for leaf in tree_leaves(structure):
-        if is_dataclass(leaf) and not isinstance(leaf, type):
-            yield from leaves_of([getattr(leaf, field.name) for field in fields(leaf)])
-        else:
-            yield leaf
 
 
 def partition_of(structure: Any) -> Partition | None:
@@ -348,9 +297,6 @@ class _Handles:
             handle.remove()
 
 
-# Writing in place ------------------------------------------------------------------------------------------
-
-
 def _written(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Tensor]:
     """The tensors that a call changes in place."""
     in_place = (
@@ -364,144 +310,8 @@ def _written(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> lis
     return [target for target in targets if isinstance(target, Tensor)]
 
 
-def _map_write(
-    func: Callable[..., Any],
-    name: str,
-    written: Sequence[Tensor],
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any],
-) -> Any:
-    fans = [target for target in written if isinstance(target, TaskFan)]
-    plain = [target for target in written if not isinstance(target, TaskFan)]
-    common = common_refinement([fan._partition for fan in fans_in((args, dict(kwargs)))])
-    if not plain:
-        for target in fans:
-            _separate(target, common)
-        result = map_groups(func, args, kwargs)
-        # `y.add_(x)` is y itself: aliases of the fan must go on seeing later writes.
-        return written[0] if isinstance(result, TaskFan) and len(written) == 1 else result
-    watcher = _watcher.get()
-    if plain[0] is args[0] and _augmented_assignment():
-        # `y += fan` binds the name y anew, so y may become a fan; the old tensor stays as it was.
-        result = map_groups(lambda y, *a, **k: func(y.clone(), *a, **k), args, kwargs)
-        if watcher:
-            watcher.left_behind(plain[0])
-        return result
-    if watcher and all(watcher.shared_write(target, common) for target in plain):
-        return map_groups(func, args, kwargs)
-    return _refuse_write(name)
-
-
-def _refuse_write(name: str) -> NoReturn:
-    raise FanError(
-        f"{name}() writes values that differ between tasks into a tensor that all tasks share{where()}. Make a new "
-        "tensor instead (y = y * x for y.mul_(x); torch.cat, torch.stack or torch.where for z[i] = x), or branch "
-        "later layers only."
-    )
-
-
 def _is_shared(leaf: Any) -> bool:
     return isinstance(leaf, Tensor) and type(leaf) is not TaskFan and not leaf.is_inference()
-
-
-class _Shared:
-    """A tensor among the arguments of an operation that may write into it, whatever its name."""
-
-    def __init__(self, tensor: Tensor) -> None:
-        self.tensor = tensor
-        self.version = tensor._version
-        # F.batch_norm does not count its writes; no operation writes into what requires a gradient uncounted.
-        self.value = None if tensor.requires_grad else tensor.clone()
-
-    @property
-    def changed(self) -> bool:
-        if self.tensor._version != self.version:
-            return True
-        return self.value is not None and not equal(self.value, self.tensor)
-
-
-def equal(tensor: Tensor, other: Tensor) -> bool:
-    """`torch.equal`, and yes for sparse tensors, which it does not take."""
-    return tensor.layout != torch.strided or torch.equal(tensor, other)
-
-
-def _separate(target: TaskFan, common: Partition) -> None:
-    """Split a fan about to be written into the groups of `common`, no two of them sharing memory."""
-    if set(common.tasks) != set(target._partition.tasks):
-        raise FanError(
-            f"Values of {list(common.tasks)} alone are written into values of {list(target._partition.tasks)}{where()}."
-        )
-    values = [target.for_group(group) for group in common.groups]
-    storages = [storage_of(value) for value in values]
-    target._partition, target._by_group = common, values
-    if len(set(storages)) == len(storages):
-        return
-    held = Counter(storages)
-    target._by_group = [v.clone() if held[storage] > 1 else v for v, storage in zip(values, storages, strict=True)]
-    watcher = _watcher.get()
-    if watcher and not _stored_back():
-        for old, new in zip(values, target._by_group, strict=True):
-            if old is not new:
-                watcher.left_behind(old)
-
-
-def storage_of(tensor: Tensor) -> int:
-    """What tells tensors that share memory."""
-    return tensor.untyped_storage()._cdata if tensor.layout == torch.strided else id(tensor)
-
-
-def _augmented_assignment() -> bool:
-    """Whether the user's statement is `y += ...` or its kin, which only its byte code tells from `y.add_(...)`."""
-    frame = _user_frame()
-    if frame is None or frame.f_lasti < 0:
-        return False
-    code, at = frame.f_code.co_code, frame.f_lasti
-    name = dis.opname[code[at]]
-    return name.startswith("INPLACE_") or (name == "BINARY_OP" and code[at + 1] in _AUGMENTED)
-
-
-def _stored_back() -> bool:
-    """Whether it is `x[i] += ...`, which goes on to write the result into x."""
-    frame = _user_frame()
-    if frame is None or not _augmented_assignment():
-        return False
-    code = frame.f_code.co_code
-    later = (dis.opname[code[at]] for at in range(frame.f_lasti, len(code), 2))
-    return next((name for name in later if name.startswith("STORE_")), "") in ("STORE_SUBSCR", "STORE_SLICE")
-
-
-# Custom autograd functions --------------------------------------------------------------------------------------
-
-
-def _take_over_apply() -> None:
-    """Let `MyFunction.apply(fan)` map over the groups.
-
-    `apply` hands its tensors to C++ without asking `__torch_function__`: the values would come out right, but
-    without their gradient. torch has no hook there. Taking `apply` over only while a branched model runs would miss
-    what activation checkpointing runs again in the backward, so it is taken over for good; calls without fans
-    are passed on as they are. What slips by, the dry runs of the conversion find.
-    """
-    original = Function.__dict__["apply"]
-
-    def apply(cls: type[Function], *args: Any, **kwargs: Any) -> Any:
-        if cls.__name__ == "_NoopSaveInputs" or not fans_in((args, kwargs)):  # checkpointing keeps its inputs by it
-            return call(cls, *args, **kwargs)
-        return map_groups(lambda *a, **k: call(cls, *a, **k), args, kwargs)
-
-    def call(cls: type[Function], *args: Any, **kwargs: Any) -> Any:
-        result = original.__get__(None, cls)(*args, **kwargs)
-        if torch.is_grad_enabled() and any(type(leaf) is TaskFan for leaf in tree_leaves(result)):
-            raise FanError(
-                f"Values fan out inside {cls.__name__}{where()}, which loses their gradient. Use "
-                "checkpoint(..., use_reentrant=False) if this is activation checkpointing; otherwise branch later "
-                "layers only."
-            )
-        return result
-
-    Function.apply = classmethod(apply)
-
-
-_take_over_apply()
 
 
 def _refuse_lost_gradients(leaves: Iterable[Any]) -> None:
@@ -515,32 +325,3 @@ def _refuse_lost_gradients(leaves: Iterable[Any]) -> None:
                     f"function {name}, whose apply was bound to a name before recon was imported. Write "
                     f"{name}.apply(...) there."
                 )
-
-
-# Where in the user's code --------------------------------------------------------------------------------------
-
-_HERE = os.path.dirname(os.path.abspath(__file__))
-_TORCH = os.path.dirname(os.path.abspath(torch.__file__)) + os.sep
-
-
-def _user_frame() -> FrameType | None:
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None and _is_machinery(frame.f_code.co_filename):
-        frame = frame.f_back
-    return frame
-
-
-def _is_machinery(path: str) -> bool:
-    return path.startswith(_TORCH) or os.path.dirname(path) == _HERE
-
-
-def where() -> str:
-    """` at file.py:12, in Block.forward: y.mul_(x)`: the user's statement that is running now."""
-    frame = _user_frame()
-    if frame is None:
-        return ""
-    code = frame.f_code
-    owner = frame.f_locals.get("self")
-    inside = f"{type(owner).__name__}.{code.co_name}" if isinstance(owner, nn.Module) else code.co_name
-    line = linecache.getline(code.co_filename, frame.f_lineno).strip()
-    return f" at {os.path.basename(code.co_filename)}:{frame.f_lineno}, in {inside}" + (f": `{line}`" if line else "")

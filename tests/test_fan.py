@@ -10,9 +10,10 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from recon.errors import FanError
-from recon.fan import TaskFan, fans_in, merge, partition_of, restrict, serving, value_for, where, within
+from recon.fan import TaskFan, fans_in, merge, partition_of, restrict, serving, value_for, within
 from recon.partition import Partition
 from recon.planning import BranchPlan
+from recon.statement import where
 from recon.surgery import convert
 from tests.oracle import assert_close, perturb, plain_model
 from tests.zoo import ReverseGradient, ScaledProduct

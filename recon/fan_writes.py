@@ -1,0 +1,68 @@
+"""Writing in place into fans, and fans into what has not fanned out."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from recon.errors import FanError
+from recon.fan import TaskFan, common_refinement, fans_in, map_groups
+from recon.partition import Partition
+from recon.statement import augmented_assignment, stored_back, where
+from recon.watch import refuse_write, storage_of, watcher
+
+
+def map_write(
+    func: Callable[..., Any],
+    name: str,
+    written: Sequence[Tensor],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+) -> Any:
+    """Run `func`, named `name`, which writes in place into `written`, for every group.
+
+    Raises:
+        FanError: it writes values that differ between groups into a tensor that all tasks share.
+    """
+    fans = [target for target in written if isinstance(target, TaskFan)]
+    plain = [target for target in written if not isinstance(target, TaskFan)]
+    common = common_refinement([fan._partition for fan in fans_in((args, dict(kwargs)))])
+    if not plain:
+        for target in fans:
+            _separate(target, common)
+        result = map_groups(func, args, kwargs)
+        # `y.add_(x)` is y itself: aliases of the fan must go on seeing later writes.
+        return written[0] if isinstance(result, TaskFan) and len(written) == 1 else result
+    watch = watcher()
+    if plain[0] is args[0] and augmented_assignment():
+        # `y += fan` binds the name y anew, so y may become a fan; the old tensor stays as it was.
+        result = map_groups(lambda y, *a, **k: func(y.clone(), *a, **k), args, kwargs)
+        if watch:
+            watch.left_behind(plain[0])
+        return result
+    if watch and all(watch.shared_write(target, common) for target in plain):
+        return map_groups(func, args, kwargs)
+    return refuse_write(name)
+
+
+def _separate(target: TaskFan, common: Partition) -> None:
+    """Split a fan about to be written into the groups of `common`, no two of them sharing memory."""
+    if set(common.tasks) != set(target._partition.tasks):
+        raise FanError(
+            f"Values of {list(common.tasks)} alone are written into values of {list(target._partition.tasks)}{where()}."
+        )
+    values = [target.for_group(group) for group in common.groups]
+    storages = [storage_of(value) for value in values]
+    target._partition, target._by_group = common, values
+    if len(set(storages)) == len(storages):
+        return
+    held = Counter(storages)
+    target._by_group = [v.clone() if held[storage] > 1 else v for v, storage in zip(values, storages, strict=True)]
+    watch = watcher()
+    if watch and not stored_back():
+        for old, new in zip(values, target._by_group, strict=True):
+            if old is not new:
+                watch.left_behind(old)

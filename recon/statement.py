@@ -1,0 +1,59 @@
+"""The statement of the user's code that is running now: its place, for errors, and what it does with its result."""
+
+from __future__ import annotations
+
+import dis
+import linecache
+import os
+import sys
+from types import FrameType
+
+import torch
+from torch import nn
+
+_AUGMENTED = range(13, 26)  # BINARY_OP arguments that mean `+=` and its kin, from Python 3.11 on
+_HERE = os.path.dirname(os.path.abspath(__file__))
+_TORCH = os.path.dirname(os.path.abspath(torch.__file__)) + os.sep
+
+
+def _user_frame() -> FrameType | None:
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and _is_machinery(frame.f_code.co_filename):
+        frame = frame.f_back
+    return frame
+
+
+def _is_machinery(path: str) -> bool:
+    return path.startswith(_TORCH) or os.path.dirname(path) == _HERE
+
+
+def where() -> str:
+    """` at file.py:12, in Block.forward: y.mul_(x)`: the user's statement that is running now."""
+    frame = _user_frame()
+    if frame is None:
+        return ""
+    code = frame.f_code
+    owner = frame.f_locals.get("self")
+    inside = f"{type(owner).__name__}.{code.co_name}" if isinstance(owner, nn.Module) else code.co_name
+    line = linecache.getline(code.co_filename, frame.f_lineno).strip()
+    return f" at {os.path.basename(code.co_filename)}:{frame.f_lineno}, in {inside}" + (f": `{line}`" if line else "")
+
+
+def augmented_assignment() -> bool:
+    """Whether the user's statement is `y += ...` or its kin, which only its byte code tells from `y.add_(...)`."""
+    frame = _user_frame()
+    if frame is None or frame.f_lasti < 0:
+        return False
+    code, at = frame.f_code.co_code, frame.f_lasti
+    name = dis.opname[code[at]]
+    return name.startswith("INPLACE_") or (name == "BINARY_OP" and code[at + 1] in _AUGMENTED)
+
+
+def stored_back() -> bool:
+    """Whether it is `x[i] += ...`, which goes on to write the result into x."""
+    frame = _user_frame()
+    if frame is None or not augmented_assignment():
+        return False
+    code = frame.f_code.co_code
+    later = (dis.opname[code[at]] for at in range(frame.f_lasti, len(code), 2))
+    return next((name for name in later if name.startswith("STORE_")), "") in ("STORE_SUBSCR", "STORE_SLICE")

@@ -1,0 +1,79 @@
+"""What a dry run of a branched model looks out for, while operations map over fans; nobody pays for it in a step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import NoReturn, Protocol
+
+import torch
+from torch import Tensor
+
+from recon.errors import FanError
+from recon.partition import Partition
+from recon.statement import where
+
+
+class Watcher(Protocol):
+    """Is told of writes that do not mean for a branched model what they mean for the original."""
+
+    def shared_write(self, tensor: Tensor, partition: Partition) -> bool:
+        """Values that differ between groups are written into a tensor that all tasks share: is that right here?"""
+
+    def left_behind(self, tensor: Tensor) -> None:
+        """A write went into copies of a tensor: whoever still holds the tensor itself does not see it."""
+
+
+_watcher: ContextVar[Watcher | None] = ContextVar("watcher", default=None)
+
+
+def watcher() -> Watcher | None:
+    """Who watches now; nobody outside a dry run."""
+    return _watcher.get()
+
+
+@contextmanager
+def watching(by: Watcher) -> Iterator[None]:
+    """Tell `by`."""
+    token = _watcher.set(by)
+    try:
+        yield
+    finally:
+        _watcher.reset(token)
+
+
+def refuse_write(name: str) -> NoReturn:
+    """Fail on a write that would be wrong for all tasks but one."""
+    raise FanError(
+        f"{name}() writes values that differ between tasks into a tensor that all tasks share{where()}. Make a new "
+        "tensor instead (y = y * x for y.mul_(x); torch.cat, torch.stack or torch.where for z[i] = x), or branch "
+        "later layers only."
+    )
+
+
+class SharedTensor:
+    """A tensor among the arguments of an operation that may write into it, whatever its name."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+        self.version = tensor._version
+        # F.batch_norm does not count its writes; no operation writes into what requires a gradient uncounted.
+        self.value = None if tensor.requires_grad else tensor.clone()
+
+    @property
+    def changed(self) -> bool:
+        """Whether it was written into since."""
+        if self.tensor._version != self.version:
+            return True
+        return self.value is not None and not equal(self.value, self.tensor)
+
+
+def equal(tensor: Tensor, other: Tensor) -> bool:
+    """`torch.equal`, and yes for sparse tensors, which it does not take."""
+    return tensor.layout != torch.strided or torch.equal(tensor, other)
+
+
+def storage_of(tensor: Tensor) -> int:
+    """What tells tensors that share memory."""
+    return tensor.untyped_storage()._cdata if tensor.layout == torch.strided else id(tensor)
