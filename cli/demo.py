@@ -140,7 +140,6 @@ class Demo:
             Variant("joint", self.surgery, chosen, counted=True),
             Variant("pcgrad", self.surgery, chosen),
             Variant("joint", control, random),
-            Variant("pcgrad", control, random),
         ]
 
     def _train_all(self, variants: Sequence[Variant]) -> dict[str, list[Outcome]]:

@@ -374,6 +374,13 @@ def test_gradients_accumulate():
 # What cannot work.
 
 
+def test_a_plan_whose_layers_are_split_over_other_tasks():
+    with pytest.raises(PlanError, match=r"'body' is split over tasks \['a', 'b'\], but the plan is for"):
+        BranchPlan(TASKS, {"body": Partition.per_task(("a", "b"))})
+    with pytest.raises(PlanError, match=r"at least two different tasks, but got \['a'\]"):
+        BranchPlan(("a",), {"body": Partition.per_task(("a",))})
+
+
 def test_an_unknown_layer_gets_the_nearest_names():
     model = ResidualNet().double()
     with pytest.raises(UnknownNameError, match=r"no layer named 'blocks.0.covn1'. Did you mean .*'blocks.0.conv1'"):
