@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -114,36 +114,75 @@ def layer_gramians(jacobian: TaskJacobian, layer_of: Mapping[nn.Parameter, int])
         The L layers' numbers, and (L, T, T), zero where a task does not reach.
     """
     count = len(jacobian.tasks)
-    device = jacobian.shared[0].device if jacobian.shared else torch.device("cpu")
-    dtype = torch.float32 if device.type == "mps" else torch.float64
-    wide = torch.empty(count, max(1, _CHUNK // max(1, count)), dtype=dtype, device=device)
-    layers, gramians = [], []
-    columns = zip(jacobian.shared, zip(*jacobian.rows, strict=True), strict=True)
-    for layer, members in groupby(columns, key=lambda column: layer_of[column[0]]):
-        layers.append(layer)
-        gramians.append(_gramian([column for _, column in members], wide))
-    return layers, torch.stack(gramians) if gramians else wide.new_zeros(0, count, count)
+    columns = [
+        (p, column)
+        for p, column in zip(jacobian.shared, zip(*jacobian.rows, strict=True), strict=True)
+        if any(g is not None for g in column)
+    ]
+    by_layer = groupby(columns, key=lambda column: layer_of[column[0]])
+    members = {layer: [column for _, column in group] for layer, group in by_layer}
+    gramians: list[Tensor] = []
+    for layers in _batches(members.values(), max(1, _CHUNK // max(1, count))):
+        gramians += _gramians(layers)
+    return list(members), torch.stack(gramians) if gramians else torch.zeros(0, count, count, dtype=torch.float64)
 
 
-def _gramian(columns: Sequence[tuple[Tensor | None, ...]], wide: Tensor) -> Tensor:
-    """The Gramian of some parameters' gradients (one tuple of task gradients each), converted piece by piece."""
-    total = wide.new_zeros(len(wide), len(wide))
-    used, room = 0, wide.shape[1]
+Column = tuple["Tensor | None", ...]
+"""One parameter's gradient by task."""
 
-    for column in columns:
-        flat = [None if g is None else g.reshape(-1) for g in column]
-        size = max((g.numel() for g in flat if g is not None), default=0)
-        start = 0
-        while start < size:
-            if used == room:
-                total += _self_product(wide)
-                used = 0
-            n = min(size - start, room - used)
-            for row, g in zip(wide, flat, strict=True):
-                piece = row[used : used + n]
-                piece.zero_() if g is None else piece.copy_(g[start : start + n])
-            start, used = start + n, used + n
-    return total + _self_product(wide[:, :used])
+
+def _batches(layers: Iterable[list[Column]], room: int) -> Iterator[list[list[Column]]]:
+    """Small layers together, as many as fit into `room` columns; a larger one alone."""
+    batch: list[list[Column]] = []
+    used = 0
+    for layer in layers:
+        size = sum(map(_size, layer))
+        if batch and used + size > room:
+            yield batch
+            batch, used = [], 0
+        batch.append(layer)
+        used += size
+    if batch:
+        yield batch
+
+
+def _gramians(layers: list[list[Column]]) -> list[Tensor]:
+    """The Gramians of some layers, from all their gradients in one block; a large layer's in pieces."""
+    rows = [[_flat(column, t) for layer in layers for column in layer] for t in range(len(layers[0][0]))]
+    sizes = [sum(map(_size, layer)) for layer in layers]
+    if len(layers) > 1:
+        block = torch.stack([torch.cat(row) for row in rows])
+        return [_self_product(part) for part in block.to(_wide_dtype(block)).split(sizes, dim=1)]
+    return [_gramian_in_pieces(rows, max(1, _CHUNK // len(rows)))]
+
+
+def _gramian_in_pieces(rows: list[list[Tensor]], length: int) -> Tensor:
+    first = rows[0][0]
+    wide = torch.empty(len(rows), length, dtype=_wide_dtype(first), device=first.device)
+    products = []
+    for column in zip(*rows, strict=True):
+        for parts in zip(*(g.split(length) for g in column), strict=True):
+            block = wide[:, : len(parts[0])]
+            for row, part in zip(block, parts, strict=True):
+                row.copy_(part)  # converts
+            products.append(_self_product(block))
+    return torch.stack(products).sum(dim=0)
+
+
+def _size(column: Column) -> int:
+    return max((g.numel() for g in column if g is not None), default=0)
+
+
+def _flat(column: Column, task: int) -> Tensor:
+    gradient = column[task]
+    if gradient is not None:
+        return gradient.reshape(-1)
+    some = next(g for g in column if g is not None)
+    return some.new_zeros(some.numel())
+
+
+def _wide_dtype(tensor: Tensor) -> torch.dtype:
+    return torch.float32 if tensor.device.type == "mps" else torch.float64
 
 
 def _self_product(block: Tensor) -> Tensor:
