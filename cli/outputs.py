@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -56,5 +57,9 @@ def _check_place(path: Path) -> None:
         folder = folder.parent
     if not folder.is_dir():
         raise UsageError(f"Cannot write {path}: {folder} is not a folder. Choose another place to write to.")
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise UsageError(f"Cannot write {path}: no permission to write in {folder}. Choose another place to write to.")
+    try:  # permissions alone do not tell: a full disk, a read-only one and /proc pass them
+        os.rmdir(tempfile.mkdtemp(prefix=".recon-", dir=folder))
+    except OSError as error:
+        raise UsageError(
+            f"Cannot write {path}: {folder} takes no files ({error.strerror}). Choose another place to write to."
+        ) from error

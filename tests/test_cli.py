@@ -730,3 +730,10 @@ def test_recon_on_digits_from_the_map_to_the_table(ask, tmp_path):
     table = ask("compare", tmp_path / "joint", tmp_path / "recon", "--baseline", tmp_path / "single")
     assert all(row["mean"] > 0.9 and abs(row["delta_m"]) < 10 for row in table["rows"])
     assert table["rows"][1]["parameters_ratio"] > 1
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a folder that takes no files, root or not")
+@pytest.mark.parametrize("verb", ["profile", "train"])
+def test_a_folder_that_takes_no_files_is_refused_before_the_training(verb, command):
+    code, _, err = command(f"{verb} digits --out /proc/nowhere/out")
+    assert code == 2 and "takes no files" in err and "epoch" not in err
