@@ -20,23 +20,19 @@ from torch import nn
 
 import recon
 from recon import problems
-from recon.comparison import compare
 from recon.evaluation import directions
 from recon.files import write_text
 from recon.pictures import before_after, heatmap
 from recon.problem import Problem
 from recon.runs import SINGLE_TASK, Run, json_values
-from recon.tables import text_table
 from recon.timing import step_seconds
 from recon.trainer import task_losses
 from recon_cli import workbench
+from recon_cli.demo_story import Outcome, Results, Story
 from recon_cli.parsing import Report
 
 PROBLEM = "digits"
 _PROFILE_EPOCHS = 3
-
-Results = dict[str, dict[str, float]]
-Shares = dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -59,14 +55,6 @@ class Variant:
     def label(self) -> str:
         """What the table calls it."""
         return f"{self.method} + {self.surgery}" if self.surgery else self.method
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What one training gave: its test results, and the share of steps with cos < 0 by shared layer if counted."""
-
-    results: Results
-    conflicts: Shares
 
 
 @dataclass(frozen=True)
@@ -106,9 +94,10 @@ class Demo:
             runs = self._runs(variants, outcomes)
             before, after = (_mean([o.conflicts for o in outcomes[k]]) for k in ("joint", f"joint + {self.surgery}"))
             before_after(before, after, self.folder / "conflicts_before_after.png")
-            story = _Story(self, cmap, plan, runs, outcomes, before, after, (time.perf_counter() - start) / 60)
+            minutes = (time.perf_counter() - start) / 60
+            story = Story(self.seeds, self.epochs, self.surgery, cmap, plan, runs, outcomes, before, after, minutes)
         write_text(self.folder / "results.json", json.dumps(json_values(story.data()), indent=1) + "\n")
-        return Report(story.text(), story.data())
+        return Report(story.text(self.folder), story.data())
 
     def _profile(self) -> recon.ConflictMap:
         _say(f"Profiling {PROBLEM}: {_PROFILE_EPOCHS} epochs of joint training")
@@ -283,74 +272,6 @@ class Demo:
             optimizer.step()
 
         return step
-
-
-@dataclass(frozen=True)
-class _Story:
-    """What was measured, as text and as plain values."""
-
-    demo: Demo
-    cmap: recon.ConflictMap
-    plan: recon.BranchPlan
-    runs: dict[str, Run]
-    outcomes: Mapping[str, Sequence[Outcome]]
-    before: Shares
-    after: Shares
-    minutes: float
-
-    def data(self) -> dict[str, Any]:
-        return {
-            **compare(self.runs).as_dict(),
-            "seeds": self.demo.seeds,
-            "epochs": self.demo.epochs,
-            "branched_layers": list(self.plan.layers),
-            "results_by_seed": {label: [o.results for o in outcomes] for label, outcomes in self.outcomes.items()},
-            "conflicting_steps": {"before": self.before, "after": self.after},
-            "profiled_steps": self.cmap.steps,
-            "minutes": self.minutes,
-        }
-
-    def text(self) -> str:
-        demo = self.demo
-        return "\n".join(
-            [
-                f"{PROBLEM}: {demo.epochs} epochs each, mean of {demo.seeds} seed(s). Accuracies on the test pairs;",
-                "Δm is against one model for each task; ms/step was measured for all in turn, on one thread.",
-                "",
-                compare(self.runs).text(),
-                "",
-                self._spread(),
-                "",
-                f"Recon branched {len(self.plan.layers)} of {len(self.cmap.layers)} shared layers:",
-                f"  {', '.join(self.plan.layers)}",
-                "",
-                "Conflicting steps (cos < 0), in %, in the layers that stay shared, under joint training:",
-                "",
-                self._conflicts(),
-                "",
-                f"{self.minutes:.1f} minutes. Saved in {demo.folder}: map.json, results.json, conflicts_by_layer.png,",
-                f"conflicts_before_after.png, and branched/, the model of pcgrad + {demo.surgery} with seed 0.",
-            ]
-        )
-
-    def _spread(self) -> str:
-        """How far the seeds of one variant lie apart: differences in the table below that are noise."""
-        if self.demo.seeds == 1:
-            return "One seed: differences of a few tenths of a point are noise. See `--seeds`."
-        means = {
-            label: [fmean(value for metrics in o.results.values() for value in metrics.values()) for o in outcomes]
-            for label, outcomes in self.outcomes.items()
-        }
-        widest = max(max(values) - min(values) for values in means.values())
-        return f"Between its seeds, the mean accuracy of one row differs by up to {widest:.4f}."
-
-    def _conflicts(self) -> str:
-        kept = [name for name in self.before if name in self.after]
-        rows = [[name, f"{100 * self.before[name]:.1f}", f"{100 * self.after[name]:.1f}"] for name in kept]
-        if kept:
-            means = (fmean(shares[name] for name in kept) for shares in (self.before, self.after))
-            rows.append(["mean", *(f"{100 * mean:.1f}" for mean in means)])
-        return text_table(["layer", "joint", f"joint + {self.demo.surgery}"], rows)
 
 
 def default_workers(device: torch.device) -> int:
