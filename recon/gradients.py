@@ -96,7 +96,7 @@ def reached_leaves(values: Sequence[Tensor]) -> set[Tensor]:
 
 def gramian(jacobian: TaskJacobian) -> Tensor:
     """J Jᵀ in float64, (T, T)."""
-    _, gramians = layer_gramians(jacobian, dict.fromkeys(jacobian.shared, 0))
+    _, gramians = layer_gramians(jacobian, {p: number for number, p in enumerate(jacobian.shared)})
     return gramians.sum(dim=0)
 
 
