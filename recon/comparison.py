@@ -144,11 +144,6 @@ def compare(runs: Mapping[str, Run], baseline: Run | None = None) -> Comparison:
     return Comparison(rows, None if baseline is None else baseline.label, reference, metric, notes)
 
 
-def compare_table(runs: Mapping[str, Run], baseline: Run | None = None) -> str:
-    """`compare` as a plain text table."""
-    return compare(runs, baseline).text()
-
-
 def _check(runs: Mapping[str, Run]) -> None:
     for name, run in runs.items():
         if not run.finished:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from recon.conflict_map import ConflictMap, LayerConflicts, threshold_bin
+from recon.conflict_map import ConflictMap, Counts, LayerConflicts, threshold_bin
 from recon.errors import GradientError, UsageError
 from recon.gradients import TaskJacobian, layer_gramians
 from recon.layers import find_layers
@@ -70,11 +70,13 @@ class Profiler:
             jacobian: taken with respect to `self.parameters`, in their order.
         """
         layers, gramians = layer_gramians(jacobian, self._layer_of)
+        # A step in which nothing is shared has no gradients whose device could be taken.
+        device = self.parameters[0].device
         if self._tally is None:
-            self._tally = Tally(len(self.layers), self.threshold, gramians.device)
+            self._tally = Tally(len(self.layers), self.threshold, device)
         self._shared.update(layers)
         self._tasks += [task for task in jacobian.tasks if task not in self._tasks]
-        self._tally.add(layers, [self._tasks.index(task) for task in jacobian.tasks], gramians)
+        self._tally.add(layers, [self._tasks.index(task) for task in jacobian.tasks], gramians.to(device))
 
     def conflict_map(self, made_by: Mapping[str, Any] | None = None) -> ConflictMap:
         """What has been counted so far.
@@ -99,19 +101,18 @@ class Profiler:
                 f"The gradients of all {tally.steps} steps were infinite or NaN, so nothing could be counted. Lower "
                 "the learning rate, or look at the losses."
             )
+        conflicts, observed, stage_steps = tally.by_stage(len(self._tasks))
         return ConflictMap(
             tasks=tuple(self._tasks),
             threshold=self.threshold,
             steps=tally.steps,
             skipped=tally.skipped,
-            stage_steps=tuple(tally.by_stage(len(self._tasks))[2]),
-            layers=self._layer_conflicts(tally),
+            stage_steps=tuple(stage_steps),
+            layers=self._layer_conflicts(tally.histogram.numpy(), conflicts.numpy(), observed.numpy()),
             made_by=dict(made_by or {}),
         )
 
-    def _layer_conflicts(self, tally: Tally) -> list[LayerConflicts]:
-        histogram = tally.histogram.numpy()
-        conflicts, observed, _ = tally.by_stage(len(self._tasks))
+    def _layer_conflicts(self, histogram: Counts, conflicts: Counts, observed: Counts) -> list[LayerConflicts]:
         i, j = np.triu_indices(len(self._tasks), k=1)
         return [
             LayerConflicts(
@@ -119,8 +120,8 @@ class Profiler:
                 kind=self.layers[k].kind,
                 shapes=self.layers[k].shapes,
                 histogram=histogram[k],
-                conflicts=conflicts[:, k].numpy()[:, i, j],
-                observed=observed[:, k].numpy()[:, i, j],
+                conflicts=conflicts[:, k][:, i, j],
+                observed=observed[:, k][:, i, j],
             )
             for k in sorted(self._shared)
         ]

@@ -59,7 +59,7 @@ class Run:
         seconds_per_step: mean wall time of a training step, loading included; single-task steps added up.
         results: `{task: {metric: value}}` on the test data; empty until the run is finished.
         higher_is_better: `{task: {metric: direction}}`.
-        history: the epochs' records (`recon.History.as_dicts`).
+        history: the epochs' records (`recon.Epoch`), as plain values.
         finished: whether all epochs and the evaluation were done.
         versions: of recon, Python and torch.
     """

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -58,10 +58,6 @@ class History:
     def seconds(self) -> float:
         """The wall time of all steps."""
         return sum(epoch.seconds for epoch in self.epochs)
-
-    def as_dicts(self) -> list[dict[str, Any]]:
-        """The epochs as plain dicts, for JSON."""
-        return [asdict(epoch) for epoch in self.epochs]
 
 
 def train(

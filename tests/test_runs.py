@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from recon.comparison import compare, compare_table
+from recon.comparison import compare
 from recon.errors import CheckpointError, UsageError
 from recon.evaluation import delta_m
 from recon.runs import RUN_FILE, SINGLE_TASK, Run
@@ -176,7 +176,7 @@ def test_different_lengths_of_training_are_noted():
 
 
 def test_the_table_has_what_the_comparison_says():
-    text = compare_table({"runs/a": run(), "runs/b": single()})
+    text = compare({"runs/a": run(), "runs/b": single()}).text()
     header, rule, first, second = text.splitlines()
     assert header.split("  ")[0] == "run"
     assert set(rule) == {"-", " "}
@@ -188,15 +188,15 @@ def test_the_table_has_what_the_comparison_says():
 
 
 def test_labels_that_repeat_the_names_are_left_out():
-    assert "how" not in compare_table({"joint": run()}).split()
-    assert "how" in compare_table({"folder": run()}).split()
+    assert "how" not in compare({"joint": run()}).text().split()
+    assert "how" in compare({"folder": run()}).text().split()
 
 
 def test_forty_tasks_are_summed_up():
     tasks = tuple(f"task{i}" for i in range(40))
     results = {task: {"accuracy": i / 40} for i, task in enumerate(tasks)}
     many = run(tasks=tasks, results=results)
-    text = compare_table({"many": many})
+    text = compare({"many": many}).text()
     assert "task7" not in text
     assert "mean accuracy" in text and "0.4875" in text
 
