@@ -155,8 +155,8 @@ def _conflict_averse_weights(R: Array, c: float) -> Array:
     it is the min-norm point of the gradients shifted by μ g_0. The best μ has ‖g_w‖ = μ r, and there is
     only one, because the problem is convex in (w, μ).
 
-    TorchJD hands the dual to a conic solver, which stops at a tolerance in the objective, of which the error of the update is the square root: where the gradients nearly
-    cancel, the whole gain of the worst-off task can get lost.
+    TorchJD hands the dual to a conic solver, which stops at a tolerance in the objective. The error of the update is
+    its square root: where the gradients nearly cancel, the whole gain of the worst-off task can get lost.
     """
     lengths = np.linalg.norm(R, axis=0)
     mean = R.mean(axis=1)
