@@ -11,12 +11,13 @@ import torch
 from torch import nn
 
 import recon
-from recon.checkpoint import PLAN_FILE, WEIGHTS_FILE
+from recon.checkpoint import PLAN_FILE
 from recon.errors import ReconError
 from recon.evaluation import directions
 from recon.problem import Loss, Problem, Task
 from recon.runs import SINGLE_TASK, Run
 from recon.surgery import plan_of
+from recon.weights import WEIGHTS_FILE
 from recon_cli import workbench
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -19,7 +20,7 @@ from recon_cli.parsing import PROBLEM, Report, add_device_option, add_verb, posi
 if TYPE_CHECKING:
     from torch import nn
 
-    from recon import BranchPlan, ConflictMap, Costs, Problem
+    from recon import BranchPlan, ConflictMap, Costs, Problem, Verification
     from recon_cli.parsing import Verbs
 
 _ROUNDS = 7  # of timing; each takes a step of either model
@@ -41,8 +42,9 @@ def add_parser(verbs: Verbs) -> None:
         recon convert digits --map map.json --top-k 4 --out branched
         recon convert digits --map map.json --top-k 4 --select random --seed 1 --out random
         recon convert digits --layers blocks.2.conv1 blocks.2.conv2 --out late
+        recon convert digits --map map.json --top-k 4 --init pretrained.pt --out branched
         """,
-        "The model is freshly initialised: train the result with `recon train --model`.",
+        "The weights are make_model's, unless --init says otherwise. Train the result with `recon train --model`.",
     )
     parser.add_argument("problem", metavar="PROBLEM", help=PROBLEM)
     parser.add_argument("--map", type=Path, metavar="MAP", help="the conflict map that chooses the layers")
@@ -52,6 +54,27 @@ def add_parser(verbs: Verbs) -> None:
     parser.add_argument("--select", choices=("top", "random"), help="the highest scores (default), or K at random")
     parser.add_argument("--threshold", type=threshold, metavar="S", help="score at another S (default: the map's own)")
     parser.add_argument("--seed", type=seed, default=0, help="of the weights and of --select random (default: 0)")
+    parser.add_argument(
+        "--mode",
+        choices=("fan", "per-task"),
+        default="fan",
+        help="fan: compute once what the tasks share (default); per-task: run the whole network once per task, for a "
+        "forward that cannot be branched otherwise",
+    )
+    parser.add_argument(
+        "--init",
+        default="copy",
+        metavar="FROM",
+        help="copy: as make_model gives the model (default); scratch: another draw of make_model; or the path of a "
+        "checkpoint from before the surgery",
+    )
+    parser.add_argument(
+        "--copies",
+        choices=("equal", "independent"),
+        default="equal",
+        help="with --init scratch: whether the copies of one layer start equal (default), or each from its own draw",
+    )
+    parser.add_argument("--no-verify", action="store_true", help="do not check the branched model on a few samples")
     add_device_option(parser)
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="where the branched model goes")
 
@@ -71,7 +94,10 @@ def run(args: argparse.Namespace) -> Report:
     chosen = _choose(args, problem, plain, cmap)
     loader, _ = workbench.make_loaders(problem, args.seed)
     batch = workbench.first_batch(problem, loader, device)
-    branched = recon.convert(plain, chosen, workbench.few_samples(batch[0])[0])
+    example = workbench.few_samples(batch[0])[0]
+    init = problem.make_model if args.init == "scratch" else args.init
+    branched = recon.convert(plain, chosen, example, mode=args.mode, init=init, copies=args.copies)
+    verified = None if args.no_verify else recon.verify(plain, branched, example)
     models = {"plain": plain, "branched": branched}
     costs = {name: workbench.costs_per_sample(model, batch[0]) for name, model in models.items()}
     _save(args, problem, branched, plan_of(branched), costs["branched"])
@@ -82,10 +108,12 @@ def run(args: argparse.Namespace) -> Report:
         name: {"parameters": costs[name].parameters, "macs": costs[name].macs, "seconds_per_step": seconds[name]}
         for name in models
     }
-    return _report(args, problem, plan_of(branched), table)
+    return _report(args, problem, plan_of(branched), table, verified)
 
 
 def _check_options(args: argparse.Namespace) -> None:
+    if args.copies == "independent" and args.init != "scratch":
+        args.parser.error("--copies independent needs --init scratch: other weights are the same for every copy")
     if args.top_k and not args.map:
         args.parser.error("--top-k needs --map MAP: `recon profile` makes one")
     for option, value in (("--select", args.select), ("--threshold", args.threshold)):
@@ -130,7 +158,13 @@ def _save(args: argparse.Namespace, problem: Problem, branched: nn.Module, plan:
     recon.save(branched, args.out)
 
 
-def _report(args: argparse.Namespace, problem: Problem, plan: BranchPlan, costs: dict[str, dict[str, float]]) -> Report:
+def _report(
+    args: argparse.Namespace,
+    problem: Problem,
+    plan: BranchPlan,
+    costs: dict[str, dict[str, float]],
+    verified: Verification | None,
+) -> Report:
     statistics = [path for path in plan.statistics or {} if path not in plan.layers]
     next_command = ["recon", "train", args.problem, "--model", str(args.out), "--out", "run"]
     text = [
@@ -138,6 +172,8 @@ def _report(args: argparse.Namespace, problem: Problem, plan: BranchPlan, costs:
         *(f"  {name}" for name in plan.layers),
         f"Shared layers that keep running statistics for each group of tasks: {len(statistics)}",
         *(f"  {path}" for path in statistics),
+        "",
+        str(verified or "Not verified, as --no-verify asks."),
         "",
         _cost_table(costs),
         "",
@@ -151,6 +187,8 @@ def _report(args: argparse.Namespace, problem: Problem, plan: BranchPlan, costs:
         "branched_layers": list(plan.layers),
         "statistics": statistics,
         "task_modules": {path: list(tasks) for path, tasks in (plan.task_modules or {}).items()},
+        "mode": plan.mode,
+        "verified": asdict(verified) if verified else None,
         "costs": {**costs, "ratio": {what: _ratio(costs, what) for what in costs["plain"]}},
     }
     return Report("\n".join(text), data)

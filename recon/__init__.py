@@ -12,16 +12,19 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from recon import errors, methods
+    from recon.batches import inputs
     from recon.checkpoint import load, save
     from recon.conflict_map import ConflictMap
     from recon.costs import Costs, costs
     from recon.evaluation import delta_m, evaluate
+    from recon.lowering import lower
     from recon.planning import BranchPlan, plan
     from recon.problem import Metric, Problem, Task
     from recon.profiler import Profiler, profile
     from recon.surgery import convert, extract_task
     from recon.trainer import Epoch, History, train
     from recon.updates import backward
+    from recon.verification import Verification, verify
 
 __all__ = [
     "BranchPlan",
@@ -33,6 +36,7 @@ __all__ = [
     "Problem",
     "Profiler",
     "Task",
+    "Verification",
     "backward",
     "convert",
     "costs",
@@ -40,12 +44,15 @@ __all__ = [
     "errors",
     "evaluate",
     "extract_task",
+    "inputs",
     "load",
+    "lower",
     "methods",
     "plan",
     "profile",
     "save",
     "train",
+    "verify",
 ]
 
 _HOME = {
@@ -58,17 +65,21 @@ _HOME = {
     "Problem": "problem",
     "Profiler": "profiler",
     "Task": "problem",
+    "Verification": "verification",
     "backward": "updates",
     "convert": "surgery",
     "costs": "costs",
     "delta_m": "evaluation",
     "evaluate": "evaluation",
     "extract_task": "surgery",
+    "inputs": "batches",
     "load": "checkpoint",
+    "lower": "lowering",
     "plan": "planning",
     "profile": "profiler",
     "save": "checkpoint",
     "train": "trainer",
+    "verify": "verification",
 }
 
 

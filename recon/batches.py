@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from itertools import chain
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,28 @@ from recon.errors import ProblemError
 from recon.problem import Batch
 
 Tree = TypeVar("Tree")
+
+
+class Inputs(NamedTuple):
+    """What a forward of several arguments takes; anything else is the one argument of `model(inputs)`.
+
+    A tuple, so that data loaders collate it and `to_device` moves it like any other nest.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+def inputs(*args: Any, **kwargs: Any) -> Inputs:
+    """Inputs for `model(*args, **kwargs)`, wherever recon takes inputs: in a batch, or as example inputs."""
+    return Inputs(args, kwargs)
+
+
+def call(model: nn.Module, inputs: Any) -> Any:
+    """`model(inputs)`, or `model(*args, **kwargs)` for `Inputs`."""
+    if isinstance(inputs, Inputs):
+        return model(*inputs.args, **inputs.kwargs)
+    return model(inputs)
 
 
 def model_device(model: nn.Module) -> torch.device:
@@ -62,7 +84,7 @@ def task_outputs(model: nn.Module, inputs: Any, tasks: Iterable[str]) -> Mapping
     Raises:
         ProblemError: the output is no `{task name: output}`, or lacks a task.
     """
-    return check_outputs(model(inputs), tasks)
+    return check_outputs(call(model, inputs), tasks)
 
 
 def check_outputs(outputs: Any, tasks: Iterable[str]) -> Mapping[str, Any]:

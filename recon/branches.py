@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import lru_cache, partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -11,8 +12,20 @@ from torch import Tensor, nn
 import recon.autograd_functions  # noqa: F401  (makes custom autograd functions take fans)
 from recon.batches import check_outputs
 from recon.errors import UsageError
-from recon.fan import common_refinement, merge, partition_of, restrict, served, serving, value_for, within
+from recon.fan import (
+    common_refinement,
+    mark_origins,
+    merge,
+    origins_of,
+    partition_of,
+    restrict,
+    served,
+    serving,
+    value_for,
+    within,
+)
 from recon.partition import Group, Partition, group_name
+from recon.watch import watcher
 
 
 class Branches(nn.Module):
@@ -42,8 +55,9 @@ class Branched(nn.Module):
 
     branches: Branches
 
-    def __init__(self, partition: Partition, copies: Mapping[Group, nn.Module]) -> None:
+    def __init__(self, layer_name: str, partition: Partition, copies: Mapping[Group, nn.Module]) -> None:
         super().__init__()
+        self.layer_name = layer_name
         self.partition = partition
         self.branches = Branches(copies)
         self.training = all(module.training for module in copies.values())
@@ -63,7 +77,12 @@ class Branched(nn.Module):
         results = [
             method(self.branch(group))(*within(args, group), **within(kwargs, group)) for group in partition.groups
         ]
-        return merge(partition, results)
+        return self._marked(merge(partition, results), (args, kwargs))
+
+    def _marked(self, output: Any, inputs: Any = ()) -> Any:
+        if watcher():
+            mark_origins(output, origins_of(inputs) | {self.layer_name})
+        return output
 
     def originals(self, key: str) -> bool:
         """Whether a state entry of the unbranched layer belongs to the branches: all of them do."""
@@ -82,38 +101,61 @@ class Branched(nn.Module):
         partition = served(self.partition)
         values = [getattr(self.branch(group), name) for group in partition.groups]
         if isinstance(values[0], nn.Module):  # attention.out_proj has a weight in turn
-            return Branched(partition, dict(zip(partition.groups, values, strict=True)))
+            return Branched(f"{self.layer_name}.{name}", partition, dict(zip(partition.groups, values, strict=True)))
         if isinstance(values[0], Tensor) or not callable(values[0]):
-            return merge(partition, values)
+            return self._marked(merge(partition, values))
         return lambda *args, **kwargs: self._on_each(lambda layer: getattr(layer, name), args, kwargs)
 
 
 class BranchedParameter(Branched):
     """A bare parameter of a container, with one copy per task group; the container's attribute reads as a fan."""
 
-    def __init__(self, name: str, partition: Partition, copies: Mapping[Group, nn.Parameter]) -> None:
-        super().__init__(partition, {group: _Holder(name, parameter) for group, parameter in copies.items()})
-        self.name = name
+    def __init__(self, layer_name: str, partition: Partition, copies: Mapping[Group, nn.Parameter]) -> None:
+        attribute = layer_name.rpartition(".")[2]
+        super().__init__(layer_name, partition, {group: _Holder(attribute, copy) for group, copy in copies.items()})
+        self.attribute_name = attribute
 
     def put_into(self, container: nn.Module) -> None:
         """Take the parameter's place in its container."""
-        del container._parameters[self.name]
-        container._modules[self.name] = self
-        # A module is found only after the class's own attributes, so a property can hand out the fan.
-        fan = property(lambda module: module._modules[self.name].attribute(self.name))
-        cls = type(container)
-        fields = {self.name: fan, "__module__": cls.__module__, "__qualname__": cls.__qualname__, "_fans": True}
-        container.__class__ = type(cls.__name__, (cls,), fields)
-        container.register_load_state_dict_pre_hook(_LoadBareParameter(self.name))
+        name = self.attribute_name
+        container._parameters[name] = None  # keeps the place in the order of parameters
+        container._modules[name] = self
+        names = (*_fans_of(type(container)), name)
+        container.__class__ = _class_with_fans(original_class(container), names)  # type: ignore[arg-type]
+        container.register_load_state_dict_pre_hook(LoadBareParameter(name))
 
-    def give_back(self, container: nn.Module, group: Group) -> None:
-        """Undo `put_into`, for every branched parameter of the container in turn."""
-        del container._modules[self.name]
-        container.__class__ = next(cls for cls in type(container).__mro__ if "_fans" not in vars(cls))
-        container.register_parameter(self.name, getattr(self.branch(group), self.name))
-        for key, hook in list(container._load_state_dict_pre_hooks.items()):
-            if isinstance(getattr(hook, "hook", None), _LoadBareParameter):
-                del container._load_state_dict_pre_hooks[key]
+
+@lru_cache(maxsize=1024)
+def _class_with_fans(cls: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
+    """A class whose attributes `names` hand out fans: a module is found only after the class's own attributes."""
+    fans = {name: property(partial(_read_fan, name)) for name in names}
+    fields = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__reduce_ex__": _reduce, "_fans": names}
+    return type(cls.__name__, (cls,), {**fans, **fields})
+
+
+def _read_fan(name: str, container: nn.Module) -> Any:
+    parameter = container._modules[name]
+    assert isinstance(parameter, BranchedParameter)
+    return parameter.attribute(name)
+
+
+def _reduce(module: nn.Module, protocol: Any) -> tuple[Any, ...]:
+    # Pickle would look for the class by its name, and find the original.
+    return _new_with_fans, (original_class(module), _fans_of(type(module))), object.__reduce_ex__(module, protocol)[2]
+
+
+def _new_with_fans(cls: type[nn.Module], names: tuple[str, ...]) -> nn.Module:
+    module: nn.Module = object.__new__(_class_with_fans(cls, names))  # type: ignore[arg-type]
+    return module
+
+
+def _fans_of(cls: type[nn.Module]) -> tuple[str, ...]:
+    return vars(cls).get("_fans", ())
+
+
+def original_class(module: nn.Module) -> type[nn.Module]:
+    """The class of a module before its bare parameters were branched."""
+    return next(cls for cls in type(module).__mro__ if not _fans_of(cls))
 
 
 class BranchedStatistics(nn.Module):
@@ -155,12 +197,6 @@ class BranchedStatistics(nn.Module):
             with self._buffers_of(group) as layer, serving(group):
                 results.append(layer(*within(args, group), **within(kwargs, group)))
         return merge(partition, results)
-
-    def branch(self, group: Group) -> nn.Module:
-        """The plain layer as a group has it. The other groups' statistics are lost: this is for taking it out."""
-        self.layer.training = self.training
-        self.layer._buffers = self.branches.at(self.partition, group)._buffers
-        return self.layer
 
     @contextmanager
     def _buffers_of(self, group: Group) -> Iterator[nn.Module]:
@@ -232,8 +268,9 @@ class SplitOutputs:
 
 
 def is_surgical(hook: object) -> bool:
-    """Whether a forward hook was put there by the surgery."""
-    return isinstance(hook, (TasksOnly, SplitOutputs))
+    """Whether a hook was put on one of the user's modules by the surgery."""
+    hook = getattr(hook, "hook", hook)  # torch wraps what it calls before loading
+    return isinstance(hook, (TasksOnly, SplitOutputs, LoadBareParameter))
 
 
 def _load_original_into_branches(module: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
@@ -248,13 +285,14 @@ def _load_original_into_branches(module: nn.Module, state_dict: dict[str, Any], 
                 state_dict.setdefault(f"{inside}{group}.{name}", value)
 
 
-class _LoadBareParameter:
-    """The same for a bare parameter, whose own entry lies beside the branches, in the container."""
+class LoadBareParameter:
+    """Lets a checkpoint from before the surgery load: the copies of a bare parameter get its own entry."""
 
     def __init__(self, name: str) -> None:
         self.name = name
 
     def __call__(self, module: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Move the entry to the branches."""
         branched = module._modules.get(self.name)
         if isinstance(branched, BranchedParameter) and prefix + self.name in state_dict:
             value = state_dict.pop(prefix + self.name)

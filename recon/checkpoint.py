@@ -4,24 +4,22 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_model
+from safetensors import SafetensorError
 from torch import nn
 
 from recon.errors import CheckpointError, ReconError
-from recon.files import make_folder, write_atomically, write_text
+from recon.files import make_folder, write_text
 from recon.partition import Partition
-from recon.planning import BranchPlan
+from recon.planning import BranchPlan, checked_mode
 from recon.surgery import convert
+from recon.weights import WEIGHTS_FILE, read_metadata, read_weights, save_weights
 
 PLAN_FILE = "plan.json"
-WEIGHTS_FILE = "weights.safetensors"
 FORMAT = "recon branch plan"
 VERSION = 1
 
@@ -40,7 +38,7 @@ def save(model: nn.Module, folder: str | Path) -> None:
     plan = getattr(model, "branch_plan", None)
     text = plan_to_json(plan) if isinstance(plan, BranchPlan) else ""
     # The weights carry the plan too, so that files of two different saves are told apart.
-    write_atomically(folder / WEIGHTS_FILE, lambda path: save_model(model, str(path), metadata={"plan": text}))
+    save_weights(model, folder / WEIGHTS_FILE, text)
     if text:
         write_text(folder / PLAN_FILE, text)
     else:
@@ -58,8 +56,7 @@ def load(folder: str | Path, model: nn.Module) -> nn.Module:
         CheckpointError: files are missing, damaged, of two different saves, or of another architecture.
     """
     folder = Path(folder)
-    metadata = _metadata(folder)
-    text = metadata.get("plan", "")
+    text = _metadata(folder).get("plan", "")
     if not text:
         loaded = copy.deepcopy(model)
     else:
@@ -69,7 +66,7 @@ def load(folder: str | Path, model: nn.Module) -> nn.Module:
         except ReconError as error:
             raise CheckpointError(f"{folder}: the plan does not fit this model. {error}") from error
     try:
-        _load_weights(loaded, folder, metadata)
+        _load_weights(loaded, folder)
     except (RuntimeError, SafetensorError) as error:
         raise CheckpointError(
             f"{folder}: the weights do not fit this model ({_first_lines(error)}). Load it with the "
@@ -84,11 +81,12 @@ def plan_to_json(plan: BranchPlan) -> str:
         "format": FORMAT,
         "version": VERSION,
         "tasks": list(plan.tasks),
+        "mode": plan.mode,
         "layers": {name: _groups(partition) for name, partition in plan.layers.items()},
         "statistics": {path: _groups(partition) for path, partition in (plan.statistics or {}).items()},
         "task_modules": {path: list(tasks) for path, tasks in (plan.task_modules or {}).items()},
     }
-    head = [f" {json.dumps(key)}: {json.dumps(document[key])}" for key in ("format", "version", "tasks")]
+    head = [f" {json.dumps(key)}: {json.dumps(document[key])}" for key in ("format", "version", "tasks", "mode")]
     tables = [f" {json.dumps(key)}: {_table(document[key])}" for key in ("layers", "statistics", "task_modules")]
     return "{\n" + ",\n".join(head + tables) + "\n}\n"
 
@@ -110,18 +108,16 @@ def plan_from_json(text: str, source: str) -> BranchPlan:
             for path, groups in document["statistics"].items()
         }
         task_modules = {path: tuple(served) for path, served in document["task_modules"].items()}
+        mode = checked_mode(document["mode"])
     except KeyError as error:
         raise CheckpointError(f"{source}: field {error} is missing. Convert and save the model again.") from error
     except (ValueError, TypeError, AttributeError, ReconError) as error:
         raise CheckpointError(f"{source}: not a usable plan ({error}). Convert and save the model again.") from error
-    return replace(plan, statistics=statistics, task_modules=task_modules)
+    return replace(plan, statistics=statistics, task_modules=task_modules, mode=mode)
 
 
-def _load_weights(model: nn.Module, folder: Path, metadata: Mapping[str, str]) -> None:
-    state = load_file(str(folder / WEIGHTS_FILE))
-    # Tied tensors are saved once; the metadata says which entry stands for the others. (safetensors' load_model
-    # refuses a BatchNorm that has two names: torch does not count its num_batches_tracked as missing.)
-    state.update({name: state[kept] for name, kept in metadata.items() if kept in state})
+def _load_weights(model: nn.Module, folder: Path) -> None:
+    state = read_weights(folder / WEIGHTS_FILE)
     model.load_state_dict(state)
     untied = [key for key, value in model.state_dict().items() if not torch.equal(value, state[key].to(value))]
     if untied:
@@ -129,17 +125,12 @@ def _load_weights(model: nn.Module, folder: Path, metadata: Mapping[str, str]) -
 
 
 def _metadata(folder: Path) -> dict[str, str]:
-    path = folder / WEIGHTS_FILE
-    if not path.is_file():
+    if not (folder / WEIGHTS_FILE).is_file():
         raise CheckpointError(
             f"{folder} holds no {WEIGHTS_FILE}: no model was saved there. Pass the folder that `recon convert`, "
             "`recon train` or recon.save wrote."
         )
-    try:
-        with safe_open(str(path), framework="pt") as weights:
-            return weights.metadata() or {}
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} is damaged or truncated ({error}). Save the model again.") from error
+    return read_metadata(folder / WEIGHTS_FILE)
 
 
 def _read_plan(folder: Path, text: str) -> str:

@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from recon.batches import call
 from recon.dry_run import undisturbed
 from recon.planning import BranchPlan
 from recon.surgery import convert
@@ -47,7 +48,7 @@ def costs(model: nn.Module, plan: BranchPlan | None, example_inputs: Any) -> Cos
     with undisturbed(model), torch.no_grad(), _unfused_kernels():
         model.eval()
         with counter:
-            model(example_inputs)
+            call(model, example_inputs)
     return Costs(sum(p.numel() for p in model.parameters()), counter.get_total_flops() // 2)
 
 

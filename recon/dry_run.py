@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from recon.batches import call
 from recon.branches import Branches, TasksOnly, all_modules
 from recon.errors import FanError, ReconError, UsageError
-from recon.fan import TaskFan, partition_of, value_for
+from recon.fan import TaskFan, origins_of, partition_of, value_for
 from recon.gradients import reached_leaves
 from recon.partition import Group, Partition, refine
 from recon.statement import where
@@ -49,31 +50,47 @@ def find_statistics(branched: nn.Module, example_inputs: Any) -> dict[str, Parti
         return path is not None
 
     with undisturbed(branched), _watch_writes(_Writes(is_statistics)):
-        before = {path: _values(module) for path, module in branched.named_modules()}
-        _run(branched.train(), example_inputs)
+        before = {path: buffer_values(module) for path, module in branched.named_modules()}
+        run(branched.train(), example_inputs)
         for path, module in branched.named_modules():
             partition = partition_of(list(module._buffers.values()))
             if partition is not None:  # assigned anew
                 note(path, partition)
-        # A module that keeps statistics by group runs once per group, and so does whatever it holds.
-        for outer in list(found):
-            for inner, module in branched.get_submodule(outer).named_modules(prefix=outer):
-                if inner != outer and not _equal(before[inner], _values(module)):
-                    note(inner, found[outer].restrict(_tasks_at(inner, branched, found[outer].tasks)))
-        found = {path: partition for path, partition in found.items() if len(partition.groups) > 1}
+        changed = [p for p, module in branched.named_modules() if not equal_values(before[p], buffer_values(module))]
+        everybody = tuple(dict.fromkeys(task for partition in found.values() for task in partition.tasks))
+        found = with_inner(found, {path: _tasks_at(path, branched, everybody) for path in changed})
     if "" in found:
         raise FanError(
             f"{type(branched).__name__} itself keeps running statistics of values that differ between tasks. Move "
-            "these buffers, and the statements that update them, into a submodule; or branch later layers only."
+            "these buffers, and the statements that update them, into a submodule; or branch later layers only. "
+            f"{_way_out(())}"
         )
     return found
 
 
-def _values(module: nn.Module) -> dict[str, Tensor]:
+def with_inner(found: Mapping[str, Partition], changed: Mapping[str, Group]) -> dict[str, Partition]:
+    """`found`, and what its modules hold that writes buffers: it runs once per group, as they do.
+
+    Args:
+        found: the modules that keep statistics by group.
+        changed: the modules that write buffers, and the tasks they run for.
+    """
+    result = dict(found)
+    for path, tasks in changed.items():
+        around = [found[outer].restrict(tasks) for outer in found if path.startswith(f"{outer}.")]
+        own = [found[path]] if path in found else []
+        if around:
+            result[path] = refine(*own, *around)
+    return {path: partition for path, partition in result.items() if len(partition.groups) > 1}
+
+
+def buffer_values(module: nn.Module) -> dict[str, Tensor]:
+    """Copies of a module's own buffers."""
     return {name: buffer.detach().clone() for name, buffer in module._buffers.items() if buffer is not None}
 
 
-def _equal(values: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> bool:
+def equal_values(values: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> bool:
+    """Whether two modules' buffers are the same."""
     return values.keys() == others.keys() and all(
         type(others[name]) is Tensor and equal(value, others[name]) for name, value in values.items()
     )
@@ -89,7 +106,7 @@ def _tasks_at(path: str, model: nn.Module, tasks: Group) -> Group:
     return tasks
 
 
-def find_task_modules(branched: nn.Module, tasks: Group, example_inputs: Any) -> dict[str, Group]:
+def find_task_modules(branched: nn.Module, tasks: Group, example_inputs: Any, original: nn.Module) -> dict[str, Group]:
     """The outermost modules whose parameters serve some of the tasks only: running them for others is wasted.
 
     Which tasks a parameter serves is read off the autograd graph of each task's output. Where a task uses another
@@ -101,14 +118,15 @@ def find_task_modules(branched: nn.Module, tasks: Group, example_inputs: Any) ->
         FanError: a statement of it cannot work on fans.
     """
     with undisturbed(branched), _watch_fans(branched) as arriving, _watch_writes(_Writes()), torch.enable_grad():
-        output = _run(branched.train(), example_inputs)
+        output = run(branched.train(), example_inputs)
+        refuse_foreign({task: value_for(output[task], task) for task in tasks}, original)
         serves: dict[Tensor, set[str]] = {}
         for task in tasks:
             leaves = [leaf for leaf in leaves_of(value_for(output[task], task)) if isinstance(leaf, Tensor)]
             for parameter in reached_leaves(leaves):
                 serves.setdefault(parameter, set()).add(task)
     with undisturbed(branched), _watch_writes(_Writes()), torch.no_grad():
-        _run(branched.eval(), example_inputs)
+        run(branched.eval(), example_inputs)
     copies = {copy for module in branched.modules() if isinstance(module, Branches) for copy in module.modules()}
     found: dict[str, Group] = {}
     for path, module in branched.named_modules():
@@ -117,6 +135,22 @@ def find_task_modules(branched: nn.Module, tasks: Group, example_inputs: Any) ->
         if path in arriving and 0 < len(served) < len(tasks) and not inside:
             found[path] = tuple(task for task in tasks if task in served)
     return found if _nobody_misses(branched, found, example_inputs) else {}
+
+
+def refuse_foreign(outputs: Mapping[str, Any], original: nn.Module) -> None:
+    """Fail where the copy of a model still computes with the original's parameters.
+
+    Raises:
+        UsageError: it does.
+    """
+    leaves = reached_leaves([leaf for leaf in leaves_of(dict(outputs)) if isinstance(leaf, Tensor)])
+    foreign = [name for name, parameter in original.named_parameters() if parameter in leaves]
+    if foreign:
+        raise UsageError(
+            f"A copy of the model still uses {', '.join(foreign[:4])} of the original: its forward calls a function (a "
+            "lambda, say) that was made with the original in its closure, which a copy does not change. Make it a "
+            "method."
+        )
 
 
 def _nobody_misses(branched: nn.Module, task_modules: Mapping[str, Group], example_inputs: Any) -> bool:
@@ -131,7 +165,7 @@ def _nobody_misses(branched: nn.Module, task_modules: Mapping[str, Group], examp
     try:
         restricted = _buffer_writes(branched, example_inputs)
         with undisturbed(branched), torch.no_grad():
-            _run(branched.eval(), example_inputs)
+            run(branched.eval(), example_inputs)
     except FanError:
         return False
     finally:
@@ -145,7 +179,7 @@ def _buffer_writes(branched: nn.Module, example_inputs: Any) -> dict[str, int | 
     """How often a training forward writes each buffer; `None` for one that it assigns anew."""
     with undisturbed(branched), torch.no_grad():
         before = {name: (buffer, buffer._version) for name, buffer in branched.named_buffers()}
-        _run(branched.train(), example_inputs)
+        run(branched.train(), example_inputs)
         after = dict(branched.named_buffers())
         return {
             name: buffer._version - version if after.get(name) is buffer else None
@@ -166,10 +200,15 @@ def _buffers_of_others(branched: nn.Module, task_modules: Mapping[str, Group]) -
     }
 
 
-def _run(branched: nn.Module, example_inputs: Any) -> Mapping[str, Any]:
+def run(branched: nn.Module, example_inputs: Any) -> Mapping[str, Any]:
+    """What the model gives for the example inputs, in the mode it is in.
+
+    Raises:
+        UsageError: its forward fails.
+    """
     mode = "training" if branched.training else "evaluation"
     try:
-        return branched(example_inputs)
+        return call(branched, example_inputs)
     except ReconError:
         raise
     except Exception as error:
@@ -191,6 +230,11 @@ class _Writes(TorchDispatchMode):
         self.shared_write = is_statistics
         self.stale: dict[int, tuple[Tensor, Tensor]] = {}
         self.refusal: FanError | None = None
+        self.origins: frozenset[str] = frozenset()
+
+    def meet(self, origins: frozenset[str]) -> None:
+        """Keep the branched layers that the latest operation's values come from."""
+        self.origins = origins
 
     def left_behind(self, tensor: Tensor) -> None:
         """Mark the tensor's elements in its storage."""
@@ -200,6 +244,7 @@ class _Writes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if TaskFan in types:
+            self.meet(origins_of((args, kwargs)))
             try:
                 TaskFan.__torch_dispatch__(func, types, args, kwargs)
             except FanError as error:
@@ -227,10 +272,21 @@ def _watch_writes(writes: _Writes) -> Iterator[None]:
     try:
         with watching(writes), writes:
             yield
-    except UsageError:
-        if writes.refusal is not None:  # TorchScript makes an error of its own out of it
-            raise writes.refusal from None
-        raise
+    except UsageError as error:
+        # TorchScript makes an error of its own out of a refusal.
+        refusal = error if isinstance(error, FanError) else writes.refusal
+        if refusal is None:
+            raise
+        raise FanError(f"{refusal} {_way_out(writes.origins)}") from None
+
+
+def _way_out(origins: Iterable[str]) -> str:
+    layers = ", ".join(map(repr, sorted(origins)))
+    where_from = f"The values fan out at {layers}. " if layers else ""
+    return (
+        f"{where_from}To leave the forward as it is, convert with mode='per-task' (--mode per-task): the whole network "
+        "then runs once per task."
+    )
 
 
 @contextmanager
@@ -260,7 +316,7 @@ def _watch_fans(model: nn.Module) -> Iterator[set[str]]:
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
     """Put back what a forward changes: modes, buffers, what modules remember as attributes, and the random state."""
-    kept = [(module, dict(vars(module)), dict(module._buffers), _values(module)) for module in all_modules(model)]
+    kept = [(module, dict(vars(module)), dict(module._buffers), buffer_values(module)) for module in all_modules(model)]
     devices = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
     with torch.random.fork_rng(devices=sorted(index for index in devices if index is not None)):
         try:
@@ -281,3 +337,12 @@ def _put_back(now: dict[str, Tensor | None], buffers: dict[str, Tensor | None], 
             now[name] = buffer
         if buffer is not None and not equal(buffer, values[name]):
             buffer.copy_(values[name])
+
+
+@torch.no_grad()
+def perturb(model: nn.Module, seed: int = 0) -> None:
+    """Add a little noise to every parameter, so that no two copies stay equal and no gain stays zero."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float32).to(parameter)
+        parameter.add_(noise * (0.1 * parameter.abs().mean() + 0.01))

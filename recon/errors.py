@@ -54,5 +54,9 @@ class FanError(UsageError):
     """A statement of the user's forward that cannot work on values which differ between tasks."""
 
 
+class VerificationError(ReconError):
+    """A branched model that does not compute what the original with each task's copies computes."""
+
+
 class GradientError(ReconError):
     """A gradient that cannot be used: absent for a whole task, or not finite."""

@@ -38,6 +38,7 @@ class TaskFan(Tensor):
 
     _partition: Partition
     _by_group: list[Tensor]
+    _origins: frozenset[str] = frozenset()  # the branched layers that the values come from, in dry runs only
 
     @staticmethod
     def __new__(cls, partition: Partition, values: Sequence[Tensor]) -> TaskFan:
@@ -91,6 +92,9 @@ class TaskFan(Tensor):
     ) -> Any:
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
+        watch = watcher()
+        if watch:
+            watch.meet(origins_of((args, kwargs)))
         if name in _READS_VALUES:
             raise FanError(
                 f"{name}() reads the value of a tensor that differs between tasks{where()}: Python can follow only "
@@ -124,6 +128,7 @@ def map_groups(call: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[
     common = common_refinement([leaf._partition for leaf in leaves if type(leaf) is TaskFan])
     watch = watcher()
     if watch:
+        watch.meet(origins_of(leaves))
         _refuse_lost_gradients(leaves)
     shared = [SharedTensor(leaf) for leaf in leaves if _is_shared(leaf)] if watch else []
     results = []
@@ -134,7 +139,22 @@ def map_groups(call: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[
     for one in shared:
         if watch and one.changed and not watch.shared_write(one.tensor, common):
             refuse_write(getattr(call, "__name__", "This"))
-    return merge(common, results)
+    merged = merge(common, results)
+    if watch:
+        mark_origins(merged, origins_of(leaves))
+    return merged
+
+
+def origins_of(structure: Any) -> frozenset[str]:
+    """The branched layers at which the values in a structure fan out; the dry run's errors tell about them."""
+    return frozenset().union(*(leaf._origins for leaf in leaves_of(structure) if type(leaf) is TaskFan))
+
+
+def mark_origins(structure: Any, origins: frozenset[str]) -> None:
+    """Remember at which branched layers the values in a structure fan out."""
+    for leaf in leaves_of(structure):
+        if type(leaf) is TaskFan:
+            leaf._origins |= origins
 
 
 def merge(partition: Partition, results: Sequence[Any]) -> Any:

@@ -17,6 +17,8 @@ from recon.partition import Partition
 
 logger = logging.getLogger(__name__)
 
+Mode = Literal["fan", "per-task"]
+
 
 @dataclass(frozen=True)
 class BranchPlan:
@@ -29,12 +31,14 @@ class BranchPlan:
             fanned values reach them; `None` until `recon.convert` has found them.
         task_modules: `{module path: tasks}`, the modules that serve only some of the tasks, and so run for those
             alone; `None` until `recon.convert` has found them.
+        mode: how the branched model runs, as `recon.convert` was told.
     """
 
     tasks: tuple[str, ...]
     layers: Mapping[str, Partition]
     statistics: Mapping[str, Partition] | None = None
     task_modules: Mapping[str, tuple[str, ...]] | None = None
+    mode: Mode = "fan"
 
     def __post_init__(self) -> None:
         if len(self.tasks) < 2 or len(set(self.tasks)) < len(self.tasks):
@@ -124,6 +128,17 @@ def plan(
     elif select != "top":
         raise PlanError(f"select is {select!r}. Choose 'top' or 'random'.")
     return BranchPlan.per_task(chosen[:top_k], cmap.tasks).on(model)
+
+
+def checked_mode(mode: str) -> Mode:
+    """`mode`, if there is such a one.
+
+    Raises:
+        PlanError: there is not.
+    """
+    if mode not in ("fan", "per-task"):
+        raise PlanError(f"mode is {mode!r}. Choose 'fan' or 'per-task'.")
+    return mode  # type: ignore[return-value]
 
 
 def _match(cmap: ConflictMap, layers: Sequence[Layer]) -> list[str]:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
+import logging
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from typing import Any
+from functools import partial
+from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from recon.branches import (
     Branched,
@@ -17,60 +19,113 @@ from recon.branches import (
     BranchedStatistics,
     SplitOutputs,
     TasksOnly,
+    all_modules,
     is_surgical,
-    named_surgical_modules,
 )
-from recon.dry_run import find_statistics, find_task_modules
-from recon.errors import PlanError, UnknownNameError, UsageError
-from recon.fan import fans_in, value_for
+from recon.dry_run import find_statistics, find_task_modules, refuse_foreign, run, undisturbed
+from recon.errors import FanError, PlanError, UnknownNameError, UsageError
+from recon.fan import value_for
+from recon.initial import Init, draw_copies, initialise
 from recon.layers import find_layers, places
 from recon.partition import Group, Partition, refine
-from recon.planning import BranchPlan
+from recon.per_task import PerTaskForward, find_statistics_by_value
+from recon.planning import BranchPlan, Mode, checked_mode
+from recon.references import STRUCTURE, redirect_references
+from recon.trees import leaves_of, map_tree
+from recon.views import TaskView
+
+logger = logging.getLogger(__name__)
 
 _WRAPPERS = (nn.parallel.DistributedDataParallel, nn.DataParallel, torch.jit.ScriptModule)
 
 
-def convert(model: nn.Module, plan: BranchPlan, example_inputs: Any = None) -> nn.Module:
+def convert(
+    model: nn.Module,
+    plan: BranchPlan,
+    example_inputs: Any = None,
+    *,
+    mode: Mode | None = None,
+    init: Init = "copy",
+    copies: Literal["equal", "independent"] = "equal",
+    verify: bool = False,
+) -> nn.Module:
     """Give the task groups of `plan` their own copies of its layers.
 
-    The result is a copy of `model` whose forward runs unchanged: a branched layer returns a task fan, over which
-    every later operation maps, and what comes before is computed once. For every task, its output equals that
-    of the original architecture loaded with the task's copies. `model` itself is left untouched.
+    The result is a copy of `model`. For every task, its output equals that of the original architecture with the
+    task's copies. `model` itself is left untouched.
 
     Args:
         model: `model(inputs) -> {task name: output}`.
         plan: which layers, and which groups of tasks.
-        example_inputs: a small batch of inputs (two samples or more), on the model's device. One dry forward finds
-            the layers whose running statistics must follow the fan, and the modules that serve one task alone. Not
-            needed when the plan lists them already (a plan of a branched or loaded model).
+        example_inputs: a small batch of inputs (two samples or more), on the model's device; `recon.inputs(...)` for
+            a forward of several arguments. Dry forwards find the layers whose running statistics must follow the
+            fan, and the modules that serve one task alone. Not needed when the plan lists them already (a plan of a
+            branched or loaded model).
+        mode: `fan`, the usual one, runs the forward once: a branched layer returns a task fan, over which every later
+            operation maps, and what comes before is computed once. `per-task` runs the whole network once per task,
+            for a forward that cannot work on fans; parameters, state and results are the same. Not given: the
+            plan's own.
+        init: the weights to start from. `copy`: the model's own, so that no output changes. `scratch`: every layer
+            draws new ones (its `reset_parameters`). A function that makes a fresh model: that model's. A checkpoint
+            from before the surgery (a `state_dict`, a file of one, a folder that `recon.save` wrote): these.
+        copies: whether the copies of one layer start `equal`, or `independent`, each from a draw of its own; the
+            latter needs `init` to be `scratch` or a function.
+        verify: check the result by `recon.verify` on the example inputs, and log the largest difference.
 
     Raises:
         UnknownNameError: the plan names a layer that the model does not have.
         PlanError: the model is branched already.
-        UsageError: the model is wrapped (DDP, compiled, scripted), or cannot be copied or run.
+        UsageError: the model is wrapped (DDP, compiled, scripted), or cannot be copied or run; or an option is wrong.
+        CheckpointError: `init` is a checkpoint that cannot be read, or of another architecture.
         FanError: the forward has a statement that cannot work on values that differ between tasks.
+        VerificationError: with `verify`, an output or gradient is not what it must be.
     """
     _refuse_wrapped(model)
     if hasattr(model, "branch_plan"):
         raise PlanError("The model is branched already. Convert the unbranched model with a plan of all the layers.")
+    if (plan.statistics is None or verify) and example_inputs is None:
+        raise UsageError("convert needs example_inputs: a small batch of inputs, as the model's forward takes it.")
     plan = plan.on(model)
+    plan = replace(plan, mode=checked_mode(mode or plan.mode))
     branched = _copy(model)
+    initialise(branched, init)
     _branch_layers(branched, plan.layers)
+    draw_copies(branched, model, init, copies)
+    form = _per_task_form if plan.mode == "per-task" else _fan_form
+    branched = form(model, branched, plan, example_inputs)
+    if verify:
+        from recon.verification import verify as check  # late: it converts nothing, but knows what convert makes
+
+        logger.info("%s", check(model, branched, example_inputs))
+    return branched
+
+
+def _fan_form(model: nn.Module, branched: nn.Module, plan: BranchPlan, example_inputs: Any) -> nn.Module:
     if plan.statistics is None:
-        if example_inputs is None:
-            raise UsageError("convert needs example_inputs: a small batch of inputs, as the model's forward takes it.")
-        if any(parameter.is_meta for parameter in model.parameters()):
-            raise UsageError("convert runs the model, but its parameters are on the meta device. Load weights first.")
+        _refuse_meta(branched)
         plan = replace(plan, statistics=find_statistics(branched, example_inputs))
-    # Inner ones first: an outer one takes its children along as they are.
-    for path, partition in sorted((plan.statistics or {}).items(), key=lambda item: -item[0].count(".")):
-        _split_statistics(branched, path, partition)
+    branched = _split_all_statistics(branched, plan)
     branched.register_forward_hook(SplitOutputs(plan.tasks))
     if plan.task_modules is None:
-        plan = replace(plan, task_modules=find_task_modules(branched, plan.tasks, example_inputs))
+        plan = replace(plan, task_modules=find_task_modules(branched, plan.tasks, example_inputs, original=model))
     for path, tasks in (plan.task_modules or {}).items():
         _module_at(branched, path).register_forward_pre_hook(TasksOnly(tasks), with_kwargs=True)
     branched.branch_plan = plan  # type: ignore[assignment]
+    return branched
+
+
+def _per_task_form(model: nn.Module, branched: nn.Module, plan: BranchPlan, example_inputs: Any) -> nn.Module:
+    found = plan.statistics is not None
+    if not found:
+        _refuse_meta(branched)
+        plan = replace(plan, statistics=find_statistics_by_value(branched, plan.tasks, example_inputs))
+    branched = _split_all_statistics(branched, plan)
+    branched.forward = PerTaskForward(branched, plan.tasks)
+    branched.branch_plan = replace(plan, task_modules={})  # type: ignore[assignment]
+    if not found:
+        for training in (True, False):
+            with undisturbed(branched), torch.enable_grad():
+                refuse_foreign(run(branched.train(training), example_inputs), model)
     return branched
 
 
@@ -85,21 +140,27 @@ def extract_task(branched: nn.Module, task: str) -> nn.Module:
     plan = plan_of(branched)
     if task not in plan.tasks:
         raise PlanError(f"There is no task {task!r} in this model; its tasks are {list(plan.tasks)}.")
-    plain = _copy(branched)
-    del plain.branch_plan
-    for path, module in list(named_surgical_modules(plain)):
-        parent_path, _, name = path.rpartition(".")
-        parent = plain.get_submodule(parent_path)
-        if not isinstance(module, BranchedParameter):
-            setattr(parent, name, _plain(module, (task,)))
-        elif parent._modules.get(name) is module:  # not if the container has two paths, and is done
-            module.give_back(parent, (task,))
+    view = TaskView(branched, task).network
+    for surgical in ("branch_plan", "forward"):
+        if surgical in vars(view) and (surgical != "forward" or plan.mode == "per-task"):
+            delattr(view, surgical)
+    for part in view.modules():
+        for attribute, value in vars(part).items():
+            if attribute not in STRUCTURE and any(isinstance(leaf, Tensor) for leaf in leaves_of(value)):
+                vars(part)[attribute] = _left_behind(value, task)
+    plain = _copy(view)
     for part in plain.modules():
         _drop_hooks(part)
-        for attribute, value in vars(part).items():  # what the last forward left behind
-            if fans_in(value):
-                vars(part)[attribute] = value_for(value, task)
     return plain
+
+
+def _left_behind(value: Any, task: str) -> Any:
+    """What an attribute still holds of the last forward, for one task, outside of any graph."""
+    try:
+        value = value_for(value, task)
+    except FanError:  # its module serves other tasks
+        return None
+    return map_tree(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) and not leaf.is_leaf else leaf, value)
 
 
 def plan_of(branched: nn.Module) -> BranchPlan:
@@ -123,21 +184,22 @@ def _branch_layers(model: nn.Module, layers: Mapping[str, Partition]) -> None:
             for p in layer.parameters.values()
         }
     )
-    branched: dict[nn.Module, Branched] = {}
+    branched: dict[nn.Module, nn.Module] = {}
     for place in list(places(model)):
         partition = copies.partition_of(place.parameters.values())
         if partition is None:
             continue
         if isinstance(place.owner, nn.Parameter):
-            if place.attribute not in place.parent._parameters:  # the container has two paths: done at the first
+            if place.parent._parameters[place.attribute] is None:  # the container has two paths: done at the first
                 continue
             parameters = {group: copies.get(place.owner, group) for group in partition.groups}
-            BranchedParameter(place.attribute, partition, parameters).put_into(place.parent)
+            BranchedParameter(place.path, partition, parameters).put_into(place.parent)
             continue
         if place.owner not in branched:  # a module reached by two paths is branched once
             modules = {group: copies.module(place.owner, group) for group in partition.groups}
-            branched[place.owner] = Branched(partition, modules)
+            branched[place.owner] = Branched(place.path, partition, modules)
         setattr(place.parent, place.attribute, branched[place.owner])
+    redirect_references(model.modules(), lambda module: branched.get(module, module))
 
 
 class _ParameterCopies:
@@ -169,13 +231,30 @@ class _ParameterCopies:
         return copy.deepcopy(module, memo)
 
 
-def _split_statistics(model: nn.Module, path: str, partition: Partition) -> None:
-    module = _module_at(model, path)
-    split = BranchedStatistics(module, partition)
-    for parent in list(model.modules()):
-        for name, child in parent._modules.items():
-            if child is module:
-                setattr(parent, name, split)
+def _split_all_statistics(model: nn.Module, plan: BranchPlan) -> nn.Module:
+    # Inner ones first: an outer one takes its children along as they are.
+    for path, partition in sorted((plan.statistics or {}).items(), key=lambda item: -_depth(item[0])):
+        module = _module_at(model, path)
+        split = BranchedStatistics(module, partition)
+        if module is model:
+            return split
+        for parent in list(model.modules()):
+            for name, child in parent._modules.items():
+                if child is module:
+                    setattr(parent, name, split)
+        redirect_references(
+            (other for other in all_modules(model) if other is not split),
+            partial(_swap, module, split),
+        )
+    return model
+
+
+def _swap(old: nn.Module, new: nn.Module, module: nn.Module) -> nn.Module:
+    return new if module is old else module
+
+
+def _depth(path: str) -> int:
+    return path.count(".") + bool(path)
 
 
 def _module_at(model: nn.Module, path: str) -> nn.Module:
@@ -185,15 +264,8 @@ def _module_at(model: nn.Module, path: str) -> nn.Module:
         raise UnknownNameError("module", path, [name for name, _ in model.named_modules()]) from error
 
 
-def _plain(module: nn.Module, group: Group) -> nn.Module:
-    """The copy that serves a group; a copy may keep its own statistics by group in turn."""
-    while isinstance(module, (Branched, BranchedStatistics)):
-        module = module.branch(group)
-    return module
-
-
 def _drop_hooks(module: nn.Module) -> None:
-    for hooks in (module._forward_hooks, module._forward_pre_hooks):
+    for hooks in (module._forward_hooks, module._forward_pre_hooks, module._load_state_dict_pre_hooks):
         for key in [key for key, hook in hooks.items() if is_surgical(hook)]:
             del hooks[key]
             module._forward_pre_hooks_with_kwargs.pop(key, None)
@@ -201,7 +273,11 @@ def _drop_hooks(module: nn.Module) -> None:
 
 def _copy(model: nn.Module) -> nn.Module:
     try:
-        return copy.deepcopy(model)
+        with torch.no_grad():  # a scripted module would make its copy a function of the original's parameters
+            twin = copy.deepcopy(model)
+        for original, parameter in zip(model.parameters(), twin.parameters(), strict=True):
+            parameter.requires_grad_(original.requires_grad)
+        return twin
     except Exception as error:
         raise UsageError(
             f"The model cannot be copied: {type(error).__name__}: {error}. A tensor kept as an attribute must be a "
@@ -217,3 +293,8 @@ def _refuse_wrapped(model: nn.Module) -> None:
             f"The model is wrapped in {type(model).__name__}. Convert the plain module inside (model.module, or the "
             "model before torch.compile), then wrap the result."
         )
+
+
+def _refuse_meta(model: nn.Module) -> None:
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise UsageError("convert runs the model, but its parameters are on the meta device. Load weights first.")

@@ -19,12 +19,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from recon.batches import call
 from recon.fan import TaskFan
 from recon.layers import find_layers
 from recon.planning import BranchPlan
 from recon.surgery import plan_of
 
-_BRANCH = re.compile(r"\.branches\.([a-z](?:\+[a-z])*)(?=\.)")  # tasks are named by a letter in these tests
+_BRANCH = re.compile(r"(?:^|\.)branches\.([a-z](?:\+[a-z])*)(?=\.)")  # tasks are named by a letter in these tests
 
 KINDS = ("one", "quarter", "all", "first", "last")
 
@@ -78,7 +79,7 @@ def keys_of(branched: nn.Module, task: str, plain_keys: set[str]) -> dict[str, s
     for name in names:
         if not all(task in group.split("+") for group in _BRANCH.findall(name)):
             continue
-        key = _BRANCH.sub("", name)
+        key = _BRANCH.sub("", name).lstrip(".")
         if key not in plain_keys:  # a bare parameter: its layer is the parameter itself
             layer, _, parameter = key.rpartition(".")
             assert layer.rpartition(".")[2] == parameter, f"{name} belongs to nothing in the plain model"
@@ -160,12 +161,13 @@ def check(make: Callable[[], nn.Module], branched: nn.Module, inputs: Any, gradi
     keys = {task: keys_of(branched, task, set(state_of(plain))) for task, plain in plains.items()}
     calls = _count_calls(branched)
     with torch.set_grad_enabled(gradients):
-        outputs = branched(copy.deepcopy(inputs))
+        outputs = call(branched, copy.deepcopy(inputs))
         plain_calls = {task: _count_calls(plain) for task, plain in plains.items()}
-        expected = {task: plain(copy.deepcopy(inputs))[task] for task, plain in plains.items()}
+        expected = {task: call(plain, copy.deepcopy(inputs))[task] for task, plain in plains.items()}
     for task in plan.tasks:
         assert_outputs_close(outputs[task], expected[task], f"output of {task}")
-    _assert_called_once(calls, plain_calls, plan)
+    if plan.mode == "fan":
+        _assert_called_once(calls, plain_calls, plan)
     if gradients:
         branched.zero_grad()
         sum(loss_of(outputs[task], task) for task in plan.tasks).backward()
@@ -250,7 +252,7 @@ def _assert_called_once(calls: _Calls, plain_calls: Mapping[str, _Calls], plan: 
 
 def assert_no_crosstalk(branched: nn.Module, inputs: Any) -> None:
     """A task's loss gives exactly no gradient to the copies of groups that it is not in."""
-    outputs = branched(inputs)
+    outputs = call(branched, inputs)
     named = dict(branched.named_parameters(remove_duplicate=False))
     for task in plan_of(branched).tasks:
         mine = {p for name, p in named.items() if all(task in g.split("+") for g in _BRANCH.findall(name))}

@@ -6,10 +6,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from recon.checkpoint import FORMAT, PLAN_FILE, VERSION, WEIGHTS_FILE, load, plan_from_json, plan_to_json, save
+from recon.batches import call
+from recon.checkpoint import FORMAT, PLAN_FILE, VERSION, load, plan_from_json, plan_to_json, save
 from recon.errors import CheckpointError, UsageError
 from recon.planning import BranchPlan
 from recon.surgery import convert, plan_of
+from recon.weights import WEIGHTS_FILE
 from tests import oracle
 from tests.zoo import TASKS, ZOO, PlainConv, ResidualNet, image
 
@@ -35,7 +37,7 @@ def saved(tmp_path):
 def test_round_trip(name, tmp_path):
     entry, branched, inputs = branched_from(name)
     branched.train()
-    branched(copy.deepcopy(inputs))  # moves the running statistics
+    call(branched, copy.deepcopy(inputs))  # moves the running statistics
     save(branched, tmp_path / "new" / "folder")
     assert sorted(path.name for path in (tmp_path / "new" / "folder").iterdir()) == [PLAN_FILE, WEIGHTS_FILE]
     original = entry.make()
@@ -49,7 +51,7 @@ def test_round_trip(name, tmp_path):
     frozen = {name for name, p in branched.named_parameters() if not p.requires_grad}
     assert {name for name, p in loaded.named_parameters() if not p.requires_grad} == frozen
     with torch.no_grad():
-        one, other = loaded.eval()(copy.deepcopy(inputs)), branched.eval()(copy.deepcopy(inputs))
+        one, other = call(loaded.eval(), copy.deepcopy(inputs)), call(branched.eval(), copy.deepcopy(inputs))
     for task in TASKS:
         for left, right in zip(oracle.tensors_in(one[task]), oracle.tensors_in(other[task]), strict=True):
             assert torch.equal(left, right)
@@ -67,7 +69,7 @@ def test_a_checkpoint_from_before_the_surgery_loads(name):
     branched.load_state_dict(state)
     assert all(torch.equal(state[key], value) for key, value in trained.state_dict().items())
     with torch.no_grad():
-        ours, theirs = branched.eval()(copy.deepcopy(inputs)), trained.eval()(copy.deepcopy(inputs))
+        ours, theirs = call(branched.eval(), copy.deepcopy(inputs)), call(trained.eval(), copy.deepcopy(inputs))
     for task in TASKS:
         oracle.assert_outputs_close(ours[task], theirs[task], task)
     states = oracle.state_of(branched), oracle.state_of(trained)
@@ -130,7 +132,7 @@ def test_the_plan_is_readable(saved):
     text = (folder / PLAN_FILE).read_text()
     document = json.loads(text)
     assert (document["format"], document["version"], document["tasks"]) == (FORMAT, VERSION, list(TASKS))
-    assert set(document) == {"format", "version", "tasks", "layers", "statistics", "task_modules"}
+    assert set(document) == {"format", "version", "tasks", "mode", "layers", "statistics", "task_modules"}
     assert max(map(len, text.splitlines())) < 120
 
 
@@ -224,6 +226,7 @@ def _rewrite(folder, text):
         (lambda d: d.update(version=99), "format 'recon branch plan', version 99 is not supported"),
         (lambda d: d.update(format="zip"), "format 'zip'"),
         (lambda d: d.pop("tasks"), "field 'tasks' is missing"),
+        (lambda d: d.update(mode="twice"), "mode is 'twice'"),
         (lambda d: d.pop("statistics"), "field 'statistics' is missing"),
         (lambda d: d.update(tasks=["a", "a"]), "not a usable plan"),
         (lambda d: d.update(layers={}), "names no layer"),

@@ -369,6 +369,49 @@ def test_a_converted_model_computes_what_the_fresh_model_does(files, ask, tmp_pa
         torch.testing.assert_close(branched(inputs)[task], output)
 
 
+def test_convert_verifies_unless_told_not_to(command, ask, tmp_path, monkeypatch):
+    found = ask("convert tiny.py:problem --layers conv --out", tmp_path / "a")["verified"]
+    assert found["modes"] == ["evaluation", "training"] and 0 <= found["gradients"] < found["tolerance"] == 1e-5
+    code, out, _ = command("convert tiny.py:problem --layers conv --no-verify --out", tmp_path / "b")
+    assert code == 0 and "Not verified, as --no-verify asks" in out
+    monkeypatch.setattr("recon.branches.Branched.forward", lambda self, x: self.branch(("up",))(x))
+    code, _, err = command("convert tiny.py:problem --layers conv --out", tmp_path / "c")
+    assert code == 1 and "does not compute what it must" in err and not (tmp_path / "c" / "plan.json").exists()
+
+
+DECIDES = PROBLEM.replace("x = self.mix(x).relu()", "x = self.mix(x).relu() if x.sum() > 0 else self.mix(x)")
+
+
+def test_convert_names_the_way_out_and_takes_it(files, command, ask, tmp_path):
+    (tmp_path / "decides.py").write_text(DECIDES)
+    problem = f"{tmp_path / 'decides.py'}:problem"
+    code, _, err = command(f"convert {problem} --layers conv --out", tmp_path / "fan")
+    assert code == 2
+    assert "Net.forward: `x = self.mix(x).relu() if x.sum() > 0" in err and "fan out at 'conv'" in err
+    assert "--mode per-task" in err
+    assert ask(f"convert {problem} --layers conv --mode per-task --out", tmp_path / "branched")["mode"] == "per-task"
+    run = ask(f"train {problem} --model {tmp_path / 'branched'} --epochs 1 --out", tmp_path / "run")
+    assert set(run["results"]) == {"up", "down"}
+
+
+def test_convert_starts_from_the_weights_it_is_told_to(files, ask, tmp_path):
+    def weights(name, *options):
+        ask("convert tiny.py:problem --layers mix --out", tmp_path / name, *options)
+        problem = recon.problems.get(f"{files / 'tiny.py'}:problem")
+        branched = recon.load(tmp_path / name, problem.make_model()).state_dict()
+        return [branched[f"mix.branches.{task}.weight"] for task in ("up", "down")] + [branched["conv.weight"]]
+
+    first, second, conv = weights("checkpoint", "--init", files / "joint")
+    trained = recon.load(files / "joint", recon.problems.get(f"{files / 'tiny.py'}:problem").make_model()).state_dict()
+    assert torch.equal(first, trained["mix.weight"]) and torch.equal(second, first)
+    assert torch.equal(conv, trained["conv.weight"])
+    first, second, _ = weights("scratch", "--init", "scratch")
+    assert torch.equal(first, second) and not torch.equal(first, weights("copy")[0])
+    first, second, conv = weights("independent", "--init", "scratch", "--copies", "independent")
+    assert not torch.equal(first, second)
+    assert torch.equal(conv, weights("again", "--init", "scratch", "--copies", "independent")[2])
+
+
 def test_train_records_the_run(files):
     run = Run.load(files / "joint")
     assert (run.label, run.method, run.problem, run.tasks) == ("joint", "joint", "tiny", ("up", "down"))
@@ -537,6 +580,20 @@ WRONG = {
     "K and layers": ("convert tiny.py:problem --map map.json --top-k 1 --layers mix --out new", "not allowed with"),
     "K without a map": ("convert tiny.py:problem --top-k 1 --out new", "--map"),
     "select with layers": ("convert tiny.py:problem --layers mix --select random --out new", "--select"),
+    "independent copies of given weights": (
+        "convert tiny.py:problem --layers mix --copies independent --out new",
+        "--init",
+    ),
+    "no such checkpoint": ("convert tiny.py:problem --layers mix --init nope.pt --out new", "There is no file nope.pt"),
+    "no checkpoint": (
+        "convert tiny.py:problem --layers mix --init tiny.py --out new",
+        "cannot be read as a state dict",
+    ),
+    "checkpoint after the surgery": (
+        "convert tiny.py:problem --layers mix --init branched --out new",
+        "branched model",
+    ),
+    "unknown mode": ("convert tiny.py:problem --layers mix --mode twice --out new", "per-task"),
     "unknown layer": ("convert tiny.py:problem --layers mxi --out new", "'mix'"),
     "a layer twice": ("convert tiny.py:problem --layers mix mix --out new", "twice"),
     "map of other tasks": ("convert digits --map map.json --top-k 1 --out new", "made for the tasks"),

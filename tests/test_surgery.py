@@ -1,4 +1,5 @@
 import copy
+import pickle
 import zlib
 
 import pytest
@@ -6,6 +7,7 @@ import torch
 import torchvision
 from torch import nn
 
+from recon.batches import call
 from recon.errors import FanError, PlanError, UnknownNameError, UsageError
 from recon.fan import fans_in, partition_of
 from recon.partition import Partition
@@ -30,7 +32,7 @@ def sgd_steps(branched: nn.Module, entry: Entry, steps: int = 3) -> None:
     branched.train()
     for _ in range(steps):
         optimizer.zero_grad()
-        outputs = branched(entry.inputs(4))
+        outputs = call(branched, entry.inputs(4))
         sum(oracle.loss_of(outputs[task], task) for task in plan_of(branched).tasks).backward()
         optimizer.step()
         for buffer in branched.buffers():
@@ -88,8 +90,8 @@ def test_conversion_changes_no_bit_and_leaves_the_model_alone(name):
         for training in (True, False):
             if training and entry.draws:
                 continue
-            ours = branched.train(training)(copy.deepcopy(inputs))
-            theirs = model.train(training)(copy.deepcopy(inputs))
+            ours = call(branched.train(training), copy.deepcopy(inputs))
+            theirs = call(model.train(training), copy.deepcopy(inputs))
             for task in TASKS:
                 for one, other in zip(oracle.tensors_in(ours[task]), oracle.tensors_in(theirs[task]), strict=True):
                     assert torch.equal(one, other), task
@@ -103,7 +105,7 @@ def test_extract_task_gives_the_original_architecture(name):
     original = entry.make()
     branched.eval()
     with torch.no_grad():
-        outputs = branched(copy.deepcopy(inputs))
+        outputs = call(branched, copy.deepcopy(inputs))
     for task in TASKS:
         plain, expected = extract_task(branched, task), oracle.plain_model(entry.make, branched, task)
         assert _structure(plain) == _structure(original.eval())
@@ -114,10 +116,12 @@ def test_extract_task_gives_the_original_architecture(name):
             oracle.state_of(plain).items(), oracle.state_of(expected).items(), strict=True
         ):
             assert key == other_key and torch.equal(one, other), key
-        oracle.assert_outputs_close(plain(copy.deepcopy(inputs))[task], outputs[task], task)
+        oracle.assert_outputs_close(call(plain, copy.deepcopy(inputs))[task], outputs[task], task)
         if not entry.draws:
             oracle.assert_outputs_close(
-                plain.train()(copy.deepcopy(inputs))[task], expected.train()(copy.deepcopy(inputs))[task], task
+                call(plain.train(), copy.deepcopy(inputs))[task],
+                call(expected.train(), copy.deepcopy(inputs))[task],
+                task,
             )
     assert plan_of(branched).tasks == TASKS  # still branched
 
@@ -458,6 +462,51 @@ def test_a_model_that_cannot_be_copied():
     model.last = model.body(image(2))
     with pytest.raises(UsageError, match="cannot be copied: RuntimeError"):
         convert(model, BranchPlan.per_task(["body.0.0"], TASKS), image(2))
+
+
+@pytest.mark.parametrize("mode", ["fan", "per-task"])
+def test_a_function_that_holds_the_original(mode):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.last = nn.Linear(6, 4), nn.Linear(4, 4)
+            self.close = lambda x: self.last(x)
+
+        def forward(self, x):
+            return dict.fromkeys(TASKS, self.close(self.body(x)))
+
+    with pytest.raises(UsageError, match=r"still uses last\.weight, last\.bias of the original: .* Make it a method"):
+        convert(Net().double(), BranchPlan.per_task(["body"], TASKS), vector(4), mode=mode)
+
+
+@pytest.mark.parametrize("name", sorted(set(ZOO) - {"Parametrized"}))  # torch pickles no parametrized module
+def test_pickle(name):
+    entry = ZOO[name]
+    for mode in ("fan", "per-task"):
+        torch.manual_seed(0)
+        model, inputs = entry.make(), entry.inputs(4)
+        branched = convert(model, oracle.random_plan(model, "all", 1), inputs, mode=mode)
+        oracle.perturb(branched)
+        again = pickle.loads(pickle.dumps(branched))
+        assert plan_of(again) == plan_of(branched)
+        check_both_modes(entry, again, inputs)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script")
+def test_a_scripted_child_is_copied_with_its_parameters():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scripted, self.body = torch.jit.script(nn.Linear(6, 6)), nn.Linear(6, 4)
+
+        def forward(self, x):
+            return dict.fromkeys(TASKS, self.body(self.scripted(x)))
+
+    model = Net().double()
+    branched = convert(model, BranchPlan.per_task(["body"], TASKS), vector(4))
+    assert all(parameter.is_leaf and parameter.requires_grad for parameter in branched.parameters())
+    sum(oracle.loss_of(out, task) for task, out in branched(vector(4)).items()).backward()
+    assert branched.scripted.weight.grad is not None and model.scripted.weight.grad is None
 
 
 def test_an_output_that_lacks_a_task():

@@ -13,6 +13,8 @@ from torch.nn import functional as F
 from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 from torch.utils.checkpoint import checkpoint
 
+from recon.batches import Inputs, inputs
+
 TASKS = ("a", "b", "c")
 
 
@@ -331,6 +333,23 @@ class TwoInputs(nn.Module):
         return self.heads(self.join(input2=self.right(right) * scale, input1=self.left(inputs["left"])))
 
 
+def several_arguments(batch: int) -> Inputs:
+    return inputs(vector(batch), vector(batch), scale=0.5, mask=torch.rand(batch, 4, dtype=torch.float64).round())
+
+
+@entry(several_arguments)
+class SeveralArguments(nn.Module):
+    """A forward with keyword arguments, as language models have it, which calls its parts with some too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right, self.norm, self.heads = nn.Linear(6, 4), nn.Linear(6, 4), nn.BatchNorm1d(4), Heads(4)
+
+    def forward(self, left, right, *, scale=1.0, mask=None):
+        x = self.norm(input=self.left(left) * scale + self.right(input=right))
+        return self.heads(x if mask is None else x.masked_fill(mask.bool(), 0.0))
+
+
 @entry(vector)
 class NestedOutputs(nn.Module):
     """A task's output may be any nest of tensors; an entry may be there that is no task's."""
@@ -408,6 +427,34 @@ class ChildNamedBranches(Trunk):
 
     def trap(self, x):
         return self.stage(x)
+
+
+@entry(vector)
+class HeldElsewhere(Trunk):
+    """Runs its layers from plain lists and dicts, by a bound method, and by way of a child that knows its parent."""
+
+    class Child(nn.Module):
+        def __init__(self, parent: nn.Module) -> None:
+            super().__init__()
+            self.parent = [parent]
+
+        def forward(self, x):
+            return self.parent[0].stages[1][0](x) + x
+
+    def __init__(self) -> None:
+        super().__init__(nn.Linear(6, 4))
+        self.one, self.two, self.norm = nn.Linear(4, 4), nn.Linear(4, 4), nn.BatchNorm1d(4)
+        self.stages = [self.one, (self.two, self.norm)]
+        self.by_name = {"first": self.first, "body": {"norm": self.norm}}
+        self.child = HeldElsewhere.Child(self)
+        self.run = self.by_stages
+
+    def by_stages(self, x):
+        x = torch.tanh(self.stages[0](x))
+        return self.child(self.by_name["body"]["norm"](x))
+
+    def trap(self, x):
+        return self.run(x)
 
 
 @entry(vector)
@@ -578,6 +625,7 @@ class Norms(Trunk):
                 nn.GroupNorm(2, 4),
                 nn.LayerNorm([4, 6, 6]),
                 nn.RMSNorm(6),
+                nn.SyncBatchNorm(4),
             ]
         )
 

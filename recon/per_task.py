@@ -1,0 +1,95 @@
+"""The form of a branched model that takes any forward: the whole network runs once per task."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from recon.batches import check_outputs
+from recon.dry_run import buffer_values, equal_values, perturb, run, undisturbed, with_inner
+from recon.partition import Group, Partition
+from recon.views import ByTask, TaskView
+
+
+class PerTaskForward:
+    """Takes the place of a branched model's forward: `{task: its output of the original network with its copies}`."""
+
+    def __init__(self, branched: nn.Module, tasks: Group) -> None:
+        self.branched = branched
+        self.tasks = tasks
+        self.__signature__ = inspect.signature(branched.forward)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Run the network once per task."""
+        views = [TaskView(self.branched, task, self.tasks) for task in self.tasks]
+        for view in views:
+            vars(view.network).pop("forward", None)  # this object: the original is its class's
+        outputs = {
+            view.task: check_outputs(view.network.forward(*args, **kwargs), self.tasks)[view.task] for view in views
+        }
+        _keep_attributes(views)
+        return outputs
+
+
+def _keep_attributes(views: Sequence[TaskView]) -> None:
+    """Let the branched model's modules remember what the forward has set in their views."""
+    changes: dict[tuple[nn.Module, str], ByTask] = {}
+    for view in views:
+        for key, value in view.changes().items():
+            changes.setdefault(key, ByTask())[view.task] = value
+    for (module, name), by_task in changes.items():
+        values = list(by_task.values())
+        same = len(values) == len(views) and all(_is_same(values[0], value) for value in values[1:])
+        for view in views:
+            by_task.setdefault(view.task, getattr(view.modules.get(module), name, None))
+        vars(module)[name] = values[0] if same else by_task
+
+
+def _is_same(value: Any, other: Any) -> bool:
+    return value is other or (isinstance(value, (bool, int, float, str)) and value == other)
+
+
+def find_statistics_by_value(branched: nn.Module, tasks: Group, example_inputs: Any) -> dict[str, Partition]:
+    """`dry_run.find_statistics` for forwards that fans cannot pass: the modules whose buffers come out different.
+
+    Each task's network runs once in training mode, from the same buffers and random state, with random numbers in
+    the place of the weights, so that no two copies are equal and no layer is cut off by a weight of zero.
+
+    Raises:
+        UsageError: the forward fails on the example inputs.
+    """
+    twin = copy.deepcopy(branched).train()
+    perturb(twin)
+    paths = {module: path for path, module in twin.named_modules()}
+    before = {module: buffer_values(module) for module in paths}
+    after: dict[nn.Module, dict[str, dict[str, Tensor]]] = {}
+    for task in tasks:
+        with undisturbed(twin):
+            view = TaskView(twin, task)
+            run(view.network, example_inputs)
+            for module, seen in view.modules.items():
+                after.setdefault(module, {})[task] = buffer_values(seen)
+    found = {paths[module]: _partition(values) for module, values in after.items()}
+    changed = {
+        paths[module]: tuple(by_task)
+        for module, by_task in after.items()
+        if not all(equal_values(before[module], values) for values in by_task.values())
+    }
+    return with_inner(found, changed)
+
+
+def _partition(values: Mapping[str, Mapping[str, Tensor]]) -> Partition:
+    """Tasks with equal values make a group."""
+    groups: list[list[str]] = []
+    for task, mine in values.items():
+        for group in groups:
+            if equal_values(mine, values[group[0]]):
+                group.append(task)
+                break
+        else:
+            groups.append([task])
+    return Partition.of_groups(groups, list(values))

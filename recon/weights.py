@@ -1,0 +1,99 @@
+"""Weights on disk: safetensors files, and state dicts from before the surgery in whatever file they are."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_model
+from torch import Tensor, nn
+
+from recon.errors import CheckpointError
+from recon.files import write_atomically
+
+WEIGHTS_FILE = "weights.safetensors"
+
+
+def save_weights(model: nn.Module, path: Path, plan: str) -> None:
+    """Write a model's weights, and the text of its plan beside them in the same file."""
+    write_atomically(path, lambda temporary: save_model(model, str(temporary), metadata={"plan": plan}))
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """What a safetensors file says about itself: the plan, and which tied tensors stand for which.
+
+    Raises:
+        CheckpointError: the file is damaged.
+    """
+    try:
+        with safe_open(str(path), framework="pt") as weights:
+            return weights.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} is damaged or truncated ({error}). Save the model again.") from error
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """A state dict from a safetensors file.
+
+    Tied tensors are saved once; the metadata says which entry stands for the others. (safetensors' load_model
+    refuses a BatchNorm that has two names: torch does not count its num_batches_tracked as missing.)
+
+    Raises:
+        CheckpointError: the file is damaged.
+    """
+    metadata = read_metadata(path)
+    state = load_file(str(path))
+    return state | {name: state[kept] for name, kept in metadata.items() if kept in state}
+
+
+def read_state_dict(path: Path) -> Mapping[str, Tensor]:
+    """The state dict of a model from before the surgery.
+
+    Args:
+        path: a folder that `recon.save` wrote, a safetensors file, or a file that `torch.save` wrote: a state dict,
+            or a training checkpoint that holds one under `state_dict` or `model`.
+
+    Raises:
+        CheckpointError: it is missing, damaged, no state dict, or of a branched model.
+    """
+    path = path / WEIGHTS_FILE if path.is_dir() else path
+    if not path.is_file():
+        raise CheckpointError(
+            f"There is no file {path}. Pass a file of a state dict (.pt, .safetensors), or a folder that recon.save "
+            "wrote."
+        )
+    if path.suffix == ".safetensors":
+        if read_metadata(path).get("plan"):
+            raise CheckpointError(
+                f"{path} holds a branched model, but a checkpoint from before the surgery is wanted. To go on from a "
+                "branched one, use recon.load."
+            )
+        return read_weights(path)
+    try:
+        return _state_dict_in(torch.load(path, map_location="cpu", weights_only=True), path)
+    except (pickle.UnpicklingError, EOFError, OSError, RuntimeError, ValueError) as error:
+        raise CheckpointError(
+            f"{path} cannot be read as a state dict ({_first_line(error)}). Save one by "
+            "torch.save(model.state_dict(), path)."
+        ) from error
+
+
+def _state_dict_in(content: Any, path: Path) -> Mapping[str, Tensor]:
+    found = content
+    if isinstance(content, Mapping):
+        found = next(
+            (content[key] for key in ("state_dict", "model") if isinstance(content.get(key), Mapping)), content
+        )
+    if not isinstance(found, Mapping) or not any(isinstance(value, Tensor) for value in found.values()):
+        raise CheckpointError(f"{path} holds {type(content).__name__}, not a state dict. Save model.state_dict().")
+    if all(key.startswith("module.") for key in found):  # saved from within DistributedDataParallel
+        found = {key.removeprefix("module."): value for key, value in found.items()}
+    return found
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]

@@ -1,0 +1,231 @@
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from recon.batches import call
+from recon.checkpoint import load, save
+from recon.errors import PlanError
+from recon.planning import BranchPlan
+from recon.surgery import convert, extract_task, plan_of
+from recon.views import ByTask
+from tests import oracle
+from tests.test_fan import CANNOT_WORK, Statement
+from tests.test_surgery import check_both_modes, seed_of, sgd_steps
+from tests.zoo import TASKS, ZOO, PlainConv, image, vector
+
+
+def per_task(name: str, kind: str, seed: int):
+    entry = ZOO[name]
+    torch.manual_seed(seed)
+    model, inputs = entry.make(), entry.inputs(4)
+    return entry, model, convert(model, oracle.random_plan(model, kind, seed), inputs, mode="per-task"), inputs
+
+
+@pytest.mark.parametrize("kind", ["one", "all"])
+@pytest.mark.parametrize("name", ZOO)
+def test_every_task_gets_the_original_with_its_own_copies(name, kind):
+    entry, _, branched, inputs = per_task(name, kind, seed_of(name, kind, "per-task"))
+    oracle.perturb(branched)
+    check_both_modes(entry, branched, inputs)
+    oracle.assert_no_crosstalk(branched, inputs)
+    sgd_steps(branched, entry)
+    check_both_modes(entry, branched, inputs)
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_both_modes_have_the_same_state(name):
+    for kind in ("quarter", "all"):
+        entry, model, branched, inputs = per_task(name, kind, seed_of(kind, name))
+        fan = convert(model, plan_of(branched).on(model), inputs, mode="fan")
+        anew = convert(model, BranchPlan(TASKS, plan_of(branched).layers), inputs)
+        assert plan_of(anew).statistics == plan_of(branched).statistics
+        assert list(fan.state_dict()) == list(anew.state_dict()) == list(branched.state_dict())
+        oracle.perturb(branched)
+        fan.load_state_dict(branched.state_dict())
+        check_both_modes(entry, fan, inputs)
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_conversion_changes_no_bit_and_leaves_the_model_alone(name):
+    entry = ZOO[name]
+    torch.manual_seed(seed_of(name))
+    model, inputs = entry.make(), entry.inputs(4)
+    before = oracle.snapshot(model)
+    branched = convert(model, oracle.random_plan(model, "all", 0), inputs, mode="per-task").eval()
+    oracle.assert_untouched(model, before)
+    ours, theirs = call(branched, copy.deepcopy(inputs)), call(model.eval(), copy.deepcopy(inputs))
+    for task in TASKS:
+        for one, other in zip(oracle.tensors_in(ours[task]), oracle.tensors_in(theirs[task]), strict=True):
+            assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("name", ["PlainConv", "BareParameters", "StatisticsAroundStatistics", "TwoNames", "Cached"])
+def test_copies_saves_and_extracts_stay_per_task(name, tmp_path):
+    entry, model, branched, inputs = per_task(name, "all", 1)
+    oracle.perturb(branched)
+    twin = copy.deepcopy(branched)
+    before = {key: value.clone() for key, value in branched.state_dict().items()}
+    sgd_steps(twin, entry)
+    assert all(torch.equal(before[key], value) for key, value in branched.state_dict().items())
+    save(twin, tmp_path)
+    loaded = load(tmp_path, model)
+    assert plan_of(loaded).mode == "per-task"
+    for network in (twin, loaded):
+        check_both_modes(entry, network, inputs)
+    outputs = twin.eval()(inputs)
+    for task in TASKS:
+        plain = extract_task(twin, task)
+        assert type(plain) is type(model) and "forward" not in vars(plain)
+        model.load_state_dict(plain.state_dict())
+        assert torch.equal(plain(inputs)[task], outputs[task])
+
+
+def test_an_unknown_mode():
+    with pytest.raises(PlanError, match=r"mode is 'twice'\. Choose 'fan' or 'per-task'"):
+        convert(PlainConv().double(), BranchPlan.per_task(["body.0.0"], TASKS), image(2), mode="twice")
+
+
+# Forwards that fans cannot pass.
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("statement", [case[0] for case in CANNOT_WORK], ids=lambda statement: statement.__name__)
+def test_what_fans_cannot_pass_works(statement):
+    torch.manual_seed(0)
+    model, x = Statement(statement).double(), torch.randn(3, 4).double()
+    plan = BranchPlan.grouped({"first": ["a", "b", "c"], "second": [["a", "b"], "c"]}, TASKS)
+    branched = convert(model, plan, x, mode="per-task")
+    oracle.perturb(branched)
+    outputs = branched(x)
+    for task in TASKS:
+        plain = oracle.plain_model(lambda: Statement(statement).double(), branched, task)
+        oracle.assert_outputs_close(outputs[task], plain(x)[task], task)
+
+
+class Decides(nn.Module):
+    """Takes another way, a scripted one or none, by the value that it sees."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.norm = nn.Linear(6, 4), nn.BatchNorm1d(4)
+        self.scripted = torch.jit.script(nn.Linear(4, 4))
+
+    def forward(self, x):
+        x = self.body(x)
+        x = self.scripted(x) if x.sum() > 0 else self.norm(x)
+        return dict.fromkeys(TASKS, x)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script")
+def test_each_task_takes_its_own_way():
+    model = Decides().double()
+    branched = convert(model, BranchPlan.per_task(["body"], TASKS), vector(4), mode="per-task").eval()
+    with torch.no_grad():
+        for task, sign in zip(TASKS, (1, -1, 1), strict=True):
+            branched.body.branches.get_submodule(task).bias.fill_(sign * 100.0)
+    inputs = vector(4)
+    outputs = branched(inputs)
+    for task in TASKS:
+        plain = oracle.plain_model(lambda: copy.deepcopy(model), branched, task)
+        assert torch.equal(outputs[task], plain(inputs)[task])
+    assert not torch.equal(outputs["a"], outputs["b"])
+
+
+def test_statistics_that_the_model_itself_keeps():
+    class Centred(PlainConv):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("centre", torch.zeros(5))
+
+        def forward(self, x):
+            x = self.body(x)
+            if self.training:
+                self.centre.lerp_(x.detach().mean((0, 2, 3)), 0.1)
+            return self.heads(x - self.centre[:, None, None])
+
+    def make():
+        return Centred().double()
+
+    branched = convert(make(), BranchPlan.per_task(["body.0.0"], TASKS), image(4), mode="per-task")
+    assert "branches.b.centre" in branched.state_dict()
+    oracle.perturb(branched)
+    for training in (True, False):
+        oracle.check(make, branched.train(training), image(4))
+    assert type(extract_task(branched, "a")) is Centred
+
+
+# How it runs.
+
+
+def test_the_whole_network_runs_once_per_task():
+    model = PlainConv().double().eval()
+    branched = convert(model, BranchPlan.per_task(["heads.heads.a"], TASKS), image(2), mode="per-task").eval()
+    counts = []
+    for network in (model, branched):
+        with FlopCounterMode(display=False) as counter:
+            network(image(2))
+        counts.append(counter.get_total_flops())
+    assert counts[1] == len(TASKS) * counts[0]
+
+
+def test_shared_statistics_are_updated_once():
+    model = PlainConv().double()
+    branched = convert(model, BranchPlan.per_task(["body.1.0"], TASKS), image(4), mode="per-task")
+    for network in (model, branched):
+        network.train()(inputs := torch.ones(4, 3, 8, 8).double())
+    del inputs
+    assert torch.equal(model.body[0][1].running_mean, branched.body[0][1].running_mean)
+    assert branched.body[0][1].num_batches_tracked == 1
+
+
+def test_attributes_that_a_forward_sets_are_kept():
+    _, _, branched, inputs = per_task("Cached", "all", 0)
+    oracle.perturb(branched)
+    for _ in range(3):
+        branched(inputs)
+    assert branched.calls == 3
+    assert type(branched.last) is ByTask and set(branched.last) == set(TASKS)
+    assert not torch.equal(branched.last["a"], branched.last["b"])
+
+
+def test_an_attribute_set_after_the_conversion_counts():
+    class Scaled(PlainConv):
+        factor = 1.0
+
+        def forward(self, x):
+            return super().forward(x * self.factor)
+
+    branched = convert(Scaled().double(), BranchPlan.per_task(["body.0.0"], TASKS), image(2), mode="per-task").eval()
+    x = image(2)
+    expected = branched(x * 3.0)["a"]
+    branched.factor = 3.0
+    assert torch.equal(branched(x)["a"], expected)
+
+
+def test_hooks_run_for_every_task():
+    _, _, branched, inputs = per_task("PlainConv", "all", 0)
+    seen = []
+    branched.body[0][0].register_forward_hook(lambda module, args, out: seen.append(type(module)))
+    branched.body[3].register_forward_pre_hook(lambda module, args: seen.append(type(args[0])))
+    branched.register_forward_hook(lambda module, args, out: seen.append(sorted(out)))
+    branched(inputs)
+    assert seen == [nn.Conv2d, torch.Tensor] * 3 + [list(TASKS)]
+
+
+def test_modes_of_modules_count():
+    _, _, branched, inputs = per_task("PlainConv", "all", 0)
+    before = {key: value.clone() for key, value in branched.state_dict().items()}
+    branched.eval()(inputs)
+    assert all(torch.equal(before[key], value) for key, value in branched.state_dict().items())
+
+
+def test_to_another_dtype_and_back():
+    entry, _, branched, inputs = per_task("Norms", "all", 0)
+    branched.float()
+    assert branched(inputs.float())["a"].dtype == torch.float32
+    branched.double()
+    oracle.perturb(branched)
+    check_both_modes(entry, branched, inputs)
