@@ -9,7 +9,8 @@ from torch.autograd import Function
 from torch.utils._pytree import tree_leaves
 
 from recon.errors import FanError
-from recon.fan import TaskFan, fans_in, map_groups
+from recon.fan import TaskFan, map_groups
+from recon.fan_trees import fans_in
 from recon.statement import where
 
 

@@ -10,20 +10,9 @@ from typing import Any
 from torch import Tensor, nn
 
 import recon.autograd_functions  # noqa: F401  (makes custom autograd functions take fans)
-from recon.batches import check_outputs
 from recon.errors import UsageError
-from recon.fan import (
-    common_refinement,
-    mark_origins,
-    merge,
-    origins_of,
-    partition_of,
-    restrict,
-    served,
-    serving,
-    value_for,
-    within,
-)
+from recon.fan import common_refinement, mark_origins, merge, origins_of, served, serving
+from recon.fan_trees import partition_of, within
 from recon.partition import Group, Partition, group_name
 from recon.watch import watcher
 
@@ -242,35 +231,6 @@ class _Holder(nn.Module):
     def __init__(self, name: str, parameter: nn.Parameter) -> None:
         super().__init__()
         self.register_parameter(name, parameter)
-
-
-class TasksOnly:
-    """Forward pre-hook of a module that serves some tasks only: it sees no other task's values."""
-
-    def __init__(self, tasks: Group) -> None:
-        self.tasks = tasks
-
-    def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
-        """Restrict the fans among the inputs."""
-        return restrict(args, self.tasks), restrict(kwargs, self.tasks)
-
-
-class SplitOutputs:
-    """Forward hook of the whole model: each task's entry of the output holds that task's value."""
-
-    def __init__(self, tasks: Group) -> None:
-        self.tasks = tasks
-
-    def __call__(self, module: nn.Module, args: Any, output: Any) -> dict[str, Any]:
-        """Take the fans apart."""
-        output = check_outputs(output, self.tasks)
-        return {task: value_for(output[task], task) for task in self.tasks}
-
-
-def is_surgical(hook: object) -> bool:
-    """Whether a hook was put on one of the user's modules by the surgery."""
-    hook = getattr(hook, "hook", hook)  # torch wraps what it calls before loading
-    return isinstance(hook, (TasksOnly, SplitOutputs, LoadBareParameter))
 
 
 def _load_original_into_branches(module: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:

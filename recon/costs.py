@@ -13,9 +13,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from recon.batches import call
-from recon.dry_run import undisturbed
 from recon.planning import BranchPlan
 from recon.surgery import convert
+from recon.undisturbed import undisturbed
 
 
 @dataclass(frozen=True)

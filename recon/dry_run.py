@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from recon.batches import call
-from recon.branches import Branches, TasksOnly, all_modules
+from recon.branches import Branches
 from recon.errors import FanError, ReconError, UsageError
-from recon.fan import TaskFan, origins_of, partition_of, value_for
+from recon.fan_trees import partition_of, value_for
 from recon.gradients import reached_leaves
+from recon.hooks import TasksOnly
 from recon.partition import Group, Partition, refine
-from recon.statement import where
+from recon.refusals import Writes, watch_writes, way_out
 from recon.trees import leaves_of
-from recon.watch import equal, storage_of, watching
+from recon.undisturbed import buffer_values, equal_values, undisturbed
+from recon.watch import storage_of
 
 
 def find_statistics(branched: nn.Module, example_inputs: Any) -> dict[str, Partition]:
@@ -49,7 +49,7 @@ def find_statistics(branched: nn.Module, example_inputs: Any) -> dict[str, Parti
             note(path, partition)
         return path is not None
 
-    with undisturbed(branched), _watch_writes(_Writes(is_statistics)):
+    with undisturbed(branched), watch_writes(Writes(is_statistics)):
         before = {path: buffer_values(module) for path, module in branched.named_modules()}
         run(branched.train(), example_inputs)
         for path, module in branched.named_modules():
@@ -63,7 +63,7 @@ def find_statistics(branched: nn.Module, example_inputs: Any) -> dict[str, Parti
         raise FanError(
             f"{type(branched).__name__} itself keeps running statistics of values that differ between tasks. Move "
             "these buffers, and the statements that update them, into a submodule; or branch later layers only. "
-            f"{_way_out(())}"
+            f"{way_out()}"
         )
     return found
 
@@ -82,18 +82,6 @@ def with_inner(found: Mapping[str, Partition], changed: Mapping[str, Group]) -> 
         if around:
             result[path] = refine(*own, *around)
     return {path: partition for path, partition in result.items() if len(partition.groups) > 1}
-
-
-def buffer_values(module: nn.Module) -> dict[str, Tensor]:
-    """Copies of a module's own buffers."""
-    return {name: buffer.detach().clone() for name, buffer in module._buffers.items() if buffer is not None}
-
-
-def equal_values(values: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> bool:
-    """Whether two modules' buffers are the same."""
-    return values.keys() == others.keys() and all(
-        type(others[name]) is Tensor and equal(value, others[name]) for name, value in values.items()
-    )
 
 
 def _tasks_at(path: str, model: nn.Module, tasks: Group) -> Group:
@@ -117,7 +105,7 @@ def find_task_modules(branched: nn.Module, tasks: Group, example_inputs: Any, or
         UsageError: the forward fails on the example inputs.
         FanError: a statement of it cannot work on fans.
     """
-    with undisturbed(branched), _watch_fans(branched) as arriving, _watch_writes(_Writes()), torch.enable_grad():
+    with undisturbed(branched), _watch_fans(branched) as arriving, watch_writes(Writes()), torch.enable_grad():
         output = run(branched.train(), example_inputs)
         refuse_foreign({task: value_for(output[task], task) for task in tasks}, original)
         serves: dict[Tensor, set[str]] = {}
@@ -125,7 +113,7 @@ def find_task_modules(branched: nn.Module, tasks: Group, example_inputs: Any, or
             leaves = [leaf for leaf in leaves_of(value_for(output[task], task)) if isinstance(leaf, Tensor)]
             for parameter in reached_leaves(leaves):
                 serves.setdefault(parameter, set()).add(task)
-    with undisturbed(branched), _watch_writes(_Writes()), torch.no_grad():
+    with undisturbed(branched), watch_writes(Writes()), torch.no_grad():
         run(branched.eval(), example_inputs)
     copies = {copy for module in branched.modules() if isinstance(module, Branches) for copy in module.modules()}
     found: dict[str, Group] = {}
@@ -218,77 +206,6 @@ def run(branched: nn.Module, example_inputs: Any) -> Mapping[str, Any]:
         ) from error
 
 
-class _Writes(TorchDispatchMode):
-    """Fails where a tensor is read that the original would have written into, but a branched model has not.
-
-    `x += fan` makes a new x out of a tensor that has not fanned out. The original changes the tensor itself, so that
-    every other name and view of it sees the change.
-    """
-
-    def __init__(self, is_statistics: Callable[[Tensor, Partition], bool] = lambda tensor, partition: False) -> None:
-        super().__init__()
-        self.shared_write = is_statistics
-        self.stale: dict[int, tuple[Tensor, Tensor]] = {}
-        self.refusal: FanError | None = None
-        self.origins: frozenset[str] = frozenset()
-
-    def meet(self, origins: frozenset[str]) -> None:
-        """Keep the branched layers that the latest operation's values come from."""
-        self.origins = origins
-
-    def left_behind(self, tensor: Tensor) -> None:
-        """Mark the tensor's elements in its storage."""
-        elements = tensor.untyped_storage().nbytes() // tensor.itemsize
-        _, mask = self.stale.setdefault(storage_of(tensor), (tensor, torch.zeros(elements, dtype=torch.bool)))
-        mask.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset()).fill_(True)
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if TaskFan in types:
-            self.meet(origins_of((args, kwargs)))
-            try:
-                TaskFan.__torch_dispatch__(func, types, args, kwargs)
-            except FanError as error:
-                self.refusal = error
-                raise
-        if self.stale and not func.is_view and any(self._is_stale(leaf) for leaf in tree_leaves((args, kwargs))):
-            raise FanError(
-                f"This uses a tensor that an earlier statement changes in place by values that differ between "
-                f"tasks{where()}. Let that statement make a new tensor (y = y + x for y += x), or branch later layers "
-                "only."
-            )
-        return func(*args, **(kwargs or {}))
-
-    def _is_stale(self, leaf: object) -> bool:
-        if not isinstance(leaf, Tensor) or storage_of(leaf) not in self.stale:
-            return False
-        marked, mask = self.stale[storage_of(leaf)]
-        if leaf.itemsize != marked.itemsize:
-            return True
-        return bool(mask.as_strided(leaf.shape, leaf.stride(), leaf.storage_offset()).any())
-
-
-@contextmanager
-def _watch_writes(writes: _Writes) -> Iterator[None]:
-    try:
-        with watching(writes), writes:
-            yield
-    except UsageError as error:
-        # TorchScript makes an error of its own out of a refusal.
-        refusal = error if isinstance(error, FanError) else writes.refusal
-        if refusal is None:
-            raise
-        raise FanError(f"{refusal} {_way_out(writes.origins)}") from None
-
-
-def _way_out(origins: Iterable[str]) -> str:
-    layers = ", ".join(map(repr, sorted(origins)))
-    where_from = f"The values fan out at {layers}. " if layers else ""
-    return (
-        f"{where_from}To leave the forward as it is, convert with mode='per-task' (--mode per-task): the whole network "
-        "then runs once per task."
-    )
-
-
 @contextmanager
 def _watch_fans(model: nn.Module) -> Iterator[set[str]]:
     """Collect the paths of the modules that values which have fanned out reach."""
@@ -311,38 +228,3 @@ def _watch_fans(model: nn.Module) -> Iterator[set[str]]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-@contextmanager
-def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Put back what a forward changes: modes, buffers, what modules remember as attributes, and the random state."""
-    kept = [(module, dict(vars(module)), dict(module._buffers), buffer_values(module)) for module in all_modules(model)]
-    devices = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
-    with torch.random.fork_rng(devices=sorted(index for index in devices if index is not None)):
-        try:
-            yield
-        finally:
-            for module, attributes, buffers, values in kept:
-                vars(module).clear()
-                vars(module).update(attributes)
-                _put_back(module._buffers, buffers, values)
-
-
-@torch.no_grad()
-def _put_back(now: dict[str, Tensor | None], buffers: dict[str, Tensor | None], values: dict[str, Tensor]) -> None:
-    for name in set(now.keys()).difference(buffers):
-        del now[name]
-    for name, buffer in buffers.items():
-        if now[name] is not buffer:
-            now[name] = buffer
-        if buffer is not None and not equal(buffer, values[name]):
-            buffer.copy_(values[name])
-
-
-@torch.no_grad()
-def perturb(model: nn.Module, seed: int = 0) -> None:
-    """Add a little noise to every parameter, so that no two copies stay equal and no gain stays zero."""
-    generator = torch.Generator().manual_seed(seed)
-    for parameter in model.parameters():
-        noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float32).to(parameter)
-        parameter.add_(noise * (0.1 * parameter.abs().mean() + 0.01))

@@ -129,7 +129,7 @@ def map_groups(call: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[
     watch = watcher()
     if watch:
         watch.meet(origins_of(leaves))
-        _refuse_lost_gradients(leaves)
+        refuse_lost_gradients(leaves)
     shared = [SharedTensor(leaf) for leaf in leaves if _is_shared(leaf)] if watch else []
     results = []
     for group in common.groups:
@@ -200,60 +200,6 @@ def _fan(partition: Partition, values: Sequence[Tensor]) -> Tensor:
         value = values[partition.label_of[group[0]]]
         flat_values.append(value.for_group(group) if type(value) is TaskFan else value)
     return TaskFan(flat, flat_values)
-
-
-def restrict(structure: Any, tasks: Group) -> Any:
-    """Any structure, its fans restricted to some tasks."""
-    return map_tree(lambda leaf: leaf.restrict(tasks) if type(leaf) is TaskFan else leaf, structure)
-
-
-def within(structure: Any, group: Group) -> Any:
-    """Any structure as one group of tasks sees it: plain values wherever the group's tasks agree."""
-
-    def pick(leaf: Any) -> Any:
-        if type(leaf) is not TaskFan:
-            return leaf
-        inner = leaf.restrict(group)
-        return inner._by_group[0] if len(inner._by_group) == 1 else inner
-
-    return map_tree(pick, structure)
-
-
-def value_for(structure: Any, task: str) -> Any:
-    """Any structure as one task sees it: plain values where the fans were.
-
-    Raises:
-        FanError: a fan holds no value for this task.
-    """
-
-    def pick(leaf: Any) -> Any:
-        if type(leaf) is not TaskFan:
-            return leaf
-        if watcher():
-            _refuse_lost_gradients([leaf])
-        if task not in leaf._partition.label_of:
-            raise FanError(f"The output of task {task!r} holds values computed only for {list(leaf._partition.tasks)}.")
-        return leaf.for_group((task,))
-
-    return map_tree(pick, structure)
-
-
-def fans_in(structure: Any) -> list[TaskFan]:
-    """The fans in any structure of tuples, lists, dicts and dataclasses."""
-    found = [leaf for leaf in leaves_of(structure) if type(leaf) is TaskFan]
-    if watcher():
-        _refuse_lost_gradients(found)
-    return found
-
-
-def partition_of(structure: Any) -> Partition | None:
-    """The common refinement of the fans in a structure; `None` if it holds none.
-
-    Raises:
-        FanError: the fans have no task in common.
-    """
-    partitions = [fan._partition for fan in fans_in(structure)]
-    return common_refinement(partitions) if partitions else None
 
 
 def common_refinement(partitions: Sequence[Partition]) -> Partition:
@@ -334,7 +280,7 @@ def _is_shared(leaf: Any) -> bool:
     return isinstance(leaf, Tensor) and type(leaf) is not TaskFan and not leaf.is_inference()
 
 
-def _refuse_lost_gradients(leaves: Iterable[Any]) -> None:
+def refuse_lost_gradients(leaves: Iterable[Any]) -> None:
     """Fail on what comes out of an autograd function by a name bound to its apply earlier (f = MyFunction.apply)."""
     with torch._C.DisableTorchFunctionSubclass():
         for leaf in leaves:

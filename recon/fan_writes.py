@@ -9,7 +9,8 @@ from typing import Any
 from torch import Tensor
 
 from recon.errors import FanError
-from recon.fan import TaskFan, common_refinement, fans_in, map_groups
+from recon.fan import TaskFan, common_refinement, map_groups
+from recon.fan_trees import fans_in
 from recon.partition import Partition
 from recon.statement import augmented_assignment, stored_back, where
 from recon.watch import refuse_write, storage_of, watcher

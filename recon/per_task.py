@@ -10,8 +10,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from recon.batches import check_outputs
-from recon.dry_run import buffer_values, equal_values, perturb, run, undisturbed, with_inner
+from recon.dry_run import run, with_inner
 from recon.partition import Group, Partition
+from recon.undisturbed import buffer_values, equal_values, perturb, undisturbed
 from recon.views import ByTask, TaskView
 
 

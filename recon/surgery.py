@@ -5,33 +5,24 @@ from __future__ import annotations
 import copy
 import logging
 import sys
-from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from recon.branches import (
-    Branched,
-    BranchedParameter,
-    BranchedStatistics,
-    SplitOutputs,
-    TasksOnly,
-    all_modules,
-    is_surgical,
-)
-from recon.dry_run import find_statistics, find_task_modules, refuse_foreign, run, undisturbed
-from recon.errors import FanError, PlanError, UnknownNameError, UsageError
-from recon.fan import value_for
+from recon.branches import LoadBareParameter
+from recon.copies import branch_layers, module_at, split_statistics
+from recon.dry_run import find_statistics, find_task_modules, refuse_foreign, run
+from recon.errors import FanError, PlanError, UsageError
+from recon.fan_trees import value_for
+from recon.hooks import SplitOutputs, TasksOnly
 from recon.initial import Init, draw_copies, initialise
-from recon.layers import find_layers, places
-from recon.partition import Group, Partition, refine
 from recon.per_task import PerTaskForward, find_statistics_by_value
 from recon.planning import BranchPlan, Mode, checked_mode
-from recon.references import STRUCTURE, redirect_references
+from recon.references import STRUCTURE
 from recon.trees import leaves_of, map_tree
+from recon.undisturbed import undisturbed
 from recon.views import TaskView
 
 logger = logging.getLogger(__name__)
@@ -89,7 +80,7 @@ def convert(
     plan = replace(plan, mode=checked_mode(mode or plan.mode))
     branched = _copy(model)
     initialise(branched, init)
-    _branch_layers(branched, plan.layers)
+    branch_layers(branched, plan.layers)
     draw_copies(branched, model, init, copies)
     form = _per_task_form if plan.mode == "per-task" else _fan_form
     branched = form(model, branched, plan, example_inputs)
@@ -104,12 +95,12 @@ def _fan_form(model: nn.Module, branched: nn.Module, plan: BranchPlan, example_i
     if plan.statistics is None:
         _refuse_meta(branched)
         plan = replace(plan, statistics=find_statistics(branched, example_inputs))
-    branched = _split_all_statistics(branched, plan)
+    branched = split_statistics(branched, plan.statistics or {})
     branched.register_forward_hook(SplitOutputs(plan.tasks))
     if plan.task_modules is None:
         plan = replace(plan, task_modules=find_task_modules(branched, plan.tasks, example_inputs, original=model))
     for path, tasks in (plan.task_modules or {}).items():
-        _module_at(branched, path).register_forward_pre_hook(TasksOnly(tasks), with_kwargs=True)
+        module_at(branched, path).register_forward_pre_hook(TasksOnly(tasks), with_kwargs=True)
     branched.branch_plan = plan  # type: ignore[assignment]
     return branched
 
@@ -119,7 +110,7 @@ def _per_task_form(model: nn.Module, branched: nn.Module, plan: BranchPlan, exam
     if not found:
         _refuse_meta(branched)
         plan = replace(plan, statistics=find_statistics_by_value(branched, plan.tasks, example_inputs))
-    branched = _split_all_statistics(branched, plan)
+    branched = split_statistics(branched, plan.statistics or {})
     branched.forward = PerTaskForward(branched, plan.tasks)
     branched.branch_plan = replace(plan, task_modules={})  # type: ignore[assignment]
     if not found:
@@ -175,100 +166,14 @@ def plan_of(branched: nn.Module) -> BranchPlan:
     return plan
 
 
-def _branch_layers(model: nn.Module, layers: Mapping[str, Partition]) -> None:
-    copies = _ParameterCopies(
-        {
-            p: layers[layer.name]
-            for layer in find_layers(model)
-            if layer.name in layers
-            for p in layer.parameters.values()
-        }
-    )
-    branched: dict[nn.Module, nn.Module] = {}
-    for place in list(places(model)):
-        partition = copies.partition_of(place.parameters.values())
-        if partition is None:
-            continue
-        if isinstance(place.owner, nn.Parameter):
-            if place.parent._parameters[place.attribute] is None:  # the container has two paths: done at the first
-                continue
-            parameters = {group: copies.get(place.owner, group) for group in partition.groups}
-            BranchedParameter(place.path, partition, parameters).put_into(place.parent)
-            continue
-        if place.owner not in branched:  # a module reached by two paths is branched once
-            modules = {group: copies.module(place.owner, group) for group in partition.groups}
-            branched[place.owner] = Branched(place.path, partition, modules)
-        setattr(place.parent, place.attribute, branched[place.owner])
-    redirect_references(model.modules(), lambda module: branched.get(module, module))
-
-
-class _ParameterCopies:
-    """One copy of each branched parameter per group, however many modules hold it."""
-
-    def __init__(self, partitions: Mapping[nn.Parameter, Partition]) -> None:
-        self.partitions = partitions
-        self.copies: dict[tuple[nn.Parameter, Group], nn.Parameter] = {}
-
-    def partition_of(self, parameters: Iterable[nn.Parameter]) -> Partition | None:
-        """The groups of a module with these parameters: tied weights may bring in several layers' partitions."""
-        found = [self.partitions[p] for p in parameters if p in self.partitions]
-        return refine(*found) if found else None
-
-    def get(self, parameter: nn.Parameter, group: Group) -> nn.Parameter:
-        partition = self.partitions.get(parameter)
-        if partition is None:
-            return parameter
-        label = partition.label_of[group[0]]
-        if label == 0:  # the first group takes over the original: nothing is copied needlessly
-            return parameter
-        key = (parameter, partition.groups[label])
-        if key not in self.copies:
-            self.copies[key] = copy.deepcopy(parameter)
-        return self.copies[key]
-
-    def module(self, module: nn.Module, group: Group) -> nn.Module:
-        memo: dict[int, Any] = {id(p): self.get(p, group) for p in module.parameters()}
-        return copy.deepcopy(module, memo)
-
-
-def _split_all_statistics(model: nn.Module, plan: BranchPlan) -> nn.Module:
-    # Inner ones first: an outer one takes its children along as they are.
-    for path, partition in sorted((plan.statistics or {}).items(), key=lambda item: -_depth(item[0])):
-        module = _module_at(model, path)
-        split = BranchedStatistics(module, partition)
-        if module is model:
-            return split
-        for parent in list(model.modules()):
-            for name, child in parent._modules.items():
-                if child is module:
-                    setattr(parent, name, split)
-        redirect_references(
-            (other for other in all_modules(model) if other is not split),
-            partial(_swap, module, split),
-        )
-    return model
-
-
-def _swap(old: nn.Module, new: nn.Module, module: nn.Module) -> nn.Module:
-    return new if module is old else module
-
-
-def _depth(path: str) -> int:
-    return path.count(".") + bool(path)
-
-
-def _module_at(model: nn.Module, path: str) -> nn.Module:
-    try:
-        return model.get_submodule(path)
-    except AttributeError as error:
-        raise UnknownNameError("module", path, [name for name, _ in model.named_modules()]) from error
-
-
 def _drop_hooks(module: nn.Module) -> None:
+    """Take off what the surgery has put on."""
     for hooks in (module._forward_hooks, module._forward_pre_hooks, module._load_state_dict_pre_hooks):
-        for key in [key for key, hook in hooks.items() if is_surgical(hook)]:
-            del hooks[key]
-            module._forward_pre_hooks_with_kwargs.pop(key, None)
+        for key, hook in list(hooks.items()):
+            # torch wraps what it calls before loading
+            if isinstance(getattr(hook, "hook", hook), (SplitOutputs, TasksOnly, LoadBareParameter)):
+                del hooks[key]
+                module._forward_pre_hooks_with_kwargs.pop(key, None)
 
 
 def _copy(model: nn.Module) -> nn.Module:

@@ -16,10 +16,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from recon.batches import call, check_outputs
 from recon.branches import Branched, BranchedParameter, BranchedStatistics
-from recon.dry_run import perturb, undisturbed
 from recon.errors import VerificationError
 from recon.surgery import plan_of
 from recon.trees import leaves_of
+from recon.undisturbed import perturb, undisturbed
 
 # By the precision of the weights. The two models run the same operations, but gradients are summed in another order.
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5}

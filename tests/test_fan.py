@@ -10,7 +10,8 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from recon.errors import FanError
-from recon.fan import TaskFan, fans_in, merge, partition_of, restrict, serving, value_for, within
+from recon.fan import TaskFan, merge, serving
+from recon.fan_trees import fans_in, partition_of, restrict, value_for, within
 from recon.partition import Partition
 from recon.planning import BranchPlan
 from recon.statement import where

@@ -9,7 +9,7 @@ from torch import nn
 
 from recon.batches import call
 from recon.errors import FanError, PlanError, UnknownNameError, UsageError
-from recon.fan import fans_in, partition_of
+from recon.fan_trees import fans_in, partition_of
 from recon.partition import Partition
 from recon.planning import BranchPlan
 from recon.surgery import convert, extract_task, plan_of

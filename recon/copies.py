@@ -1,0 +1,112 @@
+"""The copies: of the layers that a plan branches, and of the statistics that follow the fan."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+from recon.branches import Branched, BranchedParameter, BranchedStatistics, all_modules
+from recon.errors import UnknownNameError
+from recon.layers import find_layers, places
+from recon.partition import Group, Partition, refine
+from recon.references import redirect_references
+
+
+def branch_layers(model: nn.Module, layers: Mapping[str, Partition]) -> None:
+    """Put a branched layer in every place where the model reaches one of these."""
+    copies = _ParameterCopies(
+        {
+            p: layers[layer.name]
+            for layer in find_layers(model)
+            if layer.name in layers
+            for p in layer.parameters.values()
+        }
+    )
+    branched: dict[nn.Module, nn.Module] = {}
+    for place in list(places(model)):
+        partition = copies.partition_of(place.parameters.values())
+        if partition is None:
+            continue
+        if isinstance(place.owner, nn.Parameter):
+            if place.parent._parameters[place.attribute] is None:  # the container has two paths: done at the first
+                continue
+            parameters = {group: copies.get(place.owner, group) for group in partition.groups}
+            BranchedParameter(place.path, partition, parameters).put_into(place.parent)
+            continue
+        if place.owner not in branched:  # a module reached by two paths is branched once
+            modules = {group: copies.module(place.owner, group) for group in partition.groups}
+            branched[place.owner] = Branched(place.path, partition, modules)
+        setattr(place.parent, place.attribute, branched[place.owner])
+    redirect_references(model.modules(), lambda module: branched.get(module, module))
+
+
+class _ParameterCopies:
+    """One copy of each branched parameter per group, however many modules hold it."""
+
+    def __init__(self, partitions: Mapping[nn.Parameter, Partition]) -> None:
+        self.partitions = partitions
+        self.copies: dict[tuple[nn.Parameter, Group], nn.Parameter] = {}
+
+    def partition_of(self, parameters: Iterable[nn.Parameter]) -> Partition | None:
+        """The groups of a module with these parameters: tied weights may bring in several layers' partitions."""
+        found = [self.partitions[p] for p in parameters if p in self.partitions]
+        return refine(*found) if found else None
+
+    def get(self, parameter: nn.Parameter, group: Group) -> nn.Parameter:
+        partition = self.partitions.get(parameter)
+        if partition is None:
+            return parameter
+        label = partition.label_of[group[0]]
+        if label == 0:  # the first group takes over the original: nothing is copied needlessly
+            return parameter
+        key = (parameter, partition.groups[label])
+        if key not in self.copies:
+            self.copies[key] = copy.deepcopy(parameter)
+        return self.copies[key]
+
+    def module(self, module: nn.Module, group: Group) -> nn.Module:
+        memo: dict[int, Any] = {id(p): self.get(p, group) for p in module.parameters()}
+        return copy.deepcopy(module, memo)
+
+
+def split_statistics(model: nn.Module, statistics: Mapping[str, Partition]) -> nn.Module:
+    """Let these modules keep their buffers by group; the model is another one only if it is such a module itself."""
+    # Inner ones first: an outer one takes its children along as they are.
+    for path, partition in sorted(statistics.items(), key=lambda item: -_depth(item[0])):
+        module = module_at(model, path)
+        split = BranchedStatistics(module, partition)
+        if module is model:
+            return split
+        for parent in list(model.modules()):
+            for name, child in parent._modules.items():
+                if child is module:
+                    setattr(parent, name, split)
+        redirect_references(
+            (other for other in all_modules(model) if other is not split),
+            partial(_swap, module, split),
+        )
+    return model
+
+
+def _swap(old: nn.Module, new: nn.Module, module: nn.Module) -> nn.Module:
+    return new if module is old else module
+
+
+def _depth(path: str) -> int:
+    return path.count(".") + bool(path)
+
+
+def module_at(model: nn.Module, path: str) -> nn.Module:
+    """The module at a path.
+
+    Raises:
+        UnknownNameError: there is none; the message gives the nearest names.
+    """
+    try:
+        return model.get_submodule(path)
+    except AttributeError as error:
+        raise UnknownNameError("module", path, [name for name, _ in model.named_modules()]) from error

@@ -1,0 +1,59 @@
+"""Run a model, or change it, and leave no trace."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from recon.branches import all_modules
+from recon.watch import equal
+
+
+@contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Put back what a forward changes: modes, buffers, what modules remember as attributes, and the random state."""
+    kept = [(module, dict(vars(module)), dict(module._buffers), buffer_values(module)) for module in all_modules(model)]
+    devices = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
+    with torch.random.fork_rng(devices=sorted(index for index in devices if index is not None)):
+        try:
+            yield
+        finally:
+            for module, attributes, buffers, values in kept:
+                vars(module).clear()
+                vars(module).update(attributes)
+                _put_back(module._buffers, buffers, values)
+
+
+@torch.no_grad()
+def _put_back(now: dict[str, Tensor | None], buffers: dict[str, Tensor | None], values: dict[str, Tensor]) -> None:
+    for name in set(now.keys()).difference(buffers):
+        del now[name]
+    for name, buffer in buffers.items():
+        if now[name] is not buffer:
+            now[name] = buffer
+        if buffer is not None and not equal(buffer, values[name]):
+            buffer.copy_(values[name])
+
+
+def buffer_values(module: nn.Module) -> dict[str, Tensor]:
+    """Copies of a module's own buffers."""
+    return {name: buffer.detach().clone() for name, buffer in module._buffers.items() if buffer is not None}
+
+
+def equal_values(values: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> bool:
+    """Whether two modules' buffers are the same."""
+    return values.keys() == others.keys() and all(
+        type(others[name]) is Tensor and equal(value, others[name]) for name, value in values.items()
+    )
+
+
+@torch.no_grad()
+def perturb(model: nn.Module, seed: int = 0) -> None:
+    """Add a little noise to every parameter, so that no two copies stay equal and no gain stays zero."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float32).to(parameter)
+        parameter.add_(noise * (0.1 * parameter.abs().mean() + 0.01))
