@@ -20,13 +20,13 @@ from torch.utils._pytree import tree_leaves, tree_map
 import recon
 from recon.batches import task_outputs, to_device, unpack
 from recon.costs import Costs
-from recon.dry_run import undisturbed
 from recon.errors import CheckpointError, FanError, ProblemError, UsageError
 from recon.gradients import reached_leaves
 from recon.layers import find_layers
 from recon.problem import Batch, Problem
 from recon.runs import RUN_FILE, Run
 from recon.trainer import Epoch, task_losses
+from recon.undisturbed import undisturbed
 
 _SAMPLES = 8  # enough for batch norm, little enough to be quick
 
