@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any
 
 from torch import Tensor, nn
@@ -117,15 +117,18 @@ class BranchedParameter(Branched):
 @lru_cache(maxsize=1024)
 def _class_with_fans(cls: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
     """A class whose attributes `names` hand out fans: a module is found only after the class's own attributes."""
-    fans = {name: property(partial(_read_fan, name)) for name in names}
+    fans = {name: _fan_property(name) for name in names}
     fields = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__reduce_ex__": _reduce, "_fans": names}
     return type(cls.__name__, (cls,), {**fans, **fields})
 
 
-def _read_fan(name: str, container: nn.Module) -> Any:
-    parameter = container._modules[name]
-    assert isinstance(parameter, BranchedParameter)
-    return parameter.attribute(name)
+def _fan_property(name: str) -> property:
+    def fan(container: nn.Module) -> Any:  # a function: torch.compile takes no partial for one
+        parameter = container._modules[name]
+        assert isinstance(parameter, BranchedParameter)
+        return parameter.attribute(name)
+
+    return property(fan)
 
 
 def _reduce(module: nn.Module, protocol: Any) -> tuple[Any, ...]:

@@ -1,4 +1,4 @@
-"""The copies: of the layers that a plan branches, and of the statistics that follow the fan."""
+"""The copies: of a model, of the layers that a plan branches, and of the statistics that follow the fan."""
 
 from __future__ import annotations
 
@@ -7,13 +7,33 @@ from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
 
 from recon.branches import Branched, BranchedParameter, BranchedStatistics, all_modules
-from recon.errors import UnknownNameError
+from recon.errors import UnknownNameError, UsageError
 from recon.layers import find_layers, places
 from recon.partition import Group, Partition, refine
 from recon.references import redirect_references
+
+
+def copy_model(model: nn.Module) -> nn.Module:
+    """A model of its own with the same weights.
+
+    Raises:
+        UsageError: the model cannot be copied.
+    """
+    try:
+        with torch.no_grad():  # a scripted module would make its copy a function of the original's parameters
+            twin = copy.deepcopy(model)
+        for original, parameter in zip(model.parameters(), twin.parameters(), strict=True):
+            parameter.requires_grad_(original.requires_grad)
+        return twin
+    except Exception as error:
+        raise UsageError(
+            f"The model cannot be copied: {type(error).__name__}: {error}. A tensor kept as an attribute must be a "
+            "parameter, a buffer or detached."
+        ) from error
 
 
 def branch_layers(model: nn.Module, layers: Mapping[str, Partition]) -> None:

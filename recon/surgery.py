@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import sys
 from dataclasses import replace
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from recon.branches import LoadBareParameter
-from recon.copies import branch_layers, module_at, split_statistics
+from recon.copies import branch_layers, copy_model, module_at, split_statistics
 from recon.dry_run import find_statistics, find_task_modules, refuse_foreign, run
 from recon.errors import FanError, PlanError, UsageError
 from recon.fan_trees import value_for
@@ -78,7 +77,7 @@ def convert(
         raise UsageError("convert needs example_inputs: a small batch of inputs, as the model's forward takes it.")
     plan = plan.on(model)
     plan = replace(plan, mode=checked_mode(mode or plan.mode))
-    branched = _copy(model)
+    branched = copy_model(model)
     initialise(branched, init)
     branch_layers(branched, plan.layers)
     draw_copies(branched, model, init, copies)
@@ -139,7 +138,7 @@ def extract_task(branched: nn.Module, task: str) -> nn.Module:
         for attribute, value in vars(part).items():
             if attribute not in STRUCTURE and any(isinstance(leaf, Tensor) for leaf in leaves_of(value)):
                 vars(part)[attribute] = _left_behind(value, task)
-    plain = _copy(view)
+    plain = copy_model(view)
     for part in plain.modules():
         _drop_hooks(part)
     return plain
@@ -174,20 +173,6 @@ def _drop_hooks(module: nn.Module) -> None:
             if isinstance(getattr(hook, "hook", hook), (SplitOutputs, TasksOnly, LoadBareParameter)):
                 del hooks[key]
                 module._forward_pre_hooks_with_kwargs.pop(key, None)
-
-
-def _copy(model: nn.Module) -> nn.Module:
-    try:
-        with torch.no_grad():  # a scripted module would make its copy a function of the original's parameters
-            twin = copy.deepcopy(model)
-        for original, parameter in zip(model.parameters(), twin.parameters(), strict=True):
-            parameter.requires_grad_(original.requires_grad)
-        return twin
-    except Exception as error:
-        raise UsageError(
-            f"The model cannot be copied: {type(error).__name__}: {error}. A tensor kept as an attribute must be a "
-            "parameter, a buffer or detached."
-        ) from error
 
 
 def _refuse_wrapped(model: nn.Module) -> None:
