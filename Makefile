@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-slow lint bench clean
+.PHONY: demo test test-slow lint bench models clean
 
 demo: $(READY)
 	$(BIN)/recon demo --out demo
@@ -24,6 +24,10 @@ lint: $(READY)
 
 bench: $(READY)
 	$(BIN)/python benchmarks/profile_step.py
+	$(BIN)/python benchmarks/branched_step.py
+
+models: $(READY)
+	$(BIN)/python -m tests.families
 
 $(READY): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

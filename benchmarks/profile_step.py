@@ -16,30 +16,15 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from networks import ResNet18
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
-from torchvision.models import resnet18
 
 import recon
 from recon.problems import get
 from recon.timing import step_seconds
 
 Step = Callable[[], None]
-
-
-class ResNet18(nn.Module):
-    """Torchvision's ResNet-18 for one-channel images, with a linear head per task."""
-
-    def __init__(self, tasks: int) -> None:
-        super().__init__()
-        self.backbone = resnet18(num_classes=100)
-        self.backbone.conv1 = nn.Conv2d(1, 64, 7, stride=2, padding=3, bias=False)
-        self.heads = nn.ModuleDict({f"task{i}": nn.Linear(100, 10) for i in range(tasks)})
-
-    def forward(self, x: Tensor) -> dict[str, Tensor]:
-        """Images (N, 1, 36, 36) to logits (N, 10) by task."""
-        features = F.relu(self.backbone(x))
-        return {task: head(features) for task, head in self.heads.items()}
 
 
 def resnet_case(tasks: int) -> tuple[nn.Module, Tensor, dict[str, Tensor]]:
@@ -79,13 +64,16 @@ def steps(model: nn.Module, x: Tensor, targets: dict[str, Tensor], device: str) 
     return plain, profiled
 
 
-def peak_megabytes(step: Step) -> float:
-    """The peak memory of a step's tensors above what is held before it, in MB, as the allocator saw it."""
+def held_megabytes(step: Step) -> tuple[float, float]:
+    """The memory of tensors above what is held before a step, in MB: at its peak, and after it.
+
+    As the allocator saw it: what the process holds beyond its tensors does not count.
+    """
     if torch.cuda.is_available() and torch.cuda.memory_allocated():
         torch.cuda.reset_peak_memory_stats()
         held = torch.cuda.memory_allocated()
         step()
-        return (torch.cuda.max_memory_allocated() - held) / 2**20
+        return (torch.cuda.max_memory_allocated() - held) / 2**20, (torch.cuda.memory_allocated() - held) / 2**20
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
         step()
     with tempfile.TemporaryDirectory() as folder:
@@ -94,9 +82,9 @@ def peak_megabytes(step: Step) -> float:
         events = json.loads(path.read_text())["traceEvents"]
     memory = [event for event in events if event.get("name") == "[memory]"]
     memory.sort(key=lambda event: event["ts"])
-    first = memory[0]["args"]
-    start = first["Total Allocated"] - first["Bytes"]
-    return (max(event["args"]["Total Allocated"] for event in memory) - start) / 2**20
+    totals = [event["args"]["Total Allocated"] for event in memory]
+    start = totals[0] - memory[0]["args"]["Bytes"]
+    return (max(totals) - start) / 2**20, (totals[-1] - start) / 2**20
 
 
 def main() -> None:
@@ -126,7 +114,7 @@ def main() -> None:
         peaks = []
         for step in (plain, profiled):
             step()  # the optimizer's state and the tallies are there from now on
-            peaks.append(peak_megabytes(step))
+            peaks.append(held_megabytes(step)[0])
         extra = peaks[1] - peaks[0]
         print(
             f"peak memory of a step, ResNet-18, {tasks} tasks: plain {peaks[0]:.0f} MB, profiled {peaks[1]:.0f} MB; "

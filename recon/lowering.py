@@ -158,8 +158,8 @@ def _export(model: nn.Module, inputs: Any, size: int | None) -> ExportedProgram:
     except Exception as error:
         raise UsageError(
             f"torch.export cannot trace the model{where_raised(error)}: {_in_short(error)} A program knows no values, "
-            "only tensors and their shapes: where values decide, let tensor operations decide (torch.where), not Python, "
-            "and stay within torch."
+            "only tensors and their shapes: where values decide, let tensor operations decide (torch.where), "
+            "not Python, and stay within torch."
         ) from error
 
 
