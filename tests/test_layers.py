@@ -60,6 +60,7 @@ EXPECTED = {
         "norms.4 GroupNorm weight bias",
         "norms.5 LayerNorm weight bias",
         "norms.6 RMSNorm weight",
+        "norms.7 SyncBatchNorm weight bias",
     ],
     "Embeddings": ["words Embedding weight", "bag EmbeddingBag weight", "pick Linear weight bias"],
     "StatisticsAroundStatistics": [
