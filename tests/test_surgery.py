@@ -4,7 +4,6 @@ import zlib
 
 import pytest
 import torch
-import torchvision
 from torch import nn
 
 from recon.batches import call
@@ -553,80 +552,3 @@ def test_a_child_named_as_the_copies_are():
 
     with pytest.raises(UsageError, match="Outer keeps running statistics and has a child named 'branches'"):
         convert(nn.Sequential(Outer()).double(), BranchPlan.per_task(["0.branches"], TASKS), vector(2))
-
-
-# Real architectures.
-
-
-class Backbone(nn.Module):
-    """A network of torchvision's with a linear layer per task on what it gives."""
-
-    def __init__(self, network: nn.Module, width: int = 8) -> None:
-        super().__init__()
-        self.network = network
-        self.heads = nn.ModuleDict({task: nn.Linear(width, 2) for task in ("a", "b")})
-        for module in self.modules():  # random numbers would differ from the oracle's
-            for probability in ("p", "dropout"):
-                if isinstance(getattr(module, probability, None), float):
-                    setattr(module, probability, 0.0)
-
-    def forward(self, x):
-        x = self.network(x)
-        x = x["out"].mean((2, 3)) if isinstance(x, dict) else x
-        return {task: head(x) for task, head in self.heads.items()}
-
-
-def _swin(**options):
-    return torchvision.models.SwinTransformer([4, 4], 8, [2, 2], [1, 2], [4, 4], stochastic_depth_prob=0.0, **options)
-
-
-def _vit(**options):
-    return torchvision.models.VisionTransformer(32, 16, 2, 2, 16, 32, **options)
-
-
-_NETWORKS = {
-    "resnet18": 32, "mobilenet_v2": 32, "mobilenet_v3_small": 32, "efficientnet_b0": 32, "densenet121": 32,
-    "googlenet": 32, "regnet_y_400mf": 32, "shufflenet_v2_x1_0": 32, "squeezenet1_0": 32,
-    "mnasnet1_0": 32, "lraspp_mobilenet_v3_large": 32, "swin": 32, "vit": 32,
-}  # fmt: skip
-_LARGE = {
-    "convnext_tiny": 32, "swin_t": 32, "vit_b_16": 32, "resnet50": 32, "inception_v3": 75, "maxvit_t": 224,
-    "fcn_resnet50": 32, "deeplabv3_resnet50": 32,
-}  # fmt: skip
-_OPTIONS = {
-    "fcn_resnet50": {"weights_backbone": None},
-    "deeplabv3_resnet50": {"weights_backbone": None},
-    "lraspp_mobilenet_v3_large": {"weights_backbone": None},
-    "googlenet": {"aux_logits": False, "init_weights": False},
-    "inception_v3": {"aux_logits": False, "init_weights": False},
-    "vit_b_16": {"image_size": 32},
-}
-
-
-def check_network(name: str, size: int) -> None:
-    options = _OPTIONS.get(name, {})
-    build = {"swin": _swin, "vit": _vit}.get(name)
-
-    def make():
-        network = build(num_classes=8) if build else torchvision.models.get_model(name, num_classes=8, **options)
-        return Backbone(network).double()
-
-    seed = seed_of(name)
-    torch.manual_seed(seed)
-    inputs = torch.randn(2, 3, size, size, dtype=torch.float64)
-    model = make()
-    branched = convert(model, oracle.random_plan(model, "quarter", seed, ("a", "b")), inputs)
-    oracle.perturb(branched)
-    for training in (True, False):
-        oracle.check(make, branched.train(training), inputs, gradients=False)
-
-
-@pytest.mark.parametrize("name", _NETWORKS)
-def test_torchvision(name):
-    check_network(name, _NETWORKS[name])
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", _LARGE)
-def test_large_torchvision(name):
-    check_network(name, _LARGE[name])
