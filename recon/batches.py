@@ -95,7 +95,7 @@ def check_outputs(outputs: Any, tasks: Iterable[str]) -> Mapping[str, Any]:
     """
     if not isinstance(outputs, Mapping):
         raise ProblemError(
-            f"The model must return {{task name: output}}, but it returned {type(outputs).__name__}. Let its forward "
+            f"The model must return {{task name: output}}, but it returned {_kind(outputs)}. Let its forward "
             "return a dict with one entry for each task."
         )
     missing = [task for task in tasks if task not in outputs]
@@ -105,3 +105,7 @@ def check_outputs(outputs: Any, tasks: Iterable[str]) -> Mapping[str, Any]:
             f"{', '.join(map(repr, outputs)) or 'none'}. The names in the output must be the tasks' names."
         )
     return outputs
+
+
+def _kind(value: Any) -> str:
+    return "Tensor" if isinstance(value, Tensor) else type(value).__name__

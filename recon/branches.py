@@ -205,6 +205,9 @@ class BranchedStatistics(nn.Module):
         return key in self.layer._buffers
 
     def __getattr__(self, name: str) -> Any:
+        bare = self.__dict__.get("_modules", {}).get(name)
+        if isinstance(bare, BranchedParameter):  # the property that hands out the fan is its layer's
+            return bare.attribute(name)
         try:
             return super().__getattr__(name)
         except AttributeError:

@@ -12,12 +12,12 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from recon.errors import CheckpointError, ReconError
+from recon.errors import CheckpointError, ReconError, UsageError
 from recon.files import make_folder, write_text
 from recon.partition import Partition
 from recon.planning import BranchPlan, checked_mode
 from recon.surgery import convert
-from recon.weights import WEIGHTS_FILE, read_metadata, read_weights, save_weights
+from recon.weights import WEIGHTS_FILE, load_weights, read_metadata, read_weights, save_weights
 
 PLAN_FILE = "plan.json"
 FORMAT = "recon branch plan"
@@ -54,7 +54,13 @@ def load(folder: str | Path, model: nn.Module) -> nn.Module:
 
     Raises:
         CheckpointError: files are missing, damaged, of two different saves, or of another architecture.
+        UsageError: the arguments are something else.
     """
+    if not isinstance(model, nn.Module) or not isinstance(folder, (str, Path)):
+        raise UsageError(
+            f"recon.load takes a folder and an unbranched model, but got {_kind(folder)} and {_kind(model)}. Write "
+            "recon.load('branched/', Net())."
+        )
     folder = Path(folder)
     text = _metadata(folder).get("plan", "")
     if not text:
@@ -118,7 +124,7 @@ def plan_from_json(text: str, source: str) -> BranchPlan:
 
 def _load_weights(model: nn.Module, folder: Path) -> None:
     state = read_weights(folder / WEIGHTS_FILE)
-    model.load_state_dict(state)
+    load_weights(model, state)
     untied = [key for key, value in model.state_dict().items() if not torch.equal(value, state[key].to(value))]
     if untied:
         raise RuntimeError(f"{', '.join(untied[:4])} hold the same weights in this model, but not in the file")
@@ -161,3 +167,7 @@ def _table(entries: dict[str, Any]) -> str:
 def _first_lines(error: Exception, limit: int = 300) -> str:
     text = " ".join(str(error).split())
     return text if len(text) <= limit else text[:limit] + "..."
+
+
+def _kind(value: object) -> str:
+    return f"the class {value.__name__}" if isinstance(value, type) else type(value).__name__

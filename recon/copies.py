@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Mapping
-from functools import partial
 from typing import Any
 
 import torch
@@ -89,31 +88,29 @@ class _ParameterCopies:
         return self.copies[key]
 
     def module(self, module: nn.Module, group: Group) -> nn.Module:
+        if group[0] == next(iter(self.partitions.values())).tasks[0]:  # as above: no handle of a hook loses its module
+            return module
         memo: dict[int, Any] = {id(p): self.get(p, group) for p in module.parameters()}
         return copy.deepcopy(module, memo)
 
 
 def split_statistics(model: nn.Module, statistics: Mapping[str, Partition]) -> nn.Module:
     """Let these modules keep their buffers by group; the model is another one only if it is such a module itself."""
+    splits: dict[nn.Module, nn.Module] = {}
     # Inner ones first: an outer one takes its children along as they are.
     for path, partition in sorted(statistics.items(), key=lambda item: -_depth(item[0])):
         module = module_at(model, path)
-        split = BranchedStatistics(module, partition)
-        if module is model:
-            return split
+        split = splits[module] = BranchedStatistics(module, partition)
         for parent in list(model.modules()):
             for name, child in parent._modules.items():
                 if child is module:
                     setattr(parent, name, split)
-        redirect_references(
-            (other for other in all_modules(model) if other is not split),
-            partial(_swap, module, split),
-        )
-    return model
-
-
-def _swap(old: nn.Module, new: nn.Module, module: nn.Module) -> nn.Module:
-    return new if module is old else module
+    new_model = splits.get(model, model)
+    own = set(splits.values())  # each holds its layer as an attribute
+    redirect_references(
+        (module for module in all_modules(new_model) if module not in own), lambda module: splits.get(module, module)
+    )
+    return new_model
 
 
 def _depth(path: str) -> int:

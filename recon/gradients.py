@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from itertools import groupby
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
-from recon.errors import GradientError
+from recon.errors import GradientError, UsageError
 
 _CHUNK = 1 << 18  # float64 numbers held at a time: they stay in a CPU's cache
 
@@ -49,7 +50,9 @@ def task_jacobian(losses: Mapping[str, Tensor], parameters: Iterable[nn.Paramete
 
     Raises:
         GradientError: a loss does not depend on any of the parameters.
+        UsageError: several processes train together.
     """
+    _refuse_several_processes()
     trainable = [p for p in parameters if p.requires_grad]
     reach = {task: _reached_of(task, loss, trainable) for task, loss in losses.items()}
     shared = [p for p in trainable if sum(p in reached for reached in reach.values()) > 1]
@@ -65,6 +68,16 @@ def task_jacobian(losses: Mapping[str, Tensor], parameters: Iterable[nn.Paramete
         own[task] = {p: g for p, g in gradients.items() if p not in shared_set}
         rows.append([gradients.get(p) for p in shared])
     return TaskJacobian(tuple(losses), shared, rows, own)
+
+
+def _refuse_several_processes() -> None:
+    # DistributedDataParallel reduces what backward() accumulates, and never sees these gradients.
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        raise UsageError(
+            f"{dist.get_world_size()} processes train together, but gradients of single tasks are not reduced across "
+            "processes: every one would go its own way. Profile, and train with methods that work on task gradients, "
+            "in one process; `joint` and other weightings of the losses train under DistributedDataParallel."
+        )
 
 
 def _reached_of(task: str, loss: Tensor, trainable: Sequence[nn.Parameter]) -> set[Tensor]:

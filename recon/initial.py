@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from recon.branches import Branched, BranchedParameter
 from recon.errors import CheckpointError, UsageError
-from recon.weights import read_state_dict
+from recon.weights import load_weights, read_state_dict
 
 Init = Literal["copy", "scratch"] | str | Path | Mapping[str, Tensor] | Callable[[], nn.Module]
 
@@ -26,6 +26,8 @@ def initialise(model: nn.Module, init: Init) -> None:
     """
     if isinstance(init, str) and init == "copy":
         return
+    if isinstance(init, nn.Module):
+        raise UsageError(f"init is a model ({type(init).__name__}). Pass its weights: init=pretrained.state_dict().")
     draw = _drawing(model, init)
     if draw:
         _load(model, draw(), "init")
@@ -104,10 +106,22 @@ def _reset(model: nn.Module) -> nn.Module:
 
 def _load(model: nn.Module, state: Mapping[str, Any], source: str) -> None:
     try:
-        model.load_state_dict(state)
+        load_weights(model, state)
     except (RuntimeError, AttributeError, TypeError) as error:
-        text = " ".join(str(error).split())
-        raise CheckpointError(
-            f"{source}: the weights do not fit this model ({text[:300]}). Take a checkpoint of the same architecture, "
-            "unbranched."
-        ) from error
+        raise CheckpointError(f"{source}: the weights do not fit this model. {_misfit(model, state)}") from error
+
+
+def _misfit(model: nn.Module, state: Mapping[str, Any]) -> str:
+    own = model.state_dict()
+    missing, unknown = [key for key in own if key not in state], [key for key in state if key not in own]
+    for path, part in model.named_modules():
+        if path and part.state_dict().keys() == state.keys():
+            return f"They are those of its part {path!r}: load them there before you convert (model.{path})."
+    other = [key for key in own if key in state and getattr(state[key], "shape", None) != own[key].shape]
+    found = {"missing": missing, "not in the model": unknown, "of another shape": other}
+    parts = [f"{len(keys)} {what} ({_some(keys)})" for what, keys in found.items() if keys]
+    return f"Entries: {'; '.join(parts)}. Take a checkpoint of the same architecture, unbranched."
+
+
+def _some(keys: Sequence[str]) -> str:
+    return ", ".join(keys[:3]) + (", ..." if len(keys) > 3 else "")

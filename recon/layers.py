@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from recon.errors import UnknownNameError, UsageError
+from recon.errors import PlanError, UnknownNameError, UsageError
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 
@@ -93,10 +93,17 @@ def canonical_name(layers: list[Layer], name: str) -> str:
 
     Raises:
         UnknownNameError: no layer has this path; the message gives the nearest names.
+        PlanError: the path is that of a container of layers.
     """
     for layer in layers:
         if name == layer.name or name in layer.aliases:
             return layer.name
+    inside = [layer.name for layer in layers if layer.name.startswith(f"{name}.")]
+    if inside:
+        raise PlanError(
+            f"{name!r} is no layer itself, but holds {len(inside)}: {', '.join(inside[:6])}"
+            f"{', ...' if len(inside) > 6 else ''}. Name those that you want."
+        )
     raise UnknownNameError("layer", name, [layer.name for layer in layers])
 
 

@@ -168,6 +168,8 @@ def _some(names: Sequence[str]) -> str:
 
 
 def _once(names: Iterable[str]) -> list[str]:
+    if isinstance(names, str):
+        raise PlanError(f"The layers are the string {names!r}. Pass a list of names: [{names!r}].")
     names = list(names)
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:

@@ -71,6 +71,8 @@ def convert(
         VerificationError: with `verify`, an output or gradient is not what it must be.
     """
     _refuse_wrapped(model)
+    if not isinstance(plan, BranchPlan):
+        raise PlanError(f"The plan is a {type(plan).__name__}. The order is convert(model, plan, example_inputs).")
     if hasattr(model, "branch_plan"):
         raise PlanError("The model is branched already. Convert the unbranched model with a plan of all the layers.")
     if (plan.statistics is None or verify) and example_inputs is None:

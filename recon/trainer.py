@@ -91,10 +91,15 @@ def train(
     Raises:
         ProblemError: model, losses and batches do not fit together.
         GradientError: a loss is not finite, or a task has no gradient anywhere.
-        UsageError: no such method, or `epochs` below 1.
+        UsageError: no such method, `epochs` below 1, or the optimizer of another model.
     """
     if epochs < 1:
         raise UsageError(f"epochs is {epochs}; train for at least 1.")
+    if {p for group in optimizer.param_groups for p in group["params"]}.isdisjoint(model.parameters()):
+        raise UsageError(
+            "The optimizer holds no parameter of this model: it was made for another one (recon.convert and recon.load "
+            "return new models). Make it of model.parameters() anew."
+        )
     method = methods.parse(method) if isinstance(method, str) else method
     device = model_device(model)
     method.setup(tuple(losses))

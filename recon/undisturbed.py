@@ -2,29 +2,58 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from recon.branches import all_modules
+from recon.references import STRUCTURE
 from recon.watch import equal
 
 
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
     """Put back what a forward changes: modes, buffers, what modules remember as attributes, and the random state."""
-    kept = [(module, dict(vars(module)), dict(module._buffers), buffer_values(module)) for module in all_modules(model)]
+    kept = [
+        (module, _Attributes(module), dict(module._buffers), buffer_values(module)) for module in all_modules(model)
+    ]
     devices = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
     with torch.random.fork_rng(devices=sorted(index for index in devices if index is not None)):
         try:
             yield
         finally:
             for module, attributes, buffers, values in kept:
-                vars(module).clear()
-                vars(module).update(attributes)
+                attributes.put_back(module)
                 _put_back(module._buffers, buffers, values)
+
+
+class _Attributes:
+    """What a module's attributes are, and what the lists, dicts and sets among them hold."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.attributes = dict(vars(module))
+        self.contents = [
+            (value, copy.copy(value))
+            for name, value in self.attributes.items()
+            if name not in STRUCTURE and isinstance(value, (list, dict, set))
+        ]
+
+    def put_back(self, module: nn.Module) -> None:
+        vars(module).clear()
+        vars(module).update(self.attributes)
+        for container, content in self.contents:
+            refill(container, content)
+
+
+def refill(container: list[Any] | dict[Any, Any] | set[Any], content: Any) -> None:
+    """Let a list, dict or set hold what another one holds."""
+    content = copy.copy(content)
+    container.clear()
+    container.extend(content) if isinstance(container, list) else container.update(content)
 
 
 @torch.no_grad()

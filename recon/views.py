@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -52,7 +53,7 @@ class TaskView:
             (module, name): value
             for module, given in self._given.items()
             for name, value in vars(self._views[module]).items()
-            if name not in STRUCTURE and value is not given.get(name)
+            if name not in STRUCTURE and _identity(value) != given.get(name, _identity(None))
         }
 
     def _view(self, module: nn.Module, sharers: Group) -> nn.Module:
@@ -97,14 +98,23 @@ class TaskView:
         for name, value in attributes.items():
             if name not in STRUCTURE:
                 mine = value[self.task] if type(value) is ByTask else value
+                if self.beside and isinstance(mine, (list, dict, set)):  # a cache, perhaps: other tasks must not see it
+                    mine = copy.copy(mine)
                 attributes[name] = replace_references(mine, lambda other: self._views.get(other, other))
-        return dict(attributes)
+        return {name: _identity(value) for name, value in attributes.items() if name not in STRUCTURE}
 
     def _add_hooks(self, wrapper: nn.Module) -> None:
         hooks = {name: vars(wrapper)[name] for name in _CALL_HOOKS if vars(wrapper)[name]}
         for name, added in hooks.items() if self.beside else ():
             attributes = vars(self._views[wrapper])
             attributes[name] = {**attributes[name], **added} if isinstance(added, dict) else added
+
+
+def _identity(value: Any) -> Any:
+    """What changes if an attribute is set anew, or something is put into it."""
+    if isinstance(value, dict):
+        return id(value), [(id(key), id(item)) for key, item in value.items()]
+    return (id(value), [id(item) for item in value]) if isinstance(value, (list, set)) else id(value)
 
 
 def _group_of(task: str, partition: Partition) -> Group:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,18 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     return state | {name: state[kept] for name, kept in metadata.items() if kept in state}
 
 
+def load_weights(model: nn.Module, state: Mapping[str, Any]) -> None:
+    """`model.load_state_dict`, strictly, of a state that may have lost torch's record of module versions.
+
+    Raises:
+        RuntimeError: the state is not this model's.
+    """
+    if not hasattr(state, "_metadata"):  # MNASNet, for one, takes such a state for that of an older version
+        state = OrderedDict(state)
+        state._metadata = getattr(model.state_dict(), "_metadata", None)  # type: ignore[attr-defined]
+    model.load_state_dict(state)
+
+
 def read_state_dict(path: Path) -> Mapping[str, Tensor]:
     """The state dict of a model from before the surgery.
 
@@ -75,10 +88,14 @@ def read_state_dict(path: Path) -> Mapping[str, Tensor]:
         return read_weights(path)
     try:
         return _state_dict_in(torch.load(path, map_location="cpu", weights_only=True), path)
-    except (pickle.UnpicklingError, EOFError, OSError, RuntimeError, ValueError) as error:
+    except pickle.UnpicklingError as error:
         raise CheckpointError(
-            f"{path} cannot be read as a state dict ({_first_line(error)}). Save one by "
-            "torch.save(model.state_dict(), path)."
+            f"{path} cannot be read as a state dict: it is none, or holds other objects than tensors (a whole model, "
+            "say). Save one by torch.save(model.state_dict(), path)."
+        ) from error
+    except (EOFError, OSError, RuntimeError, ValueError) as error:
+        raise CheckpointError(
+            f"{path} cannot be read as a state dict: it is damaged or truncated. Save it again."
         ) from error
 
 
@@ -89,11 +106,11 @@ def _state_dict_in(content: Any, path: Path) -> Mapping[str, Tensor]:
             (content[key] for key in ("state_dict", "model") if isinstance(content.get(key), Mapping)), content
         )
     if not isinstance(found, Mapping) or not any(isinstance(value, Tensor) for value in found.values()):
-        raise CheckpointError(f"{path} holds {type(content).__name__}, not a state dict. Save model.state_dict().")
+        kind = f"a dict of {', '.join(map(repr, list(content)[:6]))}" if isinstance(content, Mapping) else None
+        raise CheckpointError(
+            f"{path} holds {kind or type(content).__name__}, not a state dict. Save one by "
+            "torch.save(model.state_dict(), path), alone or under 'state_dict' or 'model'."
+        )
     if all(key.startswith("module.") for key in found):  # saved from within DistributedDataParallel
         found = {key.removeprefix("module."): value for key, value in found.items()}
     return found
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]

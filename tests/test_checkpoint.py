@@ -3,6 +3,7 @@ import json
 
 import pytest
 import torch
+import torchvision
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -77,6 +78,29 @@ def test_a_checkpoint_from_before_the_surgery_loads(name):
         for key, theirs in oracle.keys_of(branched, task, set(states[1])).items():
             if key in state:
                 assert torch.equal(states[0][theirs], state[key]), key
+
+
+def test_a_module_that_records_its_version(tmp_path):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.heads = torchvision.models.mnasnet0_5(num_classes=5), nn.Linear(5, 2)
+
+        def forward(self, x):
+            return dict.fromkeys(TASKS, self.heads(self.body(x)))
+
+    model = Net()
+    branched = convert(model, BranchPlan.per_task(["heads"], TASKS), torch.randn(2, 3, 32, 32))
+    save(branched, tmp_path)
+    assert torch.equal(load(tmp_path, model).body.layers[0].weight, branched.body.layers[0].weight)
+    save(model, tmp_path)
+    convert(model, BranchPlan.per_task(["heads"], TASKS), torch.randn(2, 3, 32, 32), init=tmp_path)
+
+
+@pytest.mark.parametrize(("folder", "model"), [(PlainConv(), "branched"), ("branched", PlainConv)])
+def test_arguments_that_are_something_else(folder, model):
+    with pytest.raises(UsageError, match=r"takes a folder and an unbranched model, but got .* Write recon\.load"):
+        load(folder, model)
 
 
 def test_loading_the_original_is_strict():

@@ -237,6 +237,15 @@ def a_list(folder, trained):
     return folder / "model.pt"
 
 
+def a_dict(folder, trained):
+    torch.save({"epoch": 3, "weights": trained.state_dict()}, folder / "model.pt")
+    return folder / "model.pt"
+
+
+def of_a_part(folder, trained):
+    return as_torch_file(trained.body, folder)
+
+
 def branched_folder(folder, trained):
     save(branch(trained), folder)
     return folder
@@ -255,8 +264,13 @@ def another_architecture(folder, trained):
         (text, "model.pt cannot be read as a state dict"),
         (a_whole_model, "model.pt cannot be read as a state dict"),
         (a_list, "model.pt holds list, not a state dict"),
+        (a_dict, "model.pt holds a dict of 'epoch', 'weights', not a state dict"),
+        (of_a_part, r"They are those of its part 'body': load them there before you convert \(model\.body\)"),
         (branched_folder, "holds a branched model, but a checkpoint from before the surgery is wanted"),
-        (another_architecture, "model.pt: the weights do not fit this model .*Missing key"),
+        (
+            another_architecture,
+            r"model.pt: the weights do not fit this model\. Entries: 18 missing \(body\.0\.0\.weight, .* 32 not in the",
+        ),
     ],
     ids=lambda part: getattr(part, "__name__", ""),
 )
@@ -266,6 +280,8 @@ def test_a_checkpoint_that_cannot_be_used(checkpoint, message, trained, tmp_path
 
 
 def test_something_else():
+    with pytest.raises(UsageError, match=r"init is a model \(PlainConv\)\. Pass its weights"):
+        branch(MODEL, init=make())
     with pytest.raises(UsageError, match=r"init is int\. Choose 'copy', 'scratch', a function"):
         branch(MODEL, init=3)
     with pytest.raises(UsageError, match=r"init gives Tensor, not a model\."):

@@ -191,6 +191,14 @@ def test_attributes_that_a_forward_sets_are_kept():
     assert not torch.equal(branched.last["a"], branched.last["b"])
 
 
+def test_what_tasks_put_into_containers_is_kept_if_it_is_the_same():
+    _, _, branched, inputs = per_task("FilledCache", "all", 0)
+    oracle.perturb(branched)
+    for _ in range(2):
+        branched.eval()(inputs)
+    assert branched.seen == [4, 4] and branched.cache == {}
+
+
 def test_an_attribute_set_after_the_conversion_counts():
     class Scaled(PlainConv):
         factor = 1.0

@@ -421,6 +421,18 @@ def test_a_wrapped_model(wrap):
         convert(wrap(PlainConv().double()), BranchPlan.per_task(["body.0.0"], TASKS), image(2))
 
 
+def test_arguments_in_another_order():
+    with pytest.raises(PlanError, match=r"The plan is a Tensor\. The order is convert\(model, plan, example_inputs\)"):
+        convert(PlainConv().double(), image(2), BranchPlan.per_task(["body.0.0"], TASKS))
+
+
+def test_a_container_of_layers_and_a_bare_string_are_no_layers():
+    with pytest.raises(PlanError, match=r"'body.0' is no layer itself, but holds 2: body\.0\.0, body\.0\.1\. Name"):
+        convert(PlainConv().double(), BranchPlan.per_task(["body.0"], TASKS), image(2))
+    with pytest.raises(PlanError, match=r"The layers are the string 'body\.0\.0'\. Pass a list of names"):
+        BranchPlan.per_task("body.0.0", TASKS)
+
+
 def test_no_example_inputs():
     with pytest.raises(UsageError, match="convert needs example_inputs"):
         convert(PlainConv(), BranchPlan.per_task(["body.0.0"], TASKS))
@@ -461,6 +473,33 @@ def test_a_model_that_cannot_be_copied():
     model.last = model.body(image(2))
     with pytest.raises(UsageError, match="cannot be copied: RuntimeError"):
         convert(model, BranchPlan.per_task(["body.0.0"], TASKS), image(2))
+
+
+@pytest.mark.parametrize("mode", ["fan", "per-task"])
+def test_caches_are_as_they_were(mode):
+    model = ZOO["FilledCache"].make()
+    branched = convert(model, BranchPlan.per_task(["bias"], TASKS), vector(4), mode=mode)
+    assert branched.cache == model.cache == {} and branched.seen == model.seen == []
+
+
+def test_a_layer_whose_module_keeps_the_handle_of_a_hook():
+    model = PlainConv().double()
+    layer = model.body[0][0]
+    layer.handle = layer.register_forward_hook(lambda module, args, out: out * 2)
+    branched = convert(model, BranchPlan.per_task(["body.0.0"], TASKS), image(4)).eval()
+    x = image(2)
+    for network in (branched, copy.deepcopy(branched), extract_task(branched, "b")):
+        assert torch.equal(network(x)["b"], model.eval()(x)["b"])
+
+
+def test_statistics_that_the_example_does_not_change():
+    model, inputs = PlainConv().double(), image(4)
+    for norm in (model.body[1][1], model.body[3][1]):
+        norm.momentum = 1.0
+    model.train()(inputs)
+    branched = convert(model, BranchPlan.per_task(["body.1.0"], TASKS), inputs)
+    assert list(plan_of(branched).statistics) == ["body.1.1", "body.3.1"]
+    assert torch.equal(branched.body[1][1].branches.get_submodule("a").running_var, model.body[1][1].running_var)
 
 
 @pytest.mark.parametrize("mode", ["fan", "per-task"])
@@ -511,7 +550,7 @@ def test_a_scripted_child_is_copied_with_its_parameters():
 def test_an_output_that_lacks_a_task():
     with pytest.raises(UsageError, match="no entry for task 'd'"):
         convert(PlainConv().double(), BranchPlan.per_task(["body.0.0"], (*TASKS, "d")), image(2))
-    with pytest.raises(UsageError, match="must return"):
+    with pytest.raises(UsageError, match=r"must return \{task name: output\}, but it returned Tensor"):
         convert(nn.Sequential(nn.Linear(6, 4)).double(), BranchPlan.per_task(["0"], TASKS), vector(2))
 
 

@@ -144,10 +144,18 @@ def test_bad_calls(model):
     with pytest.raises(ProblemError, match=r"\(inputs, \{task name: target\}\)"):
         recon.train(model, [torch.zeros(3)], LOSSES, optimizer=sgd(model))
     with pytest.raises(ProblemError, match="returned Tensor"):
-        recon.train(nn.Conv2d(1, 1, 1), data, LOSSES, optimizer=sgd(model))
+        recon.train(plain := nn.Conv2d(1, 1, 1), data, LOSSES, optimizer=sgd(plain))
 
 
 def test_a_loss_that_becomes_infinite_names_task_and_step(model):
     losses = LOSSES | {"a": lambda out, target: out.sum() / (target.sum() * 0)}
     with pytest.raises(GradientError, match=r"loss of task 'a' is (nan|inf|-inf) near step 1 of epoch 1"):
         recon.train(model, list(batches(2)), losses, optimizer=sgd(model))
+
+
+def test_the_optimizer_of_another_model():
+    model, other = nn.Linear(2, 2), nn.Linear(2, 2)
+    with pytest.raises(UsageError, match=r"holds no parameter of this model.* Make it of model\.parameters\(\) anew"):
+        recon.train(
+            model, [], {"a": torch.nn.functional.mse_loss}, optimizer=torch.optim.SGD(other.parameters(), lr=0.1)
+        )

@@ -405,6 +405,28 @@ class Cached(Trunk):
         return self.last + x
 
 
+@entry(vector)
+class FilledCache(Trunk):
+    """Keeps what it works out from its weights in a dict until its mode changes, as LeViT does."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Linear(6, 4))
+        self.bias = nn.Parameter(torch.randn(4))
+        self.cache, self.seen = {}, []
+
+    def train(self, mode=True):
+        self.cache.clear()
+        return super().train(mode)
+
+    def trap(self, x):
+        self.seen.append(len(x))
+        if self.training:
+            return x + self.bias.exp()
+        if "bias" not in self.cache:
+            self.cache["bias"] = self.bias.exp()
+        return x + self.cache["bias"]
+
+
 # Ways to hold parameters.
 
 
@@ -531,6 +553,30 @@ class BareParameters(Trunk):
         x = x.flatten(2).transpose(1, 2)
         x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1) + self.pos_embed
         return self.norm(x * self.scale)[:, 0]
+
+
+@entry(vector)
+class BareParameterBesideStatistics(Trunk):
+    """A container with a bare parameter and running statistics, whose parent reads the parameter too."""
+
+    class Inner(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear, self.scale = nn.Linear(4, 4), nn.Parameter(torch.rand(4))
+            self.register_buffer("mean", torch.zeros(4))
+
+        def forward(self, x):
+            x = self.linear(x) * self.scale
+            if self.training:
+                self.mean.lerp_(x.detach().mean(0), 0.1)
+            return x - self.mean
+
+    def __init__(self) -> None:
+        super().__init__(nn.Linear(6, 4))
+        self.inner = BareParameterBesideStatistics.Inner()
+
+    def trap(self, x):
+        return self.inner(x) * self.inner.scale
 
 
 @entry(vector)
