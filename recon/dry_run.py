@@ -96,7 +96,7 @@ def with_inner(found: Mapping[str, Partition], changed: Mapping[str, Group]) -> 
 def _tasks_at(path: str, model: nn.Module, tasks: Group) -> Group:
     """The tasks that a module runs for: within a copy, those of the copy's group."""
     module: nn.Module | None = model
-    for name in path.split("."):
+    for name in filter(None, path.split(".")):
         if isinstance(module, Branches):
             tasks = tuple(task for task in tasks if task in name.split("+"))
         module = None if module is None else module._modules[name]  # scripted modules have no get_submodule
