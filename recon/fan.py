@@ -46,7 +46,9 @@ class TaskFan(Tensor):
         first = values[0]
         # In a dry run, a shell that wants a gradient tells on an autograd function that gets hold of it.
         grad = watcher() is not None and any(value.requires_grad for value in values)
-        shell = Tensor._make_wrapper_subclass(cls, (0,), dtype=first.dtype, device=first.device, requires_grad=grad)
+        # Scripted code asks the shell for its shape, past Python.
+        shape = first.shape if all(value.shape == first.shape for value in values) else (0,)
+        shell = Tensor._make_wrapper_subclass(cls, shape, dtype=first.dtype, device=first.device, requires_grad=grad)
         shell._partition = partition
         shell._by_group = list(values)
         return shell

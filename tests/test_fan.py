@@ -537,12 +537,22 @@ def packs_sequences(net, x):
     return nn.utils.rnn.pad_packed_sequence(packed, batch_first=True)[0]
 
 
+def scale_of(x: Tensor) -> Tensor:  # as DeBERTa scales its attention
+    return torch.sqrt(torch.tensor(x.size(-1) * len(x.shape), dtype=torch.float64))
+
+
+def asks_for_the_shape_in_torchscript(net, x):
+    y = net.first(x)
+    return y / torch.jit.script(scale_of)(y)
+
+
 def formats(net, x):
     y = net.first(x)
     assert "(3, 4)" in f"{y} {tuple(y.shape)}" + str([y])
     return y
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.script")
 @pytest.mark.parametrize(
     "statement",
     [
@@ -552,6 +562,7 @@ def formats(net, x):
         hooks,
         applies_functions,
         packs_sequences,
+        asks_for_the_shape_in_torchscript,
         formats,
     ],
 )
