@@ -25,6 +25,8 @@ _READS_VALUES = frozenset(
 )
 _PLAIN_RESULTS = (bool, int, float, str, torch.Size, torch.dtype, torch.device, torch.layout)
 
+_LEAVES = frozenset((type(None), bool, int, float, str, torch.dtype, torch.device, Tensor, torch.nn.Parameter))
+
 # The tasks that the code running now serves, where it runs once per group; None: all of them.
 _serving: ContextVar[Group | None] = ContextVar("serving", default=None)
 
@@ -126,9 +128,11 @@ def map_groups(call: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[
     Raises:
         FanError: the arguments have no task in common, or the results differ in something but tensors.
     """
+    watch = watcher()
+    if not watch and all(map(_is_leaf, args)) and all(map(_is_leaf, kwargs.values())):
+        return _map_leaves(call, args, kwargs)
     leaves, spec = tree_flatten((args, dict(kwargs)))
     common = common_refinement([leaf._partition for leaf in leaves if type(leaf) is TaskFan])
-    watch = watcher()
     if watch:
         watch.meet(origins_of(leaves))
         refuse_lost_gradients(leaves)
@@ -145,6 +149,23 @@ def map_groups(call: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[
     if watch:
         mark_origins(merged, origins_of(leaves))
     return merged
+
+
+def _map_leaves(call: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """`map_groups` where no argument is nested: most operations, and pytree takes half of their time in Python."""
+    common = common_refinement([leaf._partition for leaf in (*args, *kwargs.values()) if type(leaf) is TaskFan])
+    results = []
+    for group in common.groups:
+        group_args = [arg.for_group(group) if type(arg) is TaskFan else arg for arg in args]
+        group_kwargs = {k: arg.for_group(group) if type(arg) is TaskFan else arg for k, arg in kwargs.items()}
+        results.append(call(*group_args, **group_kwargs))
+    return merge(common, results)
+
+
+def _is_leaf(value: Any) -> bool:
+    if type(value) in (tuple, list):  # a stride, a shape
+        return all(type(item) is int for item in value)
+    return type(value) in _LEAVES or type(value) is TaskFan
 
 
 def origins_of(structure: Any) -> frozenset[str]:
