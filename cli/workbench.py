@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 import random
 import sys
@@ -19,6 +18,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 import recon
 from recon.batches import task_outputs, to_device, unpack
+from recon.copies import copy_model
 from recon.costs import Costs
 from recon.errors import CheckpointError, FanError, ProblemError, UsageError
 from recon.gradients import reached_leaves
@@ -203,7 +203,7 @@ class TrainingStep:
     """One joint training step after the other, on a copy of the model and one batch: something to time."""
 
     def __init__(self, problem: Problem, model: nn.Module, batch: Batch) -> None:
-        self.model = copy.deepcopy(model).train()
+        self.model = copy_model(model).train()
         self.losses = problem.losses
         self.optimizer = make_optimizer(problem, self.model, None)
         self.inputs, self.targets = batch

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from recon.batches import call
 from recon.branches import Branches
-from recon.errors import FanError, ReconError, UsageError
+from recon.errors import FanError, ReconError, UsageError, some
 from recon.fan_trees import partition_of, value_for
 from recon.gradients import reached_leaves
 from recon.hooks import TasksOnly
@@ -144,7 +144,7 @@ def refuse_foreign(outputs: Mapping[str, Any], original: nn.Module) -> None:
     foreign = [name for name, parameter in original.named_parameters() if parameter in leaves]
     if foreign:
         raise UsageError(
-            f"A copy of the model still uses {', '.join(foreign[:4])} of the original: its forward calls a function (a "
+            f"A copy of the model still uses {some(foreign)} of the original: its forward calls a function (a "
             "lambda, say) that was made with the original in its closure, which a copy does not change. Make it a "
             "method."
         )

@@ -6,6 +6,12 @@ import difflib
 from collections.abc import Iterable
 
 
+def some(names: Iterable[str], limit: int = 4) -> str:
+    """The first of these names, for a message."""
+    names = list(names)
+    return ", ".join(names[:limit]) + (", ..." if len(names) > limit else "")
+
+
 class ReconError(Exception):
     """Base of every error that recon raises on purpose."""
 
@@ -20,11 +26,7 @@ class UnknownNameError(UsageError):
     def __init__(self, kind: str, name: str, known: Iterable[str], hint: str = "") -> None:
         known = list(known)
         near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-        if near:
-            tail = f"Did you mean {' or '.join(repr(n) for n in near)}?"
-        else:
-            listed = ", ".join(known[:12]) + (", ..." if len(known) > 12 else "")
-            tail = f"Known: {listed or 'none'}."
+        tail = f"Did you mean {' or '.join(map(repr, near))}?" if near else f"Known: {some(known, 12) or 'none'}."
         super().__init__(f"There is no {kind} named {name!r}. {tail}{' ' + hint if hint else ''}")
         self.name = name
         self.near = near

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -11,7 +10,8 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from recon.branches import Branched, BranchedParameter
-from recon.errors import CheckpointError, UsageError
+from recon.copies import copy_model
+from recon.errors import CheckpointError, UsageError, some
 from recon.weights import load_weights, read_state_dict
 
 Init = Literal["copy", "scratch"] | str | Path | Mapping[str, Tensor] | Callable[[], nn.Module]
@@ -75,7 +75,7 @@ def _set_copy(part: Branched, layer: nn.Module, path: str, state: Mapping[str, A
 def _drawing(model: nn.Module, init: Init) -> Callable[[], Mapping[str, Any]] | None:
     """What makes the state of a fresh model, anew at every call."""
     if isinstance(init, str) and init == "scratch":
-        return lambda: _reset(copy.deepcopy(model)).state_dict()
+        return lambda: _reset(copy_model(model)).state_dict()
     return partial(_made_by, init) if callable(init) else None
 
 
@@ -97,8 +97,8 @@ def _reset(model: nn.Module) -> nn.Module:
             stuck += own
     if stuck:
         raise UsageError(
-            f"init='scratch' asks every layer to draw new weights, but nothing draws {', '.join(stuck[:4])}"
-            f"{', ...' if len(stuck) > 4 else ''}: their modules have no reset_parameters method. Pass a function that "
+            f"init='scratch' asks every layer to draw new weights, but nothing draws {some(stuck)}: "
+            "their modules have no reset_parameters method. Pass a function that "
             "makes a fresh model instead: init=make_model."
         )
     return model
@@ -119,9 +119,5 @@ def _misfit(model: nn.Module, state: Mapping[str, Any]) -> str:
             return f"They are those of its part {path!r}: load them there before you convert (model.{path})."
     other = [key for key in own if key in state and getattr(state[key], "shape", None) != own[key].shape]
     found = {"missing": missing, "not in the model": unknown, "of another shape": other}
-    parts = [f"{len(keys)} {what} ({_some(keys)})" for what, keys in found.items() if keys]
+    parts = [f"{len(keys)} {what} ({some(keys, 3)})" for what, keys in found.items() if keys]
     return f"Entries: {'; '.join(parts)}. Take a checkpoint of the same architecture, unbranched."
-
-
-def _some(keys: Sequence[str]) -> str:
-    return ", ".join(keys[:3]) + (", ..." if len(keys) > 3 else "")

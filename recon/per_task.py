@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from recon.batches import check_outputs
+from recon.copies import copy_model
 from recon.dry_run import run, with_inner
 from recon.partition import Group, Partition
 from recon.undisturbed import buffer_values, equal_values, perturb, refill, undisturbed
@@ -75,7 +75,7 @@ def find_statistics_by_value(branched: nn.Module, tasks: Group, example_inputs: 
     Raises:
         UsageError: the forward fails on the example inputs.
     """
-    twin = copy.deepcopy(branched).train()
+    twin = copy_model(branched).train()
     perturb(twin)
     paths = {module: path for path, module in twin.named_modules()}
     before = {module: buffer_values(module) for module in paths}

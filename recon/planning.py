@@ -6,12 +6,12 @@ import logging
 import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, cast, get_args
 
 from torch import nn
 
 from recon.conflict_map import ConflictMap
-from recon.errors import MapMismatchError, PlanError
+from recon.errors import MapMismatchError, PlanError, some
 from recon.layers import Layer, canonical_name, find_layers
 from recon.partition import Partition
 
@@ -136,9 +136,9 @@ def checked_mode(mode: str) -> Mode:
     Raises:
         PlanError: there is not.
     """
-    if mode not in ("fan", "per-task"):
-        raise PlanError(f"mode is {mode!r}. Choose 'fan' or 'per-task'.")
-    return mode  # type: ignore[return-value]
+    if mode not in get_args(Mode):
+        raise PlanError(f"mode is {mode!r}. Choose {' or '.join(map(repr, get_args(Mode)))}.")
+    return cast(Mode, mode)
 
 
 def _match(cmap: ConflictMap, layers: Sequence[Layer]) -> list[str]:
@@ -149,22 +149,18 @@ def _match(cmap: ConflictMap, layers: Sequence[Layer]) -> list[str]:
     if missing:
         raise MapMismatchError(
             f"The map was made for another architecture: {len(missing)} of its {len(names)} layers are not in this "
-            f"model ({_some(missing)}; the model has {_some(list(by_name))}). Profile this model, or take the map "
+            f"model ({some(missing)}; the model has {some(list(by_name))}). Profile this model, or take the map "
             "made for it."
         )
     changed = [layer.name for layer in cmap.layers if layer.shapes != by_name[layer.name].shapes]
     if len(changed) == len(names):
         raise MapMismatchError(
-            f"The map was made for another architecture: every layer has other shapes here ({_some(changed)}). "
+            f"The map was made for another architecture: every layer has other shapes here ({some(changed)}). "
             "Profile this model, or take the map made for it."
         )
     if changed:
-        logger.warning("%d layers have other shapes in the map than in the model: %s", len(changed), _some(changed))
+        logger.warning("%d layers have other shapes in the map than in the model: %s", len(changed), some(changed))
     return names
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
 
 
 def _once(names: Iterable[str]) -> list[str]:
@@ -173,5 +169,5 @@ def _once(names: Iterable[str]) -> list[str]:
     names = list(names)
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
-        raise PlanError(f"The plan names {_some(twice)} twice. Name each layer once.")
+        raise PlanError(f"The plan names {some(twice)} twice. Name each layer once.")
     return names

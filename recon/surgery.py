@@ -86,7 +86,7 @@ def convert(
     form = _per_task_form if plan.mode == "per-task" else _fan_form
     branched = form(model, branched, plan, example_inputs)
     if verify:
-        from recon.verification import verify as check  # late: it converts nothing, but knows what convert makes
+        from recon.verification import verify as check  # late: it asks plan_of in turn
 
         logger.info("%s", check(model, branched, example_inputs))
     return branched

@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from recon.batches import call, check_outputs
 from recon.branches import Branched, BranchedParameter, BranchedStatistics
+from recon.copies import copy_model
 from recon.errors import VerificationError
 from recon.surgery import plan_of
 from recon.trees import leaves_of
@@ -89,7 +90,7 @@ def verify(model: nn.Module, branched: nn.Module, example_inputs: Any) -> Verifi
         VerificationError: a difference is larger than rounding explains.
     """
     plan = plan_of(branched)
-    twin, plain = copy.deepcopy(branched), copy.deepcopy(model)
+    twin, plain = copy_model(branched), copy_model(model)
     perturb(twin)
     found = Verification(_tolerance(model))
     for training, mode in ((False, "evaluation"), (True, "training")):

@@ -12,6 +12,7 @@ from recon.fan_trees import fans_in, partition_of
 from recon.partition import Partition
 from recon.planning import BranchPlan
 from recon.surgery import convert, extract_task, plan_of
+from recon.verification import verify
 from tests import oracle
 from tests.zoo import TASKS, ZOO, Entry, PlainConv, ResidualNet, SomeTasksOnly, image, vector
 
@@ -38,6 +39,15 @@ def sgd_steps(branched: nn.Module, entry: Entry, steps: int = 3) -> None:
             assert not buffer.requires_grad
 
 
+def check_through_training(entry: Entry, branched: nn.Module, inputs: object, seed: int = 0) -> None:
+    """With copies that differ, before and after a few steps."""
+    oracle.perturb(branched, seed)
+    check_both_modes(entry, branched, inputs)
+    oracle.assert_no_crosstalk(branched, inputs)
+    sgd_steps(branched, entry)
+    check_both_modes(entry, branched, inputs)
+
+
 def check_both_modes(entry: Entry, branched: nn.Module, inputs: object) -> None:
     for training in (True, False):
         branched.train(training)
@@ -53,11 +63,7 @@ def check_both_modes(entry: Entry, branched: nn.Module, inputs: object) -> None:
 def test_every_task_gets_the_original_with_its_own_copies(name, kind):
     entry = ZOO[name]
     _, branched, inputs = branch(entry, kind, seed_of(name, kind))
-    oracle.perturb(branched)
-    check_both_modes(entry, branched, inputs)
-    oracle.assert_no_crosstalk(branched, inputs)
-    sgd_steps(branched, entry)
-    check_both_modes(entry, branched, inputs)
+    check_through_training(entry, branched, inputs)
 
 
 @pytest.mark.slow
@@ -67,11 +73,7 @@ def test_every_task_gets_the_original_with_its_own_copies_for_many_plans(name, s
     entry = ZOO[name]
     for kind in oracle.KINDS:
         _, branched, inputs = branch(entry, kind, seed)
-        oracle.perturb(branched, seed)
-        check_both_modes(entry, branched, inputs)
-        oracle.assert_no_crosstalk(branched, inputs)
-        sgd_steps(branched, entry)
-        check_both_modes(entry, branched, inputs)
+        check_through_training(entry, branched, inputs, seed)
 
 
 @pytest.mark.parametrize("name", ZOO)
@@ -545,6 +547,9 @@ def test_a_scripted_child_is_copied_with_its_parameters():
     assert all(parameter.is_leaf and parameter.requires_grad for parameter in branched.parameters())
     sum(oracle.loss_of(out, task) for task, out in branched(vector(4)).items()).backward()
     assert branched.scripted.weight.grad is not None and model.scripted.weight.grad is None
+    branched.zero_grad()
+    verify(model, branched, vector(4))
+    assert branched.scripted.weight.grad is None and model.scripted.weight.grad is None
 
 
 def test_an_output_that_lacks_a_task():
