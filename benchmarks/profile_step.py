@@ -1,6 +1,6 @@
 """What profiling costs: its step against a plain joint step, alternating in one run; and its peak memory.
 
-    python benchmarks/profile_step.py            # ResNet-18, 1x36x36, batch 64; two and three tasks
+    python benchmarks/profile_step.py            # ResNet-18, 1x36x36, batch 64; two, three and forty tasks
     python benchmarks/profile_step.py --rounds 30 --device cuda
 
 The bound for T tasks is set by one forward and T backward passes, about (1 + 2 T) / 3 of a plain step.
@@ -13,6 +13,7 @@ import json
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,47 +22,199 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 import recon
+from recon.gradients import task_jacobian
 from recon.problems import get
+from recon.reach import find_reach
 from recon.timing import step_seconds
 
 Step = Callable[[], None]
+MANY = 40
 
 
-def resnet_case(tasks: int) -> tuple[nn.Module, Tensor, dict[str, Tensor]]:
-    """The ResNet-18 and one batch."""
+class Case:
+    """A model on one batch, and its training steps.
+
+    Args:
+        model: `model(x) -> {task: logits}`.
+        x: inputs.
+        targets: `{task: classes}`.
+        device: where it all runs.
+    """
+
+    def __init__(self, model: nn.Module, x: Tensor, targets: dict[str, Tensor], device: str) -> None:
+        self.device = device
+        self.model, self.x = model.to(device), x.to(device)
+        self.targets = {task: target.to(device) for task, target in targets.items()}
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=1e-3)
+
+    def losses(self) -> dict[str, Tensor]:
+        """The forward pass."""
+        out = self.model(self.x)
+        return {task: F.cross_entropy(out[task], target) for task, target in self.targets.items()}
+
+    def total(self) -> Tensor:
+        """The forward pass, all losses in one."""
+        return torch.stack(list(self.losses().values())).sum()
+
+    def plain(self) -> None:
+        """A joint training step."""
+        self.optimizer.zero_grad()
+        self.total().backward()
+        self.optimizer.step()
+
+    def profiled(self, **options: Any) -> Step:
+        """A profiled one."""
+        profiler = recon.Profiler(self.model, **options)
+
+        def step() -> None:
+            self.optimizer.zero_grad()
+            profiler.backward(self.losses())
+            self.optimizer.step()
+
+        return step
+
+
+def resnet_case(tasks: int, device: str) -> Case:
+    """ResNet-18 on a batch of 64 noise images."""
     model = ResNet18(tasks)
-    return model, torch.randn(64, 1, 36, 36), {task: torch.randint(10, (64,)) for task in model.heads}
+    return Case(model, torch.randn(64, 1, 36, 36), {t: torch.randint(10, (64,)) for t in model.heads}, device)
 
 
-def digits_case() -> tuple[nn.Module, Tensor, dict[str, Tensor]]:
+def digits_case(device: str) -> Case:
     """The demo's model and one batch."""
     problem = get("digits")
     x, targets = next(iter(problem.make_loaders(0)[0]))
-    return problem.make_model(), x, dict(targets)
+    return Case(problem.make_model(), x, dict(targets), device)
 
 
-def steps(model: nn.Module, x: Tensor, targets: dict[str, Tensor], device: str) -> tuple[Step, Step]:
-    """A plain joint step and a profiled one, on the same model."""
-    model, x, targets = model.to(device), x.to(device), {task: y.to(device) for task, y in targets.items()}
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
-    profiler = recon.Profiler(model)
+def mlp_case(tasks: int, device: str) -> Case:
+    """A small network with many heads, in which a backward pass is mostly overhead."""
 
-    def losses() -> dict[str, Tensor]:
-        out = model(x)
-        return {task: F.cross_entropy(out[task], target) for task, target in targets.items()}
+    class MLP(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.trunk = nn.Sequential(nn.Linear(256, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU())
+            self.heads = nn.ModuleDict({f"task{i}": nn.Linear(128, 2) for i in range(tasks)})
 
-    def plain() -> None:
-        optimizer.zero_grad()
-        total: Tensor = sum(losses().values(), torch.zeros((), device=device))
-        total.backward()
-        optimizer.step()
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            features = self.trunk(x)
+            return {task: head(features) for task, head in self.heads.items()}
+
+    model = MLP()
+    return Case(model, torch.randn(128, 256), {t: torch.randint(2, (128,)) for t in model.heads}, device)
+
+
+def four_times(step: Step) -> Step:
+    """Four steps in one."""
+
+    def steps() -> None:
+        for _ in range(4):
+            step()
+
+    return steps
+
+
+def print_steps(device: str, rounds: int) -> None:
+    """The profiled step against the plain one."""
+    columns = ("tasks", "plain ms", "profiled ms", "ratio", "bound", "sketched", "every 4")
+    print(f"{'step':<20}" + "".join(f"{column:>13}" for column in columns))
+    for name, case, repeats in (
+        ("digits, batch 128", digits_case(device), 20 * rounds),  # short steps: their times scatter more
+        ("ResNet-18, batch 64", resnet_case(2, device), rounds),
+        ("ResNet-18, batch 64", resnet_case(3, device), rounds),
+    ):
+        steps: dict[str, Callable[[], object]] = {
+            "plain": case.plain,
+            "profiled": case.profiled(),
+            "sketched": case.profiled(memory="sketch"),
+            "every 4": four_times(case.profiled(every=4)),
+        }
+        seconds = step_seconds(steps, repeats)
+        tasks, plain = len(case.targets), seconds["plain"]
+        times = (f"{1000 * plain:.1f}", f"{1000 * seconds['profiled']:.1f}")
+        ratios = (
+            seconds["profiled"] / plain,
+            (1 + 2 * tasks) / 3,
+            seconds["sketched"] / plain,
+            seconds["every 4"] / plain / 4,
+        )
+        cells = (str(tasks), *times, *(f"{ratio:.2f}" for ratio in ratios))
+        print(f"{name:<20}" + "".join(f"{cell:>13}" for cell in cells))
+
+
+def print_many_tasks(device: str, rounds: int) -> None:
+    """Forty tasks: against forty backward passes, and the share of the statistics."""
+    case = resnet_case(MANY, device)
+    profiler = recon.Profiler(case.model)
+    state: dict[str, Any] = {"jacobian": task_jacobian(case.losses(), profiler.parameters, profiler.workspace)}
+
+    def forward() -> None:
+        state["loss"] = case.total()
+
+    def forward_and_backward() -> None:
+        case.optimizer.zero_grad()
+        case.total().backward()
 
     def profiled() -> None:
-        optimizer.zero_grad()
-        profiler.backward(losses())
-        optimizer.step()
+        case.optimizer.zero_grad()
+        profiler.backward(case.losses())
 
-    return plain, profiled
+    seconds = step_seconds(
+        {
+            "forward": forward,
+            "forward and backward": forward_and_backward,
+            "profiled": profiled,
+            "statistics": lambda: profiler.observe(state["jacobian"]),
+        },
+        rounds,
+    )
+    backward = seconds["forward and backward"] - seconds["forward"]
+    print(
+        f"ResNet-18, {MANY} tasks: a profiled step takes {seconds['profiled']:.2f} s, "
+        f"{seconds['profiled'] / (MANY * backward):.2f} x {MANY} plain backward passes of {1000 * backward:.0f} ms; "
+        f"the pair statistics are {100 * seconds['statistics'] / seconds['profiled']:.1f} % of it"
+    )
+
+
+def print_batched(device: str, rounds: int) -> None:
+    """One pass for all tasks at once (vmap) against one pass a task, which is what recon does."""
+    for name, case in (
+        (f"MLP, {MANY} tasks", mlp_case(MANY, device)),
+        ("digits, 2 tasks", digits_case(device)),
+        ("ResNet-18, 3 tasks", resnet_case(3, device)),
+    ):
+        losses = case.losses()
+        reach = find_reach(losses, case.model.parameters())
+        parameters = list(case.model.parameters())
+        rows = list(torch.eye(len(losses), device=device))
+
+        def one_by_one(losses: dict[str, Tensor] = losses, reach: Any = reach) -> None:
+            for task, loss in losses.items():
+                torch.autograd.grad(loss, reach.parameters[task], retain_graph=True)
+
+        def batched(losses: dict[str, Tensor] = losses, parameters: Any = parameters, rows: Any = rows) -> None:
+            torch.autograd.grad(list(losses.values()), parameters, rows, retain_graph=True, is_grads_batched=True)
+
+        seconds = step_seconds({"one by one": one_by_one, "batched": batched}, rounds)
+        print(
+            f"batched (vmap) against one backward pass a task, {name}: {seconds['batched'] / seconds['one by one']:.2f}"
+        )
+
+
+def print_memory(device: str) -> None:
+    """Peak memory of a step, above what is held before it."""
+    for tasks in (2, 3, 8):
+        peaks = {}
+        for name in ("plain", "exact", "sketch"):
+            case = resnet_case(tasks, device)
+            shared = sum(p.numel() for p in case.model.parameters()) * 4 / 2**20
+            step = case.plain if name == "plain" else case.profiled(memory=name)
+            peaks[name], _ = held_megabytes(step)  # the first step's: what the profiler keeps from then on counts too
+        exact, sketch = ((peaks[name] - peaks["plain"]) / shared for name in ("exact", "sketch"))
+        print(
+            f"peak memory of a step, ResNet-18, {tasks} tasks: plain {peaks['plain']:.0f} MB; more with a profiler, in "
+            f"shared parameters: {exact:.2f} exact (at most {1.1 * tasks:.1f}), {sketch:.2f} sketched"
+        )
 
 
 def held_megabytes(step: Step) -> tuple[float, float]:
@@ -94,32 +247,10 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
     torch.manual_seed(0)
-    print(f"{'model':<22}{'tasks':>6}{'plain ms':>10}{'profiled ms':>13}{'ratio':>8}{'bound':>8}")
-    for name, case, rounds in (
-        ("digits, batch 128", digits_case(), 20 * args.rounds),  # short steps: their times scatter more
-        ("ResNet-18, batch 64", resnet_case(2), args.rounds),
-        ("ResNet-18, batch 64", resnet_case(3), args.rounds),
-    ):
-        plain, profiled = steps(*case, args.device)
-        seconds = step_seconds({"plain": plain, "profiled": profiled}, rounds)
-        ratio, tasks = seconds["profiled"] / seconds["plain"], len(case[2])
-        print(
-            f"{name:<22}{tasks:>6}{1000 * seconds['plain']:>10.1f}{1000 * seconds['profiled']:>13.1f}"
-            f"{ratio:>8.2f}{(1 + 2 * tasks) / 3:>8.2f}"
-        )
-    for tasks in (2, 3):
-        case = resnet_case(tasks)
-        shared = sum(p.numel() for p in case[0].parameters()) * 4 / 2**20
-        plain, profiled = steps(*case, args.device)
-        peaks = []
-        for step in (plain, profiled):
-            step()  # the optimizer's state and the tallies are there from now on
-            peaks.append(held_megabytes(step)[0])
-        extra = peaks[1] - peaks[0]
-        print(
-            f"peak memory of a step, ResNet-18, {tasks} tasks: plain {peaks[0]:.0f} MB, profiled {peaks[1]:.0f} MB; "
-            f"the difference is {extra / shared:.2f} × the shared parameters"
-        )
+    print_steps(args.device, args.rounds)
+    print_many_tasks(args.device, max(3, args.rounds // 5))
+    print_batched(args.device, args.rounds)
+    print_memory(args.device)
 
 
 if __name__ == "__main__":

@@ -10,14 +10,15 @@ import os
 import sys
 import sysconfig
 import traceback
-from collections.abc import Sequence
-from contextlib import redirect_stdout
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from importlib.metadata import version
 from pathlib import Path
 
 import recon
 from recon.errors import ReconError, UnknownNameError, UsageError
 from recon.runs import json_values
+from recon_cli import ranks
 from recon_cli.parsing import Parser
 
 VERBS = ("profile", "convert", "train", "evaluate", "compare", "map", "problems", "methods", "demo")
@@ -33,10 +34,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = _parse(argv)
         if args is None:
             return DONE
-        # Results alone go to stdout, whatever a problem's code prints.
-        with redirect_stdout(sys.stderr):
+        ranks.check_verb(args.verb)
+        # Results alone go to stdout, whatever a problem's code prints; of several processes, one speaks.
+        with _silenced() if ranks.number() else redirect_stdout(sys.stderr):
             report = args.run(args)
-        _print(json.dumps(json_values(report.data), indent=1) if args.json else report.text)
+        if ranks.number() == 0:
+            _print(json.dumps(json_values(report.data), indent=1) if args.json else report.text)
     except (Exception, KeyboardInterrupt, SystemExit) as error:
         return _fail(error, as_json="--json" in argv, debug="--debug" in argv)
     return DONE
@@ -54,6 +57,12 @@ def _parse(argv: list[str]) -> argparse.Namespace | None:
         near = difflib.get_close_matches(option.partition("=")[0], args.parser.option_names(), n=1)
         args.parser.error(f"unrecognized argument {option!r}" + (f" (did you mean {near[0]!r}?)" if near else ""))
     return args
+
+
+@contextmanager
+def _silenced() -> Iterator[None]:
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+        yield
 
 
 def _root_parser() -> Parser:
@@ -81,7 +90,9 @@ def _fail(error: BaseException, *, as_json: bool, debug: bool) -> int:
     if debug:
         traceback.print_exception(error)
     message = _message(error)
-    if as_json:
+    if ranks.number():
+        print(f"[rank {ranks.number()}] error: {message}", file=sys.stderr)
+    elif as_json:
         _print(json.dumps({"error": {"type": type(error).__name__, "message": message}}, indent=1))
     else:
         print(f"error: {message}", file=sys.stderr)

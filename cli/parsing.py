@@ -8,6 +8,7 @@ import re
 import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from recon.errors import UsageError
@@ -72,6 +73,32 @@ def add_verb(verbs: Verbs, name: str, run: Run, summary: str, examples: str, det
     return parser
 
 
+def add_problem(parser: Parser) -> None:
+    """PROBLEM, and the options that some problems take."""
+    parser.add_argument("problem", metavar="PROBLEM", help=PROBLEM)
+    parser.add_argument(
+        "--data-root", type=Path, metavar="DIR", help="where the problem's data set is, if it needs one"
+    )
+    parser.add_argument(
+        "--train-samples",
+        type=positive_integer,
+        metavar="N",
+        help="make do with N training samples (default: all), if the problem can",
+    )
+
+
+def problem_options(args: argparse.Namespace) -> dict[str, Any]:
+    """What `recon.problems.get` takes beside the problem's name."""
+    return {"data_root": args.data_root, "train_samples": args.train_samples}
+
+
+def problem_arguments(args: argparse.Namespace) -> list[str]:
+    """The arguments that name the same problem with the same options to another verb."""
+    given = [(option, value) for option, value in problem_options(args).items() if value is not None]
+    flags = [word for option, value in given for word in (f"--{option.replace('_', '-')}", str(value))]
+    return [args.problem, *flags]
+
+
 def add_training_options(parser: Parser) -> None:
     """What profiling and training have in common."""
     parser.add_argument("--seed", type=seed, default=0, help="of the initial weights and the loaders (default: 0)")
@@ -97,6 +124,11 @@ def seed(text: str) -> int:
 def positive_number(text: str) -> float:
     """A number above 0."""
     return _number(text, float, lambda value: 0 < value < math.inf, "a number above 0")
+
+
+def share(text: str) -> float:
+    """An argument that is a part of a whole."""
+    return _number(text, float, lambda value: 0 < value <= 1, "a number above 0 and at most 1")
 
 
 def threshold(text: str) -> float:

@@ -11,16 +11,28 @@ from typing import TYPE_CHECKING, Literal
 
 import recon
 from recon import problems
-from recon.errors import MapMismatchError
 from recon.runs import Run
 from recon.tables import short_number, text_table
+from recon_cli.map_fit import fit_data, fit_line, match_map
 from recon_cli.outputs import check_folder
-from recon_cli.parsing import PROBLEM, Report, add_device_option, add_verb, positive_integer, seed, threshold
+from recon_cli.parsing import (
+    Report,
+    add_device_option,
+    add_problem,
+    add_verb,
+    positive_integer,
+    problem_arguments,
+    problem_options,
+    seed,
+    threshold,
+)
+from recon_cli.renames import add_rename_option, renames
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from recon import BranchPlan, ConflictMap, Costs, Problem, Verification
+    from recon import BranchPlan, Costs, Problem, Verification
+    from recon.matching import Match
     from recon_cli.parsing import Verbs
 
 _ROUNDS = 7  # of timing; each takes a step of either model
@@ -43,16 +55,18 @@ def add_parser(verbs: Verbs) -> None:
         recon convert digits --map map.json --top-k 4 --select random --seed 1 --out random
         recon convert digits --layers blocks.2.conv1 blocks.2.conv2 --out late
         recon convert digits --map map.json --top-k 4 --init pretrained.pt --out branched
+        recon convert digits --map other.json --rename backbone=blocks --top-k 4 --out branched
         """,
         "The weights are make_model's, unless --init says otherwise. Train the result with `recon train --model`.",
     )
-    parser.add_argument("problem", metavar="PROBLEM", help=PROBLEM)
+    add_problem(parser)
     parser.add_argument("--map", type=Path, metavar="MAP", help="the conflict map that chooses the layers")
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--top-k", type=positive_integer, metavar="K", help="branch K layers of the map")
     which.add_argument("--layers", nargs="+", metavar="NAME", help="branch these layers; needs no map")
     parser.add_argument("--select", choices=("top", "random"), help="the highest scores (default), or K at random")
     parser.add_argument("--threshold", type=threshold, metavar="S", help="score at another S (default: the map's own)")
+    add_rename_option(parser, "rename the map's layers to the model's,")
     parser.add_argument("--seed", type=seed, default=0, help="of the weights and of --select random (default: 0)")
     parser.add_argument(
         "--mode",
@@ -84,14 +98,15 @@ def run(args: argparse.Namespace) -> Report:
     _check_options(args)
     check_folder(args.out)
     cmap = recon.ConflictMap.load(args.map) if args.map else None
-    problem = problems.get(args.problem)
+    problem = problems.get(args.problem, **problem_options(args))
     from recon.surgery import plan_of  # late: these import torch
     from recon.timing import step_seconds
     from recon_cli import workbench
 
     device = workbench.choose_device(args.device)
     plain = workbench.make_model(problem, args.seed).to(device)
-    chosen = _choose(args, problem, plain, cmap)
+    found = match_map(cmap, problem, plain, renames(args)) if cmap else None
+    chosen = _choose(args, problem, plain, found)
     loader, _ = workbench.make_loaders(problem, args.seed)
     batch = workbench.first_batch(problem, loader, device)
     example = workbench.few_samples(batch[0])[0]
@@ -108,7 +123,7 @@ def run(args: argparse.Namespace) -> Report:
         name: {"parameters": costs[name].parameters, "macs": costs[name].macs, "seconds_per_step": seconds[name]}
         for name in models
     }
-    return _report(args, problem, plan_of(branched), table, verified)
+    return _report(args, problem, plan_of(branched), table, verified, found)
 
 
 def _check_options(args: argparse.Namespace) -> None:
@@ -116,23 +131,23 @@ def _check_options(args: argparse.Namespace) -> None:
         args.parser.error("--copies independent needs --init scratch: other weights are the same for every copy")
     if args.top_k and not args.map:
         args.parser.error("--top-k needs --map MAP: `recon profile` makes one")
+    if renames(args) and not args.map:
+        args.parser.error("--rename goes with --map: it renames the map's layers")
     for option, value in (("--select", args.select), ("--threshold", args.threshold)):
         if args.layers and value is not None:
             args.parser.error(f"{option} goes with --top-k, not with --layers")
 
 
-def _choose(args: argparse.Namespace, problem: Problem, model: nn.Module, cmap: ConflictMap | None) -> BranchPlan:
-    if cmap is None:
-        return recon.BranchPlan.per_task(args.layers, problem.task_names).on(model)
-    if set(cmap.tasks) != set(problem.task_names):
-        raise MapMismatchError(
-            f"{args.map} was made for the tasks {list(cmap.tasks)}, but {problem.name!r} has "
-            f"{list(problem.task_names)}. Profile this problem, or take the map made for it."
-        )
+def _choose(args: argparse.Namespace, problem: Problem, model: nn.Module, found: Match | None) -> BranchPlan:
+    tasks = problem.task_names
+    if found is None:
+        return recon.BranchPlan.per_task(args.layers, tasks).on(model)
     if args.layers:
-        return recon.plan(cmap, model, layers=args.layers)
+        return recon.plan(found, model, layers=args.layers, tasks=tasks)
     select: Literal["top", "random"] = "random" if args.select == "random" else "top"
-    return recon.plan(cmap, model, top_k=args.top_k, threshold=args.threshold, select=select, seed=args.seed)
+    return recon.plan(
+        found, model, top_k=args.top_k, threshold=args.threshold, select=select, seed=args.seed, tasks=tasks
+    )
 
 
 def _surgery(args: argparse.Namespace) -> str:
@@ -164,10 +179,12 @@ def _report(
     plan: BranchPlan,
     costs: dict[str, dict[str, float]],
     verified: Verification | None,
+    found: Match | None,
 ) -> Report:
     statistics = [path for path in plan.statistics or {} if path not in plan.layers]
-    next_command = ["recon", "train", args.problem, "--model", str(args.out), "--out", "run"]
+    next_command = ["recon", "train", *problem_arguments(args), "--model", str(args.out), "--out", "run"]
     text = [
+        *([fit_line(args.map, found), ""] if found else []),
         f"Layers branched, with a copy for each of the tasks {', '.join(plan.tasks)}: {len(plan.layers)}",
         *(f"  {name}" for name in plan.layers),
         f"Shared layers that keep running statistics for each group of tasks: {len(statistics)}",
@@ -184,6 +201,7 @@ def _report(
         "folder": str(args.out),
         "problem": problem.name,
         "surgery": _surgery(args),
+        "map": fit_data(args.map, found) if found else None,
         "branched_layers": list(plan.layers),
         "statistics": statistics,
         "task_modules": {path: list(tasks) for path, tasks in (plan.task_modules or {}).items()},

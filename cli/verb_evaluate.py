@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import recon
 from recon import problems
 from recon.tables import metrics_table
-from recon_cli.parsing import PROBLEM, Report, add_device_option, add_verb, seed
+from recon_cli.parsing import Report, add_device_option, add_problem, add_verb, problem_options, seed
 
 if TYPE_CHECKING:
     import torch
@@ -30,7 +30,7 @@ def add_parser(verbs: Verbs) -> None:
         recon evaluate digits --model recon4 --json
         """,
     )
-    parser.add_argument("problem", metavar="PROBLEM", help=PROBLEM)
+    add_problem(parser)
     parser.add_argument("--model", type=Path, required=True, metavar="FOLDER", help="what train or convert saved")
     parser.add_argument("--seed", type=seed, help="of the loaders (default: the one that the model was trained with)")
     add_device_option(parser)
@@ -38,7 +38,7 @@ def add_parser(verbs: Verbs) -> None:
 
 def run(args: argparse.Namespace) -> Report:
     """Load and evaluate."""
-    problem = problems.get(args.problem)
+    problem = problems.get(args.problem, **problem_options(args))
     from recon_cli import workbench  # late: it imports torch
 
     device = workbench.choose_device(args.device)

@@ -11,19 +11,28 @@ from typing import TYPE_CHECKING
 
 import recon
 from recon import problems
+from recon.errors import UsageError
+from recon.files import remove_partial
+from recon_cli import ranks
 from recon_cli.outputs import check_file
 from recon_cli.parsing import (
     METHOD,
-    PROBLEM,
     Report,
+    add_problem,
     add_training_options,
     add_verb,
     positive_integer,
+    problem_arguments,
+    problem_options,
+    share,
     threshold,
 )
 from recon_cli.ranking import ranked_layers, ranking_table
 
 if TYPE_CHECKING:
+    import torch
+
+    from recon import ConflictMap, Problem
     from recon_cli.parsing import Verbs
 
 _TOP = 10
@@ -40,9 +49,14 @@ def add_parser(verbs: Verbs) -> None:
         recon profile digits --out map.json
         recon profile digits --epochs 1 --threshold -0.05 --seed 1 --out map1.json
         recon profile examples/own_problem.py:problem --method pcgrad --out map.json
+        recon profile digits --until-stable 0.9 --top-k 8 --out map.json
+        recon profile digits --out map.json --resume
+        torchrun --nproc-per-node 2 -m recon_cli profile digits --out map.json
         """,
+        "Until it is done, MAP.checkpoint keeps the training, and the map holds what was counted so far. Ctrl-C leaves "
+        "both, and whatever else ends the training leaves the last good ones.",
     )
-    parser.add_argument("problem", metavar="PROBLEM", help=PROBLEM)
+    add_problem(parser)
     parser.add_argument("--epochs", type=positive_integer, default=3, help="of warm-up training (default: 3)")
     parser.add_argument(
         "--threshold",
@@ -54,48 +68,107 @@ def add_parser(verbs: Verbs) -> None:
     )
     parser.add_argument("--method", default="joint", help=f"{METHOD} (default: joint)")
     add_training_options(parser)
+    parser.add_argument(
+        "--until-stable",
+        type=share,
+        metavar="OVERLAP",
+        help="stop once the top K are expected to overlap by this with those of all epochs, such as 0.9",
+    )
+    parser.add_argument(
+        "--top-k", type=positive_integer, metavar="K", help="of how many layers (default: a quarter of them)"
+    )
+    parser.add_argument(
+        "--every", type=positive_integer, default=1, metavar="N", help="profile each N-th step only (default: 1)"
+    )
+    parser.add_argument(
+        "--memory",
+        choices=("exact", "sketch"),
+        default="exact",
+        help="exact: hold the gradients of all tasks at once; sketch: one gradient's memory for any number of tasks, "
+        "cosines to about 0.02 (default: exact)",
+    )
     parser.add_argument("--out", type=Path, required=True, metavar="MAP", help="the conflict map, a JSON file")
+    parser.add_argument(
+        "--resume", action="store_true", help="go on from MAP.checkpoint, to the same map; without one, begin"
+    )
 
 
 def run(args: argparse.Namespace) -> Report:
     """Profile, save the map, show the ranking's top."""
     check_file(args.out, b'"recon conflict map"')
-    problem = problems.get(args.problem)
+    if args.resume and ranks.count() > 1:
+        raise UsageError("--resume goes on from a checkpoint, which several processes do not keep. Leave it out.")
+    problem = problems.get(args.problem, **problem_options(args))
     recon.methods.parse(args.method)
-    from recon_cli import workbench  # late: it imports torch
+    from recon_cli import workbench  # late: these import torch
+    from recon_cli.resuming import checkpoint_beside, resumable
 
     device = workbench.choose_device(args.device)
+    checkpoint = checkpoint_beside(args.out)
+    with ranks.joined(device), resumable(args, checkpoint):
+        if ranks.number() == 0:
+            remove_partial(args.out)
+        cmap = _profile(args, problem, device, checkpoint)
+        if ranks.number() == 0:
+            cmap.save(args.out)
+    return _report(args, problem, cmap)
+
+
+def _profile(args: argparse.Namespace, problem: Problem, device: torch.device, checkpoint: Path) -> ConflictMap:
+    from recon.distributed import RankBatches  # late: these import torch
+    from recon_cli import workbench
+
     model = workbench.make_model(problem, args.seed).to(device)
     loader, _ = workbench.make_loaders(problem, args.seed)
+    several = ranks.count() > 1
+    subset = {} if args.train_samples is None else {"train_samples": args.train_samples}
     made_by = {
         "problem": problem.name,
+        **subset,
         "backbone": type(model).__name__,
         "seed": args.seed,
         "device": device.type,
+        **({"processes": ranks.count()} if several else {}),
         "recon": version("recon-mtl"),
         "python": platform.python_version(),
     }
-    cmap = recon.profile(
+    settings = {
+        "problem": problem.name,
+        **{f"--{name}": getattr(args, name.replace("-", "_")) for name in ("train-samples", "seed", "lr", "method")},
+        "--device": device.type,
+    }
+    return recon.profile(
         model,
-        loader,
+        RankBatches(loader) if several else loader,
         problem.losses,
         optimizer=workbench.make_optimizer(problem, model, args.lr),
         epochs=args.epochs,
         threshold=args.threshold,
         method=args.method,
+        every=args.every,
+        until_stable=args.until_stable,
+        top_k=args.top_k,
+        memory=args.memory,
         made_by=made_by,
         on_epoch=lambda epoch: workbench.show_epoch(epoch, args.epochs),
         progress=workbench.shows_progress(),
+        checkpoint=None if several else checkpoint,
+        resume=args.resume,
+        settings=settings,
+        on_checkpoint=lambda cmap: cmap.save(args.out),
     )
-    cmap.save(args.out)
-    layers = ranked_layers(cmap)
-    count = str(max(1, len(layers) // 4))
-    next_command = ["recon", "convert", args.problem, "--map", str(args.out), "--top-k", count, "--out", "branched"]
+
+
+def _report(args: argparse.Namespace, problem: Problem, cmap: ConflictMap) -> Report:
+    top_k = min(args.top_k or max(1, len(cmap.layers) // 4), len(cmap.layers))
+    layers = ranked_layers(cmap, top_k=top_k)
+    next_command = ["recon", "convert", *problem_arguments(args), "--map", str(args.out)]
+    next_command += ["--top-k", str(top_k), "--out", "branched"]
     text = [
         f"{len(layers)} shared layers, {cmap.steps} steps, {cmap.skipped} skipped. "
         f"Score: how often a cosine was below {cmap.threshold:g}.",
         "",
-        ranking_table(layers, _TOP),
+        ranking_table(layers, max(_TOP, top_k + 2), top_k=top_k),
         "",
         f"Saved {args.out}. Next, branch the worst layers:",
         f"  {shlex.join(next_command)}",
@@ -107,6 +180,7 @@ def run(args: argparse.Namespace) -> Report:
         "threshold": cmap.threshold,
         "steps": cmap.steps,
         "skipped": cmap.skipped,
+        "top_k": top_k,
         "layers": layers,
     }
     return Report("\n".join(text), data)

@@ -12,7 +12,15 @@ from recon import problems
 from recon.runs import Run
 from recon.tables import metrics_table, short_number
 from recon_cli.outputs import check_folder
-from recon_cli.parsing import METHOD, PROBLEM, Report, add_training_options, add_verb, positive_integer
+from recon_cli.parsing import (
+    METHOD,
+    Report,
+    add_problem,
+    add_training_options,
+    add_verb,
+    positive_integer,
+    problem_options,
+)
 
 if TYPE_CHECKING:
     from recon_cli.parsing import Verbs
@@ -33,7 +41,7 @@ def add_parser(verbs: Verbs) -> None:
         """,
         "The weights are saved after every epoch: Ctrl-C loses the epoch that it falls into, no more.",
     )
-    parser.add_argument("problem", metavar="PROBLEM", help=PROBLEM)
+    add_problem(parser)
     parser.add_argument("--model", type=Path, metavar="FOLDER", help="start from the model that convert or train saved")
     parser.add_argument("--method", help=f"{METHOD} (default: joint)")
     parser.add_argument("--epochs", type=positive_integer, help="default: the problem's own")
@@ -49,7 +57,7 @@ def run(args: argparse.Namespace) -> Report:
     if args.single_task and args.method not in (None, "joint"):
         args.parser.error(f"--single-task has one task at a time, so it does not go with --method {args.method}")
     check_folder(args.out)
-    problem = problems.get(args.problem)
+    problem = problems.get(args.problem, **problem_options(args))
     method = args.method or "joint"
     recon.methods.parse(method)
     from recon_cli import training, workbench  # late: they import torch

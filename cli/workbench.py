@@ -21,12 +21,13 @@ from recon.batches import task_outputs, to_device, unpack
 from recon.copies import copy_model
 from recon.costs import Costs
 from recon.errors import CheckpointError, FanError, ProblemError, UsageError
-from recon.gradients import reached_leaves
 from recon.layers import find_layers
 from recon.problem import Batch, Problem
+from recon.reach import reached_leaves
 from recon.runs import RUN_FILE, Run
 from recon.trainer import Epoch, task_losses
 from recon.undisturbed import undisturbed
+from recon_cli import ranks
 
 _SAMPLES = 8  # enough for batch norm, little enough to be quick
 
@@ -39,7 +40,8 @@ def choose_device(name: str | None) -> torch.device:
     """
     if name == "cuda" and not torch.cuda.is_available():
         raise UsageError("--device cuda: torch finds no usable GPU here. Take --device cpu.")
-    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(name, ranks.local_number()) if name == "cuda" and ranks.count() > 1 else torch.device(name)
 
 
 def make_model(problem: Problem, seed: int) -> nn.Module:

@@ -20,11 +20,12 @@ if TYPE_CHECKING:
     from recon.lowering import lower
     from recon.planning import BranchPlan, plan
     from recon.problem import Metric, Problem, Task
-    from recon.profiler import Profiler, profile
+    from recon.profiler import Profiler
     from recon.surgery import convert, extract_task
     from recon.trainer import Epoch, History, train
     from recon.updates import backward
     from recon.verification import Verification, verify
+    from recon.warm_up import profile
 
 __all__ = [
     "BranchPlan",
@@ -76,7 +77,7 @@ _HOME = {
     "load": "checkpoint",
     "lower": "lowering",
     "plan": "planning",
-    "profile": "profiler",
+    "profile": "warm_up",
     "save": "checkpoint",
     "train": "trainer",
     "verify": "verification",

@@ -1,24 +1,25 @@
-"""ConflictMap: how often the tasks' gradients conflicted in each shared layer, and the file that keeps it."""
+"""ConflictMap: how often the tasks' gradients conflicted in each shared layer."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from recon.errors import MapFileError, UsageError
-from recon.files import write_text
+from recon.confidence import intervals, top_k_probability
+from recon.errors import UsageError
 
-FORMAT = "recon conflict map"
-VERSION = 1
+if TYPE_CHECKING:
+    from recon.map_comparison import MapComparison
+
 BINS = 200
 STAGES = 4
+SERIES = 512  # at most this many bins of steps in a layer's series
 
 Counts = NDArray[np.int64]
 
@@ -41,7 +42,7 @@ def threshold_bin(threshold: float) -> int:
 
 @dataclass
 class LayerConflicts:
-    """What was counted in one shared layer.
+    """What was counted in one shared layer; what an imported file does not tell is empty or None.
 
     Args:
         name: the layer's name.
@@ -51,19 +52,24 @@ class LayerConflicts:
             cosines in [-1 + 0.01 i, -1 + 0.01 (i + 1)), the last one 1 as well.
         conflicts: (4, pairs) cosines below the map's threshold, by quarter of the training.
         observed: (4, pairs) cosines seen, by quarter of the training.
+        series: (B,) cosines below the map's threshold, summed over task pairs, by bin of `ConflictMap.bin_steps`
+            consecutive steps, B at most 512; the last bin may be shorter.
+        score: the S-conflict score at the map's threshold, of a layer without a histogram.
     """
 
     name: str
     kind: str
     shapes: dict[str, list[int]]
-    histogram: Counts
-    conflicts: Counts
-    observed: Counts
+    histogram: Counts | None
+    conflicts: Counts | None
+    observed: Counts | None
+    series: Counts | None = None
+    score: int | None = None
 
     @property
-    def size(self) -> int:
+    def size(self) -> int | None:
         """The number of scalars in the layer's parameters."""
-        return sum(int(np.prod(shape)) for shape in self.shapes.values())
+        return sum(int(np.prod(shape)) for shape in self.shapes.values()) if self.shapes else None
 
 
 @dataclass
@@ -71,22 +77,25 @@ class ConflictMap:
     """The S-conflict scores of every shared layer (Shi et al. 2023, definition 4), at every threshold.
 
     Args:
-        tasks: the tasks whose gradients were compared.
+        tasks: the tasks whose gradients were compared; empty if an imported file did not name them.
         threshold: the run's own S in (-1, 0]: `conflicts` are counted at it.
-        steps: how many training steps were profiled.
-        skipped: how many steps were left out because a gradient was not finite.
-        stage_steps: the number of steps in each quarter of the training.
-        layers: the shared layers, in model order.
+        steps: how many training steps were profiled; None if unknown.
+        skipped: how many steps were left out because a gradient was not finite; None if unknown.
+        stage_steps: the number of steps in each quarter of the training; empty if unknown.
+        layers: the shared layers, in model order. An imported map has its file's order; applied to a model, it takes
+            the model's.
         made_by: how the map was made (problem, optimizer, seed, versions, seconds...).
+        bin_steps: how many steps an entry of the layers' series covers; 0 without series.
     """
 
     tasks: tuple[str, ...]
     threshold: float
-    steps: int
-    skipped: int
+    steps: int | None
+    skipped: int | None
     stage_steps: tuple[int, ...]
     layers: list[LayerConflicts]
     made_by: dict[str, Any] = field(default_factory=dict)
+    bin_steps: int = 0
 
     @property
     def pairs(self) -> list[tuple[str, str]]:
@@ -100,17 +109,26 @@ class ConflictMap:
             threshold: S, a multiple of 0.01 in (-1, 0]; the map's own when not given.
 
         Raises:
-            UsageError: the threshold is off the grid.
+            UsageError: the threshold is off the grid, or the map holds the scores at its own threshold alone.
         """
         below = threshold_bin(self.threshold if threshold is None else threshold)
-        return {layer.name: int(layer.histogram[:below].sum()) for layer in self.layers}
+        return {layer.name: self._score(layer, below) for layer in self.layers}
+
+    def _score(self, layer: LayerConflicts, below: int) -> int:
+        if layer.histogram is not None:
+            return int(layer.histogram[:below].sum())
+        if below != threshold_bin(self.threshold) or layer.score is None:
+            raise UsageError(
+                f"This map holds scores at S={self.threshold:g} alone, no cosines that could be scored at another "
+                "threshold. Leave the threshold out, or profile with recon to score at any."
+            )
+        return layer.score
 
     def shares(self, threshold: float | None = None) -> dict[str, float]:
-        """`{layer name: score as a share of all the (step, pair) seen there}`, in [0, 1]."""
-        scores = self.scores(threshold)
+        """`{layer name: score as a share of all the (step, pair) seen there}`, in [0, 1]; NaN where that is unknown."""
         return {
-            layer.name: scores[layer.name] / seen if (seen := int(layer.histogram.sum())) else 0.0
-            for layer in self.layers
+            layer.name: float("nan") if layer.histogram is None else score / max(1, int(layer.histogram.sum()))
+            for layer, score in zip(self.layers, self.scores(threshold).values(), strict=True)
         }
 
     def ranking(self, threshold: float | None = None) -> list[str]:
@@ -120,9 +138,95 @@ class ConflictMap:
 
     def stage_shares(self) -> NDArray[np.float64]:
         """(layers, 4): the share of conflicts at the map's own threshold in each quarter; NaN where none was seen."""
-        conflicts = np.array([layer.conflicts.sum(axis=1) for layer in self.layers], dtype=float)
-        observed = np.array([layer.observed.sum(axis=1) for layer in self.layers], dtype=float)
+        conflicts, observed = (
+            np.array([np.zeros(STAGES) if counts is None else counts.sum(axis=1) for counts in column], dtype=float)
+            for column in ([layer.conflicts for layer in self.layers], [layer.observed for layer in self.layers])
+        )
         return np.divide(conflicts, observed, out=np.full_like(conflicts, np.nan), where=observed > 0)
+
+    @property
+    def has_series(self) -> bool:
+        """Whether the map knows the scores over time, in bins enough to tell how sure they are."""
+        return all(layer.series is not None and len(layer.series) > 1 for layer in self.layers)
+
+    def series(self) -> Counts:
+        """(B, layers): cosines below the map's own threshold by bin of `bin_steps` consecutive steps.
+
+        Raises:
+            UsageError: the map does not know them, being imported or merged, or is of one bin.
+        """
+        if not self.has_series:
+            raise UsageError(
+                "This map does not know its scores over time, so it cannot tell how sure they are: imported and "
+                "merged maps do not, nor does one of a single step. Profile with recon, for two steps or more."
+            )
+        return np.stack([layer.series for layer in self.layers if layer.series is not None], axis=1)
+
+    def intervals(self, level: float = 0.9) -> dict[str, tuple[int, int]]:
+        """`{layer name: (low, high)}`: what holds a share `level` of resampled scores at the map's own threshold.
+
+        From a block bootstrap over the steps, see `recon.confidence`: it tells what other batches would have done to
+        this training, not what another seed would.
+
+        Raises:
+            UsageError: the map has no series, or `level` is not within (0, 1).
+        """
+        low_high = intervals(self.series(), level).tolist()
+        return {layer.name: (low, high) for layer, (low, high) in zip(self.layers, low_high, strict=True)}
+
+    def top_k_probability(self, k: int) -> dict[str, float]:
+        """`{layer name: how often it is among the k highest resampled scores}`; they add up to k. See `intervals`.
+
+        Raises:
+            UsageError: the map has no series, or not so many layers.
+        """
+        probabilities = top_k_probability(self.series(), k).tolist()
+        return {layer.name: p for layer, p in zip(self.layers, probabilities, strict=True)}
+
+    def compare(
+        self,
+        other: ConflictMap,
+        *,
+        threshold: float | None = None,
+        top_k: int | None = None,
+        rename: Mapping[str, str] | None = None,
+    ) -> MapComparison:
+        """How far another map ranks the layers like this one, over the layers that both have.
+
+        The two may differ in data, tasks, threshold, method or seed.
+
+        Args:
+            other: the map to compare with.
+            threshold: S for both; either map's own when not given.
+            top_k: at which K to compare what would be branched; a quarter of the common layers when not given.
+            rename: `{old prefix: new prefix}` of the other map's layer names.
+
+        Raises:
+            MapMismatchError: the maps have no layer in common.
+            UsageError: `top_k` is out of range, or a map has no scores at this threshold.
+            UnknownNameError: a rename changes no name.
+        """
+        from recon.map_comparison import compare
+
+        return compare(self, other, threshold=threshold, top_k=top_k, rename=rename)
+
+    @staticmethod
+    def merge(maps: Sequence[ConflictMap], names: Sequence[str] = ()) -> ConflictMap:
+        """The maps of several runs added up, quarter by quarter, in the first one's order of tasks and layers.
+
+        A merged map has no series, since a stretch of training cannot run from one run into the next.
+
+        Args:
+            maps: two or more, of different runs with the same tasks, threshold, layers and parameter shapes.
+            names: what to call them in messages and in `made_by`; "map 1", "map 2"... when not given.
+
+        Raises:
+            MapMismatchError: the maps do not fit together; the message says in what.
+            UsageError: fewer than two maps, or the same one twice.
+        """
+        from recon.map_merge import merge
+
+        return merge(maps, names)
 
     def save(self, path: str | Path) -> None:
         """Write the map as one JSON object, a line a layer, atomically.
@@ -130,19 +234,9 @@ class ConflictMap:
         Raises:
             UsageError: the path cannot be written.
         """
-        head = {
-            "format": FORMAT,
-            "version": VERSION,
-            "tasks": list(self.tasks),
-            "threshold": self.threshold,
-            "steps": self.steps,
-            "skipped_non_finite": self.skipped,
-            "stage_steps": list(self.stage_steps),
-            "made_by": self.made_by,
-        }
-        lines = [json.dumps(_layer_to_json(layer)) for layer in self.layers]
-        text = json.dumps(head, indent=1)[:-2] + ',\n "layers": [\n  ' + ",\n  ".join(lines) + "\n ]\n}\n"
-        write_text(path, text)
+        from recon.map_file import save
+
+        save(self, path)
 
     @classmethod
     def load(cls, path: str | Path) -> ConflictMap:
@@ -151,107 +245,6 @@ class ConflictMap:
         Raises:
             MapFileError: missing, truncated, of an unknown version, or with a wrong field.
         """
-        return _Reader(path).read()
+        from recon.map_file import load
 
-
-def _layer_to_json(layer: LayerConflicts) -> dict[str, Any]:
-    return {
-        "name": layer.name,
-        "type": layer.kind,
-        "shapes": layer.shapes,
-        "parameters": layer.size,
-        "histogram": layer.histogram.tolist(),
-        "conflicts": layer.conflicts.tolist(),
-        "observed": layer.observed.tolist(),
-    }
-
-
-class _Reader:
-    """Reads a map file and checks every field, naming the file and the field in each complaint."""
-
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
-
-    def fail(self, what: str) -> MapFileError:
-        return MapFileError(f"{self.path}: {what}. Make a new map with `recon profile`.")
-
-    def read(self) -> ConflictMap:
-        document = self._parse()
-        if document.get("format") != FORMAT:
-            raise self.fail(f"field 'format' is {document.get('format')!r}, not {FORMAT!r}: not a conflict map")
-        if document.get("version") != VERSION:
-            raise self.fail(f"field 'version' is {document.get('version')!r}, but this recon reads version {VERSION}")
-        tasks = self._get(document, "tasks", list)
-        if len(tasks) < 2 or len(set(map(str, tasks))) < len(tasks) or not all(isinstance(t, str) for t in tasks):
-            raise self.fail(f"field 'tasks' is {tasks!r}, not a list of two or more different names")
-        stage_steps = self._get(document, "stage_steps", list)
-        layers = self._get(document, "layers", list)
-        pairs = len(tasks) * (len(tasks) - 1) // 2
-        cmap = ConflictMap(
-            tasks=tuple(tasks),
-            threshold=float(self._get(document, "threshold", (int, float))),
-            steps=self._get(document, "steps", int),
-            skipped=self._get(document, "skipped_non_finite", int),
-            stage_steps=tuple(self._counts({"stage_steps": stage_steps}, "stage_steps", (STAGES,)).tolist()),
-            layers=[self._layer(entry, number, pairs) for number, entry in enumerate(layers)],
-            made_by=self._get(document, "made_by", dict),
-        )
-        self._check(cmap)
-        return cmap
-
-    def _parse(self) -> dict[str, Any]:
-        try:
-            document = json.loads(self.path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise self.fail("there is no such file") from None
-        except OSError as error:
-            raise self.fail(f"cannot be read ({error.strerror})") from error
-        except ValueError as error:
-            raise self.fail(f"not whole JSON ({error}); the file may be truncated") from error
-        if not isinstance(document, dict):
-            raise self.fail(f"holds a {type(document).__name__}, not one JSON object")
-        return document
-
-    def _get(self, entry: Any, key: str, kind: type | tuple[type, ...], where: str = "") -> Any:
-        label = f"{where}{key}"
-        if not isinstance(entry, dict) or key not in entry:
-            raise self.fail(f"field {label!r} is missing")
-        value = entry[key]
-        if not isinstance(value, kind) or isinstance(value, bool):
-            raise self.fail(f"field {label!r} has the wrong type ({type(value).__name__})")
-        return value
-
-    def _counts(self, entry: Any, key: str, shape: Sequence[int], where: str = "") -> Counts:
-        value = self._get(entry, key, list, where)
-        try:
-            array = np.array(value)
-        except ValueError:
-            array = np.array(None)
-        if array.dtype.kind != "i" or array.shape != tuple(shape) or (array < 0).any():
-            raise self.fail(f"field '{where}{key}' is not an array of counts of shape {tuple(shape)}")
-        return array.astype(np.int64)
-
-    def _layer(self, entry: Any, number: int, pairs: int) -> LayerConflicts:
-        where = f"layers[{number}]."
-        shapes = self._get(entry, "shapes", dict, where)
-        if not all(isinstance(s, list) and all(isinstance(n, int) for n in s) for s in shapes.values()):
-            raise self.fail(f"field '{where}shapes' is not a table of shapes")
-        return LayerConflicts(
-            name=self._get(entry, "name", str, where),
-            kind=self._get(entry, "type", str, where),
-            shapes=shapes,
-            histogram=self._counts(entry, "histogram", (BINS,), where),
-            conflicts=self._counts(entry, "conflicts", (STAGES, pairs), where),
-            observed=self._counts(entry, "observed", (STAGES, pairs), where),
-        )
-
-    def _check(self, cmap: ConflictMap) -> None:
-        try:
-            scores = cmap.scores()
-        except UsageError as error:
-            raise self.fail(f"field 'threshold': {error}") from None
-        if len(scores) < len(cmap.layers):
-            raise self.fail("field 'layers' names a layer twice")
-        for number, layer in enumerate(cmap.layers):
-            if layer.histogram.sum() != layer.observed.sum() or scores[layer.name] != layer.conflicts.sum():
-                raise self.fail(f"field 'layers[{number}].histogram' does not add up to its counts")
+        return load(path)

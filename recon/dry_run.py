@@ -13,9 +13,9 @@ from recon.batches import call
 from recon.branches import Branches
 from recon.errors import FanError, ReconError, UsageError, some
 from recon.fan_trees import partition_of, value_for
-from recon.gradients import reached_leaves
 from recon.hooks import TasksOnly
 from recon.partition import Group, Partition, refine
+from recon.reach import reached_leaves
 from recon.refusals import Writes, watch_writes, way_out
 from recon.trees import leaves_of
 from recon.undisturbed import buffer_values, equal_values, undisturbed

@@ -62,3 +62,7 @@ class VerificationError(ReconError):
 
 class GradientError(ReconError):
     """A gradient that cannot be used: absent for a whole task, or not finite."""
+
+
+class LoaderError(ReconError):
+    """A data loader that raised in the middle of a training."""

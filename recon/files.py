@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import glob
 import os
 import tempfile
 from collections.abc import Callable
@@ -9,29 +11,41 @@ from pathlib import Path
 
 from recon.errors import UsageError
 
+_PARTIAL = ".partial"
+
 
 def write_atomically(path: str | Path, write: Callable[[Path], None]) -> None:
     """Let `write` fill a temporary file beside `path`, then move it into place.
 
     Raises:
-        UsageError: the folder cannot be made or written to.
+        UsageError: the folder cannot be made or written to, or the disk is full.
     """
     path = Path(path)
     make_folder(path.parent)
     try:
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=_PARTIAL, dir=path.parent)
     except OSError as error:
-        raise UsageError(f"Cannot write {path}: {error.strerror}. Choose another place to write to.") from error
+        raise _cannot_write(path, error) from error
     os.close(handle)
     temporary = Path(name)
     try:
         write(temporary)
         temporary.chmod(0o666 & ~_umask())
+        _settle(temporary)
         os.replace(temporary, path)
     except OSError as error:
-        raise UsageError(f"Cannot write {path}: {error.strerror}. Choose another place to write to.") from error
+        raise _cannot_write(path, error) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def remove_partial(path: str | Path) -> None:
+    """Remove what writers of `path` left that were killed while they wrote."""
+    path = Path(path)
+    for temporary in path.parent.glob(f".{glob.escape(path.name)}.*{_PARTIAL}"):
+        # Of map.json, not of map.json.checkpoint: the random part has no dot.
+        if "." not in temporary.name.removeprefix(f".{path.name}.").removesuffix(_PARTIAL):
+            temporary.unlink(missing_ok=True)
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -56,6 +70,18 @@ def make_folder(path: str | Path) -> Path:
 
 def _fill(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8")
+
+
+def _settle(path: Path) -> None:
+    """Wait until the disk has the file: a machine that is switched off must not leave an empty one under its name."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def _cannot_write(path: Path, error: OSError) -> UsageError:
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    remedy = "Free some space, or choose another place to write to" if full else "Choose another place to write to"
+    return UsageError(f"Cannot write {path}: {error.strerror}. {remedy}.")
 
 
 def _umask() -> int:

@@ -88,6 +88,17 @@ def find_layers(model: nn.Module) -> list[Layer]:
     return [Layer(f.name, f.kind, f.parameters, tuple(f.aliases)) for f in by_owner.values() if f.parameters]
 
 
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model itself, out of DistributedDataParallel, DataParallel and torch.compile, which prefix its names."""
+    while True:
+        if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+            model = model.module
+        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):  # what torch.compile keeps
+            model = inner
+        else:
+            return model
+
+
 def canonical_name(layers: list[Layer], name: str) -> str:
     """The layer's first path, for any path that reaches it.
 

@@ -11,8 +11,9 @@ from typing import Literal, cast, get_args
 from torch import nn
 
 from recon.conflict_map import ConflictMap
-from recon.errors import MapMismatchError, PlanError, some
-from recon.layers import Layer, canonical_name, find_layers
+from recon.errors import PlanError, some
+from recon.layers import canonical_name, find_layers
+from recon.matching import Match, match
 from recon.partition import Partition
 
 logger = logging.getLogger(__name__)
@@ -88,7 +89,7 @@ class BranchPlan:
 
 
 def plan(
-    cmap: ConflictMap,
+    cmap: ConflictMap | Match,
     model: nn.Module,
     *,
     top_k: int | None = None,
@@ -96,38 +97,53 @@ def plan(
     select: Literal["top", "random"] = "top",
     seed: int = 0,
     layers: Sequence[str] | None = None,
+    tasks: Sequence[str] | None = None,
+    rename: Mapping[str, str] | None = None,
 ) -> BranchPlan:
     """Choose which layers of `model` to branch, one copy per task (Shi et al. 2023, algorithm 1).
 
+    The map may come from another data set, other tasks or a variant of the architecture: those of its layers that are
+    in the model are ranked, the others are left out with a warning (see `recon.matching.match`).
+
     Args:
-        cmap: the conflict map, made on this architecture.
+        cmap: the conflict map; or what `recon.matching.match` made of it, which is then taken as it is.
         model: the unbranched model.
         top_k: how many layers to branch.
         threshold: S of the scores; the map's own when not given.
         select: `top` takes the highest scores; `random` is the control, `top_k` shared layers at random.
         seed: of the random control.
         layers: names the layers, instead of `top_k`.
+        tasks: the tasks of the model, if they are not the map's.
+        rename: `{old prefix: new prefix}` of the map's layer names, where the model has others.
 
     Raises:
-        MapMismatchError: the map's layers are not the model's.
-        PlanError: both or neither of `top_k` and `layers`, or `top_k` out of range.
-        UnknownNameError: a layer in `layers` does not exist.
+        MapMismatchError: none of the map's layers is in the model.
+        PlanError: both or neither of `top_k` and `layers`, `top_k` out of range, or tasks that the map does not name.
+        UnknownNameError: a layer in `layers` does not exist, or a rename changes no name.
+        UsageError: the map has no scores at this threshold.
     """
     if (top_k is None) == (layers is None):
         raise PlanError("Choose the layers either by top_k=... or by layers=[...], one of the two.")
-    shared = _match(cmap, find_layers(model))
+    if rename and isinstance(cmap, Match):
+        raise PlanError("The map was matched already. Pass rename=... to match().")
+    found = cmap if isinstance(cmap, Match) else _match(cmap, model, rename)
+    tasks = tuple(tasks or found.cmap.tasks)
+    if not tasks:
+        raise PlanError("The map does not name the tasks it was made for. Pass the model's: tasks=(...).")
     if layers is not None:
-        return BranchPlan.per_task(layers, cmap.tasks).on(model)
+        return BranchPlan.per_task(layers, tasks).on(model)
+    shared = list(found.matched)
     if top_k is None or not 1 <= top_k <= len(shared):
         raise PlanError(
-            f"top_k is {top_k}, but the map has {len(shared)} shared layers. Choose between 1 and {len(shared)}."
+            f"top_k is {top_k}, but the map has {len(shared)} shared layers"
+            f"{' of this model' if found.missing else ''}. Choose between 1 and {len(shared)}."
         )
-    chosen = cmap.ranking(threshold)
+    chosen = found.cmap.ranking(threshold)
     if select == "random":
         chosen = random.Random(seed).sample(shared, len(shared))
     elif select != "top":
         raise PlanError(f"select is {select!r}. Choose 'top' or 'random'.")
-    return BranchPlan.per_task(chosen[:top_k], cmap.tasks).on(model)
+    return BranchPlan.per_task(chosen[:top_k], tasks).on(model)
 
 
 def checked_mode(mode: str) -> Mode:
@@ -141,26 +157,11 @@ def checked_mode(mode: str) -> Mode:
     return cast(Mode, mode)
 
 
-def _match(cmap: ConflictMap, layers: Sequence[Layer]) -> list[str]:
-    """The map's layer names, after checking that the model has them all."""
-    by_name = {layer.name: layer for layer in layers}
-    names = [layer.name for layer in cmap.layers]
-    missing = [name for name in names if name not in by_name]
-    if missing:
-        raise MapMismatchError(
-            f"The map was made for another architecture: {len(missing)} of its {len(names)} layers are not in this "
-            f"model ({some(missing)}; the model has {some(list(by_name))}). Profile this model, or take the map "
-            "made for it."
-        )
-    changed = [layer.name for layer in cmap.layers if layer.shapes != by_name[layer.name].shapes]
-    if len(changed) == len(names):
-        raise MapMismatchError(
-            f"The map was made for another architecture: every layer has other shapes here ({some(changed)}). "
-            "Profile this model, or take the map made for it."
-        )
-    if changed:
-        logger.warning("%d layers have other shapes in the map than in the model: %s", len(changed), some(changed))
-    return names
+def _match(cmap: ConflictMap, model: nn.Module, rename: Mapping[str, str] | None) -> Match:
+    found = match(cmap, model, rename)
+    for warning in found.warnings():
+        logger.warning("%s", warning)
+    return found
 
 
 def _once(names: Iterable[str]) -> list[str]:

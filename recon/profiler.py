@@ -2,22 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from recon.backward_passes import differentiate
+from recon.confidence import StableRanking
 from recon.conflict_map import ConflictMap, Counts, LayerConflicts, threshold_bin
-from recon.errors import GradientError, UsageError
-from recon.gradients import TaskJacobian, layer_gramians
-from recon.layers import find_layers
-from recon.methods import Method
-from recon.problem import Batch, Loss
+from recon.distributed import average_, broadcast_answer, world_size
+from recon.errors import CheckpointError, GradientError, UsageError
+from recon.gradients import TaskJacobian, Workspace, as_real
+from recon.gramians import layer_gramians
+from recon.layers import find_layers, unwrapped
+from recon.reach import Reach
+from recon.sketch import GradientSketch, sketch_gramians
 from recon.tally import Tally
-from recon.trainer import Epoch, train
 from recon.updates import backward
+
+logger = logging.getLogger(__name__)
+
+Memory = Literal["exact", "sketch"]
 
 
 class Profiler:
@@ -30,26 +40,66 @@ class Profiler:
         cmap = profiler.conflict_map()
 
     Args:
-        model: the model that trains; any layer may be shared, frozen ones take no part.
+        model: the model that trains; any layer may be shared, frozen ones take no part. It may be wrapped in
+            DistributedDataParallel or compiled: the layers are named as in the model itself.
         threshold: S in (-1, 0], a multiple of 0.01. The scores at other thresholds can be had later all the same;
             counts by task pair and stage of training are kept at this one.
         tasks: fixes the order of the tasks in the map; found as they come when not given.
+        every: profile the first and then each n-th step, and train plainly in between.
+        until_stable: when `is_stable` says that the ranking is settled: once the expected Jaccard overlap of the top
+            layers with those of the whole run is at least this, in (0, 1].
+        top_k: of how many layers; a quarter of the shared layers when not given.
+        memory: `exact` holds the gradients of all T tasks for a moment, T x the shared parameters; `sketch` folds each
+            into a few numbers as it is made (`recon.sketch`), which takes no more than one gradient, whatever T, and
+            errs by about 0.02 in a cosine. Sketches serve joint training and other weightings of the losses.
 
     Raises:
-        UsageError: the threshold is off the grid.
+        UsageError: the threshold is off the grid, `every` is below 1, `until_stable` no share, or no such memory.
     """
 
-    def __init__(self, model: nn.Module, threshold: float = -0.1, tasks: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        threshold: float = -0.1,
+        tasks: Sequence[str] = (),
+        *,
+        every: int = 1,
+        until_stable: float | None = None,
+        top_k: int | None = None,
+        memory: Memory = "exact",
+    ) -> None:
         threshold_bin(threshold)
+        if not isinstance(every, int) or every < 1:
+            raise UsageError(f"every is {every!r}. Profile each n-th step, n a whole number of at least 1.")
+        if memory not in get_args(Memory):
+            raise UsageError(f"memory is {memory!r}. Choose {' or '.join(map(repr, get_args(Memory)))}.")
         self.model = model
         self.threshold = threshold
-        self.layers = find_layers(model)
+        self.every = every
+        self.memory = memory
+        self.layers = find_layers(unwrapped(model))
         # In layer order, so that each layer is one block of columns in the Jacobian.
         self.parameters = [p for layer in self.layers for p in layer.parameters.values()]
-        self._layer_of = {p: i for i, layer in enumerate(self.layers) for p in layer.parameters.values()}
+        self.workspace = Workspace()
+        self._layer_of: dict[Tensor, int] = {
+            p: i for i, layer in enumerate(self.layers) for p in layer.parameters.values()
+        }
         self._tasks = list(tasks)
+        self._calls = 0
         self._tally: Tally | None = None
         self._shared: set[int] = set()
+        self._sketch: tuple[list[int], GradientSketch] | None = None
+        self._stable = None if until_stable is None else StableRanking(until_stable, top_k)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the counts are: with the first parameter."""
+        return self.parameters[0].device
+
+    @property
+    def steps(self) -> int:
+        """How many steps were profiled."""
+        return 0 if self._tally is None else self._tally.steps
 
     def backward(self, losses: Mapping[str, Tensor]) -> None:
         """Record one step, and leave `.grad` as `sum(losses).backward()` would.
@@ -62,6 +112,11 @@ class Profiler:
         """
         backward(losses, self.model, profiler=self)
 
+    def begin_step(self) -> bool:
+        """Whether the step that begins is one to profile."""
+        self._calls += 1
+        return (self._calls - 1) % self.every == 0
+
     @torch.no_grad()
     def observe(self, jacobian: TaskJacobian) -> None:
         """Record one step's task gradients.
@@ -70,13 +125,114 @@ class Profiler:
             jacobian: taken with respect to `self.parameters`, in their order.
         """
         layers, gramians = layer_gramians(jacobian, self._layer_of)
-        # A step in which nothing is shared has no gradients whose device could be taken.
-        device = self.parameters[0].device
+        self._count(layers, jacobian.tasks, gramians, [g for own in jacobian.own.values() for g in own.values()])
+
+    def observe_sketched(
+        self, losses: Mapping[str, Tensor], reach: Reach, weights: Mapping[str, Tensor] | None
+    ) -> dict[Tensor, Tensor]:
+        """Record one step from sketches of its gradients, none of which is kept.
+
+        Args:
+            losses: `{task: scalar loss}`; their graph is freed.
+            reach: of the losses.
+            weights: of the tasks in the sum that is returned; 1 if not given.
+
+        Returns:
+            The weighted sum of the gradients.
+        """
+        layers = reach.shared_layers(self._layer_of)
+        if self._sketch is None or self._sketch[0] != layers:
+            self._sketch = layers, GradientSketch([list(self.layers[i].parameters.values()) for i in layers])
+        sketch = self._sketch[1]
+        sketches = sketch.zeros(len(reach.tasks), self.device)
+        total: dict[Tensor, Tensor] = {}
+
+        def receive(number: int, leaf: Tensor, gradient: Tensor) -> None:
+            if leaf in sketch:
+                sketch.fold(leaf, as_real(gradient), sketches[number])
+            part = gradient if weights is None else gradient * weights[reach.tasks[number]].to(gradient)
+            if leaf in total:
+                total[leaf].add_(part)
+            else:
+                total[leaf] = part.clone()
+
+        differentiate(losses, reach, self.model.buffers(), receive)
+        if world_size() > 1:  # the same gradients, in the same order, on every rank
+            reached = {p for found in reach.parameters.values() for p in found}
+            total |= {p: total.get(p, torch.zeros_like(p)) for p in self.parameters if p in reached}
+            average_([sketches, *(total[p] for p in self.parameters if p in reached)])
+        others = [gradient for leaf, gradient in total.items() if leaf not in sketch]
+        self._count(layers, reach.tasks, sketch_gramians(sketches), others)
+        return total
+
+    def is_stable(self, planned: int | None = None) -> bool:
+        """Whether the ranking is settled, by `until_stable`; ask after each step, and stop when it is.
+
+        It looks at it now and then only. All ranks get the same answer.
+
+        Args:
+            planned: how many steps the whole run would profile; twice as many as so far when not given.
+
+        Raises:
+            UsageError: `top_k` is above the number of shared layers.
+        """
+        if self._stable is None or self._tally is None or not self._stable.due(self.steps):
+            return False
+        counts, bin_steps = self._tally.series()
+        series = counts[:, sorted(self._shared)].numpy()
+        stable = broadcast_answer(self._stable.check(series, self.steps, bin_steps=bin_steps, planned=planned))
+        logger.info("After %d steps: %s", self.steps, self._stable)
+        return stable
+
+    def _count(self, layers: Sequence[int], tasks: Sequence[str], gramians: Tensor, others: Sequence[Tensor]) -> None:
+        """Count one step, unless a gradient was not finite: one in the Gramians, or one of the others."""
+        others = [as_real(gradient) for gradient in others if gradient.numel()]
+        if others:
+            largest = nn.utils.get_total_norm(others, norm_type=math.inf).to(gramians)
+            gramians = gramians.where(largest.isfinite(), math.nan)
         if self._tally is None:
-            self._tally = Tally(len(self.layers), self.threshold, device)
+            self._tally = Tally(len(self.layers), self.threshold, self.device)
         self._shared.update(layers)
-        self._tasks += [task for task in jacobian.tasks if task not in self._tasks]
-        self._tally.add(layers, [self._tasks.index(task) for task in jacobian.tasks], gramians.to(device))
+        self._tasks += [task for task in tasks if task not in self._tasks]
+        self._tally.add(layers, [self._tasks.index(task) for task in tasks], gramians.to(self.device))
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was recorded, for `load_state_dict` of a profiler of the same model, threshold, `every` and memory."""
+        return {
+            "layers": [layer.name for layer in self.layers],
+            "threshold": self.threshold,
+            "every": self.every,
+            "memory": self.memory,
+            "calls": self._calls,
+            "tasks": list(self._tasks),
+            "shared": sorted(self._shared),
+            "tally": None if self._tally is None else self._tally.state_dict(),
+            "stable": None if self._stable is None else asdict(self._stable),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on recording from what `state_dict` gave.
+
+        Raises:
+            CheckpointError: it was another profiler's.
+        """
+        mine: dict[str, Any] = {"threshold": self.threshold, "every": self.every, "memory": self.memory}
+        mine["layers"] = [layer.name for layer in self.layers]
+        for name, value in mine.items():
+            if state[name] != value:
+                raise CheckpointError(
+                    f"The saved profile has other {name}: {state[name]}, not {value}. Profile with the settings of "
+                    "the interrupted run, or start over."
+                )
+        self._calls = state["calls"]
+        self._tasks = list(state["tasks"])
+        self._shared = set(state["shared"])
+        if self._stable is not None and state["stable"] is not None:
+            self._stable.next_check = state["stable"]["next_check"]
+        self._tally = None
+        if state["tally"] is not None:
+            self._tally = Tally(len(self.layers), self.threshold, self.device)
+            self._tally.load_state_dict(state["tally"])
 
     def conflict_map(self, made_by: Mapping[str, Any] | None = None) -> ConflictMap:
         """What has been counted so far.
@@ -91,28 +247,34 @@ class Profiler:
         tally = self._tally
         if tally is None:
             raise UsageError("Nothing was profiled yet: call profiler.backward(losses) in the training loop first.")
-        if not self._shared:
-            raise UsageError(
-                f"No layer is shared: in none of {tally.steps} steps did the losses of two tasks depend on the same "
-                "trainable layer. A batch needs the targets of two tasks or more, and the tasks a common backbone."
-            )
         if tally.skipped == tally.steps:
             raise GradientError(
                 f"The gradients of all {tally.steps} steps were infinite or NaN, so nothing could be counted. Lower "
                 "the learning rate, or look at the losses."
             )
+        if not self._shared:
+            raise UsageError(
+                f"No layer is shared: in none of {tally.steps} steps did the losses of two tasks depend on the same "
+                "trainable layer. A batch needs the targets of two tasks or more, and the tasks a common backbone."
+            )
         conflicts, observed, stage_steps = tally.by_stage(len(self._tasks))
+        series, bin_steps = tally.series()
         return ConflictMap(
             tasks=tuple(self._tasks),
             threshold=self.threshold,
             steps=tally.steps,
             skipped=tally.skipped,
             stage_steps=tuple(stage_steps),
-            layers=self._layer_conflicts(tally.histogram.numpy(), conflicts.numpy(), observed.numpy()),
+            layers=self._layer_conflicts(
+                tally.histogram.numpy(), conflicts.numpy(), observed.numpy(), series.numpy().astype(np.int64)
+            ),
             made_by=dict(made_by or {}),
+            bin_steps=bin_steps,
         )
 
-    def _layer_conflicts(self, histogram: Counts, conflicts: Counts, observed: Counts) -> list[LayerConflicts]:
+    def _layer_conflicts(
+        self, histogram: Counts, conflicts: Counts, observed: Counts, series: Counts
+    ) -> list[LayerConflicts]:
         i, j = np.triu_indices(len(self._tasks), k=1)
         return [
             LayerConflicts(
@@ -122,64 +284,7 @@ class Profiler:
                 histogram=histogram[k],
                 conflicts=conflicts[:, k][:, i, j],
                 observed=observed[:, k][:, i, j],
+                series=series[:, k],
             )
             for k in sorted(self._shared)
         ]
-
-
-def profile(
-    model: nn.Module,
-    loader: Iterable[Batch],
-    losses: Mapping[str, Loss],
-    *,
-    optimizer: torch.optim.Optimizer,
-    epochs: int = 3,
-    threshold: float = -0.1,
-    method: str | Method = "joint",
-    made_by: Mapping[str, Any] | None = None,
-    on_epoch: Callable[[Epoch], None] | None = None,
-    progress: bool = False,
-) -> ConflictMap:
-    """Warm-up training that scores every shared layer (Shi et al. 2023, algorithm 1, lines 1-9).
-
-    The scored gradients train the model too: it ends as the same training without profiling would leave it, to
-    rounding.
-
-    Args:
-        model: `model(inputs) -> {task name: output}`; it is trained in place.
-        loader: yields `(inputs, {task name: target})`.
-        losses: `{task name: (output, target) -> scalar}`.
-        optimizer: of the model's parameters.
-        epochs: passes over the loader.
-        threshold: S in (-1, 0], a multiple of 0.01.
-        method: the gradient method of the warm-up.
-        made_by: what else the map's file should say of how it was made.
-        on_epoch: called with the epoch's record after each epoch.
-        progress: show a progress bar on stderr.
-
-    Raises:
-        ProblemError: model, losses and batches do not fit together.
-        GradientError: a loss is not finite, or a task has no gradient anywhere.
-        UsageError: the threshold is off the grid, or no layer is shared.
-    """
-    profiler = Profiler(model, threshold, tuple(losses))
-    history = train(
-        model,
-        loader,
-        losses,
-        method=method,
-        optimizer=optimizer,
-        epochs=epochs,
-        profiler=profiler,
-        on_epoch=on_epoch,
-        progress=progress,
-    )
-    how = {
-        "method": method if isinstance(method, str) else method.name,
-        "optimizer": type(optimizer).__name__,
-        "learning_rate": optimizer.param_groups[0].get("lr"),
-        "epochs": epochs,
-        "seconds": round(history.seconds, 2),
-        "torch": torch.__version__,
-    }
-    return profiler.conflict_map({**how, **(made_by or {})})

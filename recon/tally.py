@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from recon.conflict_map import BINS, STAGES, bin_edges
+from recon.conflict_map import BINS, SERIES, STAGES, bin_edges
 
 _BLOCKS = 64  # the training is kept in at most this many equal blocks, so that it can be cut into quarters at any end
 _PENDING = 1 << 17  # cosines that wait to be counted together: a step's own are too few to be worth a kernel each
@@ -28,9 +29,9 @@ class Tally:
         self.steps = 0
         self._histogram = torch.zeros(layers, BINS, dtype=torch.int64, device=device)
         self._skipped = torch.zeros((), dtype=torch.int64, device=device)
-        # (2: conflicts and observed, blocks, layers, tasks, tasks), the upper triangles used
-        self._counts = torch.zeros(2, _BLOCKS, layers, 0, 0, dtype=torch.int32, device=device)
-        self._block_length = 1
+        # (blocks, layers, 2: conflicts and observed, tasks, tasks), the upper triangles used
+        self._pairs = _Blocks(torch.zeros(_BLOCKS, layers, 2, 0, 0, dtype=torch.int32, device=device))
+        self._series = _Blocks(torch.zeros(SERIES, layers, dtype=torch.int32, device=device))
         self._pending: list[Tensor] = []
         self._pending_of: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())
 
@@ -45,9 +46,10 @@ class Tally:
         if self._pending_of != (tuple(layers), tuple(tasks)):
             self._flush()
             self._pending_of = tuple(layers), tuple(tasks)
-        if self.steps == _BLOCKS * self._block_length:
-            self._flush()
-            self._merge_blocks()
+        for blocks in (self._pairs, self._series):
+            if self.steps == blocks.room:
+                self._flush()
+                blocks.merge()
         self._pending.append(gramians)
         self.steps += 1
         if len(self._pending) * gramians.numel() >= _PENDING:
@@ -77,25 +79,51 @@ class Tally:
         """
         self._flush()
         self._grow(tasks)
-        stages = torch.zeros(2, STAGES, *self._counts.shape[2:], dtype=torch.int64)
+        stages = torch.zeros(STAGES, *self._pairs.counts.shape[1:], dtype=torch.int64)
         stage_steps = [0] * STAGES
-        for block, counts in enumerate(self._counts.cpu().unbind(dim=1)):
-            start, stop = (min(self.steps, i * self._block_length) for i in (block, block + 1))
+        for block, counts in enumerate(self._pairs.counts.cpu()):
+            start, stop = (min(self.steps, i * self._pairs.length) for i in (block, block + 1))
             stage = min(STAGES - 1, STAGES * (start + stop) // (2 * max(1, self.steps)))
-            stages[:, stage] += counts
+            stages[stage] += counts
             stage_steps[stage] += stop - start
-        return stages[0], stages[1], stage_steps
+        return stages[:, :, 0], stages[:, :, 1], stage_steps
+
+    def series(self) -> tuple[Tensor, int]:
+        """(bins, layers) conflicts over all pairs by stretch of training, on the CPU; and the steps of a bin."""
+        self._flush()
+        length = self._series.length
+        return self._series.counts[: -(-self.steps // length)].cpu(), length
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that was counted."""
+        self._flush()
+        return {
+            "steps": self.steps,
+            "histogram": self._histogram,
+            "skipped": self._skipped,
+            "pairs": self._pairs.counts,
+            "pairs_length": self._pairs.length,
+            "series": self._series.counts,
+            "series_length": self._series.length,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what `state_dict` gave."""
+        device = self._histogram.device
+        self.steps = state["steps"]
+        self._histogram, self._skipped = state["histogram"].to(device), state["skipped"].to(device)
+        self._pairs = _Blocks(state["pairs"].to(device), state["pairs_length"])
+        self._series = _Blocks(state["series"].to(device), state["series_length"])
+        self._pending = []
 
     def _flush(self) -> None:
         """Count the steps that wait."""
         if not self._pending:
             return
-        device = self._counts.device
-        layers, tasks = (torch.tensor(of, dtype=torch.int64, device=device) for of in self._pending_of)
         gramians = torch.stack(self._pending)
         first_step = self.steps - len(self._pending)
         self._pending = []
-        blocks = torch.arange(first_step, first_step + len(gramians), device=gramians.device) // self._block_length
+        layers, tasks = (torch.tensor(of, dtype=torch.int64, device=gramians.device) for of in self._pending_of)
         finite = gramians.isfinite().flatten(start_dim=1).all(dim=1)
         self._skipped += (~finite).sum()
         i, j = torch.triu_indices(len(tasks), len(tasks), offset=1, device=gramians.device)
@@ -103,8 +131,13 @@ class Tally:
         # A zero gradient, as of a task that does not reach the layer, has no direction to compare.
         seen = (norms[..., i] > 0) & (norms[..., j] > 0) & finite.view(-1, 1, 1)
         cosines = gramians[..., i, j] / (norms[..., i] * norms[..., j])
+        conflicts = seen & (cosines < self.threshold)
+        steps = torch.arange(first_step, first_step + len(gramians), device=gramians.device)
         self._count_bins(layers, cosines, seen)
-        self._count_pairs(blocks, layers, tasks[i], tasks[j], seen & (cosines < self.threshold), seen)
+        self._count_series(steps, layers, conflicts)
+        self._count_pairs(
+            steps, layers, torch.minimum(tasks[i], tasks[j]), torch.maximum(tasks[i], tasks[j]), conflicts, seen
+        )
 
     def _count_bins(self, layers: Tensor, cosines: Tensor, seen: Tensor) -> None:
         edges = torch.as_tensor(bin_edges(), dtype=cosines.dtype, device=cosines.device)
@@ -112,23 +145,46 @@ class Tally:
         cells = layers.view(1, -1, 1) * BINS + bins
         self._histogram.view(-1).index_add_(0, cells.flatten(), seen.flatten().to(self._histogram.dtype))
 
+    def _count_series(self, steps: Tensor, layers: Tensor, conflicts: Tensor) -> None:
+        counts = self._series.counts
+        rows = (steps // self._series.length).view(-1, 1)
+        counts.index_put_((rows, layers.view(1, -1)), conflicts.sum(dim=2, dtype=counts.dtype), accumulate=True)
+
     def _count_pairs(
-        self, blocks: Tensor, layers: Tensor, first: Tensor, second: Tensor, conflicts: Tensor, seen: Tensor
+        self, steps: Tensor, layers: Tensor, first: Tensor, second: Tensor, conflicts: Tensor, seen: Tensor
     ) -> None:
-        self._grow(int(max(self._pending_of[1])) + 1)
-        _, _, count, tasks, _ = self._counts.shape
-        pairs = torch.minimum(first, second) * tasks + torch.maximum(first, second)
-        cells = (blocks.view(-1, 1, 1) * count + layers.view(1, -1, 1)) * tasks**2 + pairs
-        for counts, marks in zip(self._counts, (conflicts, seen), strict=True):
-            counts.view(-1).index_add_(0, cells.flatten(), marks.flatten().to(counts.dtype))
+        self._grow(int(max(self._pending_of[1], default=-1)) + 1)
+        counts = self._pairs.counts
+        rows = (steps // self._pairs.length).view(-1, 1, 1)
+        for kind, marks in enumerate((conflicts, seen)):
+            cells = (rows, layers.view(1, -1, 1), torch.full_like(rows, kind), first, second)
+            counts.index_put_(cells, marks.to(counts.dtype), accumulate=True)
 
     def _grow(self, tasks: int) -> None:
-        more = tasks - self._counts.shape[-1]
+        more = tasks - self._pairs.counts.shape[-1]
         if more > 0:
-            self._counts = pad(self._counts, (0, more, 0, more))
+            self._pairs.counts = pad(self._pairs.counts, (0, more, 0, more))
 
-    def _merge_blocks(self) -> None:
-        _, _, *shape = self._counts.shape
-        merged = self._counts.view(2, _BLOCKS // 2, 2, *shape).sum(dim=2, dtype=self._counts.dtype)
-        self._counts = torch.cat([merged, torch.zeros_like(merged)], dim=1)
-        self._block_length *= 2
+
+class _Blocks:
+    """Counts by block of consecutive steps: when all blocks are full, they double in length.
+
+    Args:
+        counts: (blocks, ...), zero or from an earlier run.
+        length: steps of a block.
+    """
+
+    def __init__(self, counts: Tensor, length: int = 1) -> None:
+        self.counts = counts
+        self.length = length
+
+    @property
+    def room(self) -> int:
+        """The steps that fit."""
+        return len(self.counts) * self.length
+
+    def merge(self) -> None:
+        """Make each two neighbours one."""
+        merged = self.counts.unflatten(0, (-1, 2)).sum(dim=1, dtype=self.counts.dtype)
+        self.counts = torch.cat([merged, torch.zeros_like(merged)])
+        self.length *= 2

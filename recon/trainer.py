@@ -2,62 +2,31 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from tqdm import tqdm
 
 from recon import methods
+from recon.batch_stream import BatchStream, batch_count
 from recon.batches import model_device, task_outputs, to_device, unpack
-from recon.errors import GradientError, ProblemError, UsageError
+from recon.distributed import broadcast_model, world_size
+from recon.errors import ProblemError, UsageError
+from recon.history import Epoch, History
 from recon.methods import Method
 from recon.problem import Batch, Loss
+from recon.resume import Checkpoints
+from recon.training_run import TrainingRun
 from recon.updates import backward
 
 if TYPE_CHECKING:
     from recon.profiler import Profiler
 
-
-@dataclass
-class Epoch:
-    """One epoch of training.
-
-    Args:
-        number: from 1.
-        steps: optimizer steps taken.
-        seconds: wall time of the steps, loading included.
-        losses: `{task name: mean loss}` over the steps in which the task had a target.
-        weights: `{task name: mean weight}` that the method gave the task; empty if it has none.
-    """
-
-    number: int
-    steps: int
-    seconds: float
-    losses: dict[str, float]
-    weights: dict[str, float]
-
-
-@dataclass
-class History:
-    """What happened in a training run, epoch by epoch."""
-
-    epochs: list[Epoch] = field(default_factory=list)
-
-    @property
-    def steps(self) -> int:
-        """All optimizer steps taken."""
-        return sum(epoch.steps for epoch in self.epochs)
-
-    @property
-    def seconds(self) -> float:
-        """The wall time of all steps."""
-        return sum(epoch.seconds for epoch in self.epochs)
+__all__ = ["Epoch", "History", "task_losses", "train"]
 
 
 def train(
@@ -71,9 +40,18 @@ def train(
     scheduler: LRScheduler | Callable[[Optimizer], LRScheduler] | None = None,
     profiler: Profiler | None = None,
     on_epoch: Callable[[Epoch], None] | None = None,
+    stop: Callable[[], bool] | None = None,
     progress: bool = False,
+    checkpoint: str | Path | None = None,
+    resume: bool = False,
+    checkpoint_seconds: float = 60.0,
+    settings: Mapping[str, Any] | None = None,
+    on_checkpoint: Callable[[History], None] | None = None,
 ) -> History:
     """Train `model` in place.
+
+    Several processes of one group train it together, each with a loader of its own part of the data: gradients are
+    averaged over the ranks, as DistributedDataParallel does; the model need not be wrapped in it.
 
     Args:
         model: `model(inputs) -> {task name: output}`, plain or branched.
@@ -86,12 +64,27 @@ def train(
             needs: a scheduler must know all parameter groups from the start.
         profiler: records conflicts from the gradients of this training.
         on_epoch: called with each epoch's record, for evaluation and checkpoints.
+        stop: asked after each step; the training ends when it says True, and the epoch's record holds what was done.
         progress: show a progress bar on stderr.
+        checkpoint: a file that keeps the training's state: written at each epoch's end, in between, and when Ctrl-C
+            or an error ends the training. It is left there in the end.
+        resume: go on from the checkpoint, if there is one. Called as before, with the same loader, the training goes
+            on as if it had never stopped; on the CPU, to the last bit. `epochs` may be more than before. Model,
+            optimizer, scheduler, method, profiler, random states and the generators in the loader are put back. The
+            batches of the epoch that are done already are drawn again. A loader of one's own that hangs on anything
+            else, a count of its epochs say, needs `state_dict()` and `load_state_dict(state)`; the persistent workers
+            of a DataLoader have random states that no one can put back.
+        checkpoint_seconds: how often to save in between; 0 saves after every step.
+        settings: what else must be the same at the resume: plain values by name.
+        on_checkpoint: called with the history so far, the epoch under way included, when a checkpoint was written.
 
     Raises:
         ProblemError: model, losses and batches do not fit together.
+        LoaderError: the loader raised.
         GradientError: a loss is not finite, or a task has no gradient anywhere.
-        UsageError: no such method, `epochs` below 1, or the optimizer of another model.
+        UsageError: no such method, `epochs` below 1, the optimizer of another model, a checkpoint that cannot be
+            written, or one that is there although `resume` is not asked for.
+        CheckpointError: the checkpoint is damaged, or of another training.
     """
     if epochs < 1:
         raise UsageError(f"epochs is {epochs}; train for at least 1.")
@@ -107,28 +100,33 @@ def train(
     _add_parameters(method, optimizer, scheduler)
     if scheduler is not None and not isinstance(scheduler, LRScheduler):
         scheduler = scheduler(optimizer)
-    history = History()
-    for number in range(1, epochs + 1):
-        model.train()
-        meter = _Meter(number, device)
-        bar = tqdm(loader, desc=f"epoch {number}/{epochs}", leave=False, disable=not progress)
-        for batch in bar:
-            inputs, targets = to_device(unpack(batch), device)
-            step_losses = task_losses(model, inputs, targets, losses)
-            if not step_losses:
-                continue
-            meter.check(step_losses)
-            optimizer.zero_grad()
-            weights = backward(step_losses, model, method, profiler=profiler)
-            optimizer.step()
-            if scheduler is not None:
-                scheduler.step()
-            meter.add(step_losses, weights)
-        method.end_epoch()
-        history.epochs.append(meter.epoch(tuple(losses)))
-        if on_epoch is not None:
-            on_epoch(history.epochs[-1])
-    return history
+    broadcast_model(model)
+    stream = BatchStream(loader, remembers=checkpoint is not None)
+    run = TrainingRun(model, optimizer, scheduler, method, profiler, stream, device)
+    checkpoints = Checkpoints(
+        run, checkpoint, seconds=checkpoint_seconds, settings=settings or {}, on_save=on_checkpoint
+    )
+    checkpoints.open(resume, epochs)
+    with checkpoints.kept():
+        while True:
+            if not run.reported:
+                if on_epoch is not None:
+                    on_epoch(run.history.epochs[-1])
+                run.end_report()
+                checkpoints.save()
+            if run.ends_at(epochs):
+                return run.history
+            model.train()
+            for batch in _with_bar(run, epochs, progress):
+                with checkpoints.step():
+                    _step(run, batch, losses)
+                    run.end_step(stopped=stop is not None and stop())
+                if run.stopped:
+                    break
+                checkpoints.save_if_due()
+            with checkpoints.step():
+                method.end_epoch()
+                run.end_epoch(run.meter.epoch() if run.stopped else run.meter.whole_epoch(tuple(losses)))
 
 
 def task_losses(
@@ -153,6 +151,25 @@ def task_losses(
     return step_losses
 
 
+def _step(run: TrainingRun, batch: Batch, losses: Mapping[str, Loss]) -> None:
+    inputs, targets = to_device(unpack(batch), run.device)
+    step_losses = task_losses(run.model, inputs, targets, losses)
+    if not step_losses and world_size() == 1:  # other ranks may have some
+        return
+    run.meter.check(step_losses)
+    run.optimizer.zero_grad()
+    weights = backward(step_losses, run.model, run.method, profiler=run.profiler)
+    run.optimizer.step()
+    if run.scheduler is not None:
+        run.scheduler.step()
+    run.meter.add(step_losses, weights)
+
+
+def _with_bar(run: TrainingRun, epochs: int, show: bool) -> Iterable[Batch]:
+    title, total = f"epoch {run.epoch}/{epochs}", batch_count(run.stream.loader)
+    return tqdm(run.batches(), title, total, initial=run.stream.drawn, leave=False, disable=not show)
+
+
 def _add_parameters(
     method: Method, optimizer: Optimizer, scheduler: LRScheduler | Callable[[Optimizer], LRScheduler] | None
 ) -> None:
@@ -169,60 +186,3 @@ def _add_parameters(
     if "weight_decay" in optimizer.defaults:
         group["weight_decay"] = 0.0
     optimizer.add_param_group(group)
-
-
-class _Meter:
-    """Sums an epoch's losses and weights on the device, and refuses losses that are not finite."""
-
-    def __init__(self, number: int, device: torch.device) -> None:
-        self.number = number
-        self.device = device
-        self.steps = 0
-        self.start = time.perf_counter()
-        self.sums: dict[str, Tensor] = {}
-        self.counts: dict[str, int] = {}
-        self.weight_sums: dict[str, Tensor] = {}
-        self.unchecked: Mapping[str, Tensor] = {}
-
-    def check(self, losses: Mapping[str, Tensor]) -> None:
-        """Refuse a loss that is not finite before it reaches the weights.
-
-        On a GPU, reading a loss right away would wait for it: there the losses of the step before are read, which
-        are known by now.
-        """
-        losses = {task: loss.detach() for task, loss in losses.items()}
-        late, self.unchecked = self.unchecked, losses
-        self._refuse_non_finite(losses if self.device.type == "cpu" else late)
-
-    def _refuse_non_finite(self, losses: Mapping[str, Tensor]) -> None:
-        if losses and not torch.stack(list(losses.values())).isfinite().all():
-            task, loss = next((t, v) for t, v in losses.items() if not v.isfinite())
-            raise GradientError(
-                f"The loss of task {task!r} is {loss.item()} near step {self.steps + 1} of epoch {self.number}. Lower "
-                "the learning rate, or look at this task's loss and targets (log of 0, an empty mask)."
-            )
-
-    def add(self, losses: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
-        self.steps += 1
-        for task, loss in losses.items():
-            self.sums[task] = self.sums.get(task, 0) + loss.detach().double()
-            self.counts[task] = self.counts.get(task, 0) + 1
-        for task, weight in weights.items():
-            self.weight_sums[task] = self.weight_sums.get(task, 0) + weight.detach()
-
-    def epoch(self, tasks: tuple[str, ...]) -> Epoch:
-        """The epoch's record.
-
-        Raises:
-            ProblemError: a task never had a target.
-        """
-        self._refuse_non_finite(self.unchecked)
-        never = [task for task in tasks if task not in self.counts]
-        if never:
-            raise ProblemError(
-                f"No batch of epoch {self.number} had a target for {never}. The loader yields (inputs, {{task name: "
-                "target}); check the names, and that it is not empty."
-            )
-        losses = {task: float(self.sums[task]) / self.counts[task] for task in tasks}
-        weights = {task: float(total) / self.counts[task] for task, total in self.weight_sums.items()}
-        return Epoch(self.number, self.steps, time.perf_counter() - self.start, losses, weights)

@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
+from recon.distributed import agree_on_reach, average_, average_losses, world_size
 from recon.errors import UsageError
-from recon.gradients import TaskJacobian, gramian, task_jacobian, write_combination, write_own, write_update
+from recon.gradients import (
+    TaskJacobian,
+    add_gradient,
+    task_jacobian,
+    write_combination,
+    write_own,
+    write_update,
+)
+from recon.gramians import gramian
 from recon.methods import Aggregator, GramianAggregator, Joint, Method, Weighting
+from recon.reach import find_reach
 
 if TYPE_CHECKING:
     from recon.profiler import Profiler
@@ -25,6 +36,9 @@ def backward(
     by a gradient aggregator. A loss weighting that learns (uw) gets its own gradients too: give its parameters
     to the optimizer.
 
+    Where several processes train together, the gradients are averaged over the ranks, as DistributedDataParallel
+    does; the model may be wrapped in it or not.
+
     Args:
         losses: `{task name: scalar loss}` of this step; a task whose target is missing is left out.
         model: plain or branched.
@@ -37,35 +51,62 @@ def backward(
 
     Raises:
         GradientError: a task's loss depends on no parameter, or a gradient that the method needs is not finite.
-        UsageError: no losses, or a method that is not a `recon.methods.Method`.
+        UsageError: no losses, a method that is not a `recon.methods.Method`, or one that works from task gradients
+            while the profiler keeps none.
     """
+    method = _checked(method, losses, profiler)
+    if not method.tasks:
+        method.setup(tuple(losses))
+    parameters = list(model.parameters()) if profiler is None else profiler.parameters
+    recorder = profiler if profiler is not None and profiler.begin_step() else None
+    if isinstance(method, Weighting):
+        if recorder is not None:
+            with _full_precision(recorder.device):
+                return _recorded_weighting(method, losses, recorder)
+        # DistributedDataParallel averages the gradients of its model, but knows nothing of weights that must be alike.
+        if world_size() > 1 and not (isinstance(model, DistributedDataParallel) and isinstance(method, Joint)):
+            return _averaged_weighting(method, losses, parameters)
+        total, weights = method.combine(losses)
+        total.backward()
+        return weights
+    assert isinstance(method, Aggregator)
+    with _full_precision(parameters[0].device):
+        jacobian = task_jacobian(losses, parameters, recorder.workspace if recorder else None, model.buffers())
+        if recorder is not None:
+            recorder.observe(jacobian)
+        return _apply_aggregator(method, jacobian)
+
+
+def _full_precision(device: torch.device) -> torch.autocast:
+    """Gradients and weights are no activations: autocast must not round what is made of them."""
+    return torch.autocast(device.type, enabled=False)
+
+
+def _checked(method: Method | None, losses: Mapping[str, Tensor], profiler: Profiler | None) -> Method:
     method = Joint() if method is None else method
     if not isinstance(method, Method):
         raise UsageError(
             f"method is a {type(method).__name__}, not a method. Make it once, before the loop: "
             "method = recon.methods.get('pcgrad')."
         )
-    if not method.tasks:
-        method.setup(tuple(losses))
-    if isinstance(method, Weighting) and profiler is None:
-        total, weights = method.combine(losses)
-        total.backward()
-        return weights
-    jacobian = task_jacobian(losses, model.parameters() if profiler is None else profiler.parameters)
-    if profiler is not None:
-        profiler.observe(jacobian)
-    if isinstance(method, Weighting):
-        return _apply_weighting(method, losses, jacobian)
-    assert isinstance(method, Aggregator)
-    return _apply_aggregator(method, jacobian)
+    odd = [task for task in losses if not isinstance(task, str)]
+    if odd:
+        raise UsageError(f"The losses are of the tasks {list(losses)}. Name tasks by strings, not by {odd[0]!r}.")
+    if profiler is not None and profiler.memory == "sketch" and not isinstance(method, Weighting):
+        raise UsageError(
+            f"memory='sketch' keeps no task gradients, but method {method.name!r} works from them. Profile with joint "
+            "or another weighting of the losses, or with memory='exact'."
+        )
+    return method
 
 
-def _apply_weighting(method: Weighting, losses: Mapping[str, Tensor], jacobian: TaskJacobian) -> dict[str, Tensor]:
-    # The model's graph is spent; what is left to differentiate is how the method's own parameters weigh the losses.
-    total, weights = method.combine({task: loss.detach() for task, loss in losses.items()})
-    if total.requires_grad:
-        total.backward()
-    if isinstance(method, Joint):
+def _recorded_weighting(method: Weighting, losses: Mapping[str, Tensor], profiler: Profiler) -> dict[str, Tensor]:
+    if profiler.memory == "sketch":
+        return _sketched_weighting(method, losses, profiler)
+    jacobian = task_jacobian(losses, profiler.parameters, profiler.workspace, profiler.model.buffers())
+    profiler.observe(jacobian)
+    weights = _weigh(method, losses, jacobian.tasks, profiler.device)
+    if isinstance(method, Joint) or not weights:
         write_combination(jacobian)
         write_own(jacobian)
     else:
@@ -74,13 +115,56 @@ def _apply_weighting(method: Weighting, losses: Mapping[str, Tensor], jacobian: 
     return weights
 
 
+def _sketched_weighting(method: Weighting, losses: Mapping[str, Tensor], profiler: Profiler) -> dict[str, Tensor]:
+    reach = agree_on_reach(find_reach(losses, profiler.parameters), profiler.parameters)
+    weights = _weigh(method, losses, reach.tasks, profiler.device)
+    total = profiler.observe_sketched(losses, reach, None if isinstance(method, Joint) else weights)
+    for parameter, gradient in total.items():
+        add_gradient(parameter, gradient)
+    return weights
+
+
+def _averaged_weighting(
+    method: Weighting, losses: Mapping[str, Tensor], parameters: Sequence[nn.Parameter]
+) -> dict[str, Tensor]:
+    """One backward pass on every rank, and its gradient averaged."""
+    reach = agree_on_reach(find_reach(losses, parameters), parameters)
+    weights = _weigh(method, losses, reach.tasks, parameters[0].device)
+    anywhere = {p for reached in reach.parameters.values() for p in reached}
+    reached = [p for p in parameters if p in anywhere]
+    found: Sequence[Tensor | None] = [None] * len(reached)
+    if losses:
+        total = torch.stack([loss * weights[task] for task, loss in losses.items()]).sum()
+        found = torch.autograd.grad(total, reached, allow_unused=True)
+    gradients = [torch.zeros_like(p) if g is None else g.clone() for p, g in zip(reached, found, strict=True)]
+    average_(gradients)
+    for parameter, gradient in zip(reached, gradients, strict=True):
+        add_gradient(parameter, gradient)
+    return weights
+
+
+def _weigh(
+    method: Weighting, losses: Mapping[str, Tensor], tasks: Sequence[str], device: torch.device
+) -> dict[str, Tensor]:
+    """The tasks' weights, alike on all ranks; a method that learns them gets its own gradients."""
+    if not tasks:
+        return {}
+    # The model's graph may be spent; what is differentiated here is how the method's own parameters weigh the losses.
+    total, weights = method.combine(average_losses(losses, tasks, device))
+    if total.requires_grad:
+        total.backward()
+    return weights
+
+
 def _apply_aggregator(method: Aggregator, jacobian: TaskJacobian) -> dict[str, Tensor]:
-    weights = {}
+    weights: dict[str, Tensor] = {}
+    if not jacobian.tasks:
+        return weights
     if isinstance(method, GramianAggregator):
         vector = method.weights(gramian(jacobian), tasks=jacobian.tasks)
         weights = dict(zip(jacobian.tasks, vector, strict=True))
         write_combination(jacobian, vector)
     else:
-        write_update(jacobian, method(jacobian.matrix()))
+        write_update(jacobian, method(jacobian.matrix))
     write_own(jacobian)
     return weights

@@ -596,7 +596,7 @@ WRONG = {
     "unknown mode": ("convert tiny.py:problem --layers mix --mode twice --out new", "per-task"),
     "unknown layer": ("convert tiny.py:problem --layers mxi --out new", "'mix'"),
     "a layer twice": ("convert tiny.py:problem --layers mix mix --out new", "twice"),
-    "map of other tasks": ("convert digits --map map.json --top-k 1 --out new", "made for the tasks"),
+    "map of another model": ("convert digits --map map.json --top-k 1 --out new", "none of its 3 layers"),
     "no model": ("evaluate tiny.py:problem --model nope", "no model was saved"),
     "model of another problem": ("evaluate tiny.py:problem --model another", "the problem 'another'"),
     "train a model of another problem": ("train tiny.py:problem --model another --out new", "the problem 'another'"),

@@ -6,16 +6,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from recon.errors import GradientError
-from recon.gradients import (
-    gramian,
-    layer_gramians,
-    reached_leaves,
-    task_jacobian,
-    write_combination,
-    write_own,
-)
+from recon.gradients import Workspace, task_jacobian, write_combination, write_own
+from recon.gramians import gramian, layer_gramians
 from recon.layers import find_layers
 from recon.problems import get
+from recon.reach import reached_leaves
 
 
 class TwoHeads(nn.Module):
@@ -104,18 +99,18 @@ def test_the_jacobian_tells_shared_from_own():
     assert [p.shape for p in jacobian.shared] == [p.shape for p in [*model.conv.parameters(), *model.norm.parameters()]]
     assert set(jacobian.own["a"]) == {*model.extra.parameters(), *model.heads["a"].parameters()}
     assert set(jacobian.own["b"]) == set(model.heads["b"].parameters())
-    assert jacobian.matrix().shape == (2, sum(p.numel() for p in jacobian.shared))
-    assert all(g is not None for row in jacobian.rows for g in row)
+    assert jacobian.matrix.shape == (2, sum(p.numel() for p in jacobian.shared))
 
 
 def test_a_task_that_does_not_reach_a_shared_layer_has_a_zero_row_there():
     model, x = TwoHeads(), torch.randn(4, 1, 6, 6)
     losses = losses_of(model, x) | {"c": model.norm.weight.sum() + model.heads["b"].weight.sum()}
-    jacobian = task_jacobian(losses, model.parameters())
+    workspace = Workspace()
+    workspace.matrix(3, 10_000, torch.float32, torch.device("cpu")).fill_(torch.nan)  # what another step left
+    jacobian = task_jacobian(losses, model.parameters(), workspace)
     conv = model.conv.weight.numel() + model.conv.bias.numel()
-    assert [g is not None for g in jacobian.rows[2]] == [False, False, True, False, True]
-    assert not jacobian.matrix()[2, :conv].any()
-    assert jacobian.matrix()[2].sum() == model.norm.weight.numel() + model.heads["b"].weight.numel()
+    assert not jacobian.matrix[2, :conv].any()
+    assert jacobian.matrix[2].sum() == model.norm.weight.numel() + model.heads["b"].weight.numel()
 
 
 def test_frozen_parameters_take_no_part():
@@ -157,11 +152,46 @@ def test_gramians_are_exact_in_float64(tasks, size):
         torch.testing.assert_close(gramian(task_jacobian(losses, [weight])), expected, rtol=1e-12, atol=1e-9)
 
 
+@pytest.mark.parametrize("scale", [1e-25, 1.0, 1e18])
+def test_gramians_of_many_tasks_in_a_large_layer(scale):
+    vectors = torch.randn(6, 200_000)
+    vectors[2] *= scale
+    weight, losses = linear_losses(vectors)
+    wide = vectors.double()
+    expected, norms = wide @ wide.T, wide.norm(dim=1)
+    error = (gramian(task_jacobian(losses, [weight])) - expected) / torch.outer(norms, norms)
+    assert error.abs().max() < 1e-6
+
+
+def test_gradients_of_one_task_alone_count_in_the_norm_of_a_shared_layer():
+    layer = nn.Linear(3, 2).double()
+    layer_of = dict.fromkeys(layer.parameters(), 0)
+    losses = {"a": layer.weight.square().sum() + layer.bias.square().sum(), "b": layer.weight.sum()}
+    numbers, gramians = layer_gramians(task_jacobian(losses, layer.parameters()), layer_of)
+    rows = torch.stack([2 * torch.cat([layer.weight.flatten(), layer.bias]), torch.tensor([1.0] * 6 + [0.0] * 2)])
+    assert numbers == [0]
+    torch.testing.assert_close(gramians[0], (rows @ rows.T).detach())
+
+
+def test_tasks_that_use_different_parameters_of_a_layer_share_it():
+    layer = nn.Linear(3, 2).double()
+    losses = {"a": layer.weight.sum(), "b": layer.bias.sum()}
+    numbers, gramians = layer_gramians(task_jacobian(losses, layer.parameters()), dict.fromkeys(layer.parameters(), 0))
+    assert numbers == [0] and gramians.tolist() == [[[6.0, 0.0], [0.0, 2.0]]]
+
+
+def test_the_gradients_are_those_that_the_users_hooks_leave():
+    weight = nn.Parameter(torch.ones(3))
+    weight.register_hook(lambda gradient: gradient.clamp(max=1.0))
+    jacobian = task_jacobian({"a": (weight * 5).sum(), "b": (weight * 0.5).sum()}, [weight])
+    assert jacobian.matrix.tolist() == [[1.0] * 3, [0.5] * 3]
+
+
 def test_half_precision_gradients_are_summed_in_float64():
     model = nn.Linear(3, 1).to(torch.bfloat16)
     out = model(torch.randn(4, 3, dtype=torch.bfloat16))
     jacobian = task_jacobian({"a": out.sum(), "b": out.square().sum()}, model.parameters())
-    J = jacobian.matrix()
+    J = jacobian.matrix
     assert J.dtype == torch.float32 and gramian(jacobian).dtype == torch.float64
     torch.testing.assert_close(gramian(jacobian), J.double() @ J.double().T)
 
@@ -170,7 +200,7 @@ def test_sparse_gradients():
     embedding = nn.Embedding(6, 3, sparse=True)
     out = embedding(torch.tensor([1, 4, 4]))
     jacobian = task_jacobian({"a": out.sum(), "b": out.square().sum()}, embedding.parameters())
-    assert jacobian.matrix()[0].view(6, 3).sum(dim=1).tolist() == [0, 3, 0, 0, 6, 0]
+    assert jacobian.matrix[0].view(6, 3).sum(dim=1).tolist() == [0, 3, 0, 0, 6, 0]
 
 
 @pytest.mark.parametrize("weights", [None, torch.tensor([2.0, -1.0, 0.5])])

@@ -4,10 +4,11 @@ import pytest
 from torch import nn
 
 import recon
-from recon.errors import MapMismatchError, PlanError, UnknownNameError
+from recon.errors import MapMismatchError, PlanError, UnknownNameError, UsageError
+from recon.matching import match
 from recon.partition import Partition
 from recon.planning import BranchPlan
-from tests.test_conflict_map import make_map
+from tests.test_conflict_map import make_map, score_map
 
 TASKS = ("a", "b")
 
@@ -68,19 +69,76 @@ def test_an_unknown_layer_gets_the_nearest_names():
 
 
 def test_a_map_of_another_architecture():
-    with pytest.raises(MapMismatchError, match=r"3 of its 3 layers .*head1"):
+    with pytest.raises(MapMismatchError, match=r"none of its 3 layers .*head1"):
         recon.plan(make_map(), nn.ModuleDict({"head1": nn.Linear(3, 2)}), top_k=1)
-
-
-def test_a_map_whose_every_shape_differs():
-    with pytest.raises(MapMismatchError, match="other shapes"):
-        recon.plan(make_map(), net(conv=(4, 2), norm=(4, 2), fc=(4, 2)), top_k=1)
 
 
 def test_a_map_with_another_stem_serves_with_a_warning(caplog):
     with caplog.at_level(logging.WARNING):
-        recon.plan(make_map(), net(conv=(4, 2)), top_k=1)
-    assert "1 layers have other shapes" in caplog.text
+        plan = recon.plan(make_map(), net(conv=(4, 2)), top_k=3)
+    assert set(plan.layers) == {"conv", "norm", "fc"}
+    assert "1 of the 3 matched layers have other parameter shapes in the model than in the map (conv)" in caplog.text
+
+
+def test_a_map_with_layers_that_the_model_lacks_serves_with_a_warning(caplog):
+    cmap = make_map(layers=("conv", "gone", "norm", "fc"))
+    with caplog.at_level(logging.WARNING):
+        plan = recon.plan(cmap, net(), top_k=3)
+    assert set(plan.layers) == {"conv", "norm", "fc"}
+    assert "1 of the map's 4 layers are not in this model (gone); the other 3 are ranked" in caplog.text
+    with pytest.raises(PlanError, match="the map has 3 shared layers of this model"):
+        recon.plan(cmap, net(), top_k=4)
+
+
+def test_a_map_that_fits_gives_no_warning(caplog):
+    with caplog.at_level(logging.WARNING):
+        recon.plan(make_map(), net(), top_k=1)
+    assert not caplog.text
+
+
+def test_a_map_of_two_tasks_serves_a_model_of_three():
+    plan = recon.plan(make_map(), net(), top_k=2, tasks=("x", "y", "z"))
+    assert plan.tasks == ("x", "y", "z")
+    assert set(plan.layers) == set(make_map().ranking()[:2])
+    assert set(plan.layers.values()) == {Partition.per_task(("x", "y", "z"))}
+    assert recon.plan(make_map(), net(), layers=["fc"], tasks=("x", "y", "z")).tasks == ("x", "y", "z")
+
+
+def test_a_map_that_does_not_name_its_tasks_needs_them():
+    cmap = score_map({"fc": 3, "conv": 9})
+    with pytest.raises(PlanError, match=r"Pass the model's: tasks="):
+        recon.plan(cmap, net(), top_k=1)
+    assert list(recon.plan(cmap, net(), top_k=1, tasks=TASKS).layers) == ["conv"]
+
+
+def test_ties_of_a_map_in_another_order_go_by_model_order():
+    cmap = score_map({"fc": 3, "norm": 3, "conv": 3})
+    assert cmap.ranking() == ["fc", "norm", "conv"]
+    assert list(recon.plan(cmap, net(), top_k=2, tasks=TASKS).layers) == ["conv", "norm"]
+
+
+def test_a_map_of_scores_has_its_own_threshold_alone():
+    cmap = score_map({"fc": 3, "conv": 9}, threshold=-0.02)
+    assert list(recon.plan(cmap, net(), top_k=1, tasks=TASKS, threshold=-0.02).layers) == ["conv"]
+    with pytest.raises(UsageError, match=r"scores at S=-0\.02 alone"):
+        recon.plan(cmap, net(), top_k=1, tasks=TASKS, threshold=-0.1)
+
+
+def test_a_rename_reaches_the_model():
+    inside = nn.ModuleDict({"backbone": net()})
+    plan = recon.plan(make_map(), inside, top_k=3, rename={"": "backbone"})
+    assert list(plan.layers) == ["backbone.conv", "backbone.norm", "backbone.fc"]
+
+
+def test_a_match_serves_in_place_of_the_map(caplog):
+    cmap = make_map(layers=("x.conv", "x.gone", "x.fc"))
+    found = match(cmap, net(), {"x": ""})
+    with caplog.at_level(logging.WARNING):
+        plan = recon.plan(found, net(), top_k=1)
+    assert not caplog.text  # its holder has seen it
+    assert plan == recon.plan(cmap, net(), top_k=1, rename={"x": ""})
+    with pytest.raises(PlanError, match="rename="):
+        recon.plan(found, net(), top_k=1, rename={"x": ""})
 
 
 @pytest.mark.parametrize(

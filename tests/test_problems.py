@@ -14,6 +14,7 @@ from recon.evaluation import directions, evaluate
 from recon.problem import Metric, Problem, Task
 from recon.problems import descriptions, get, names
 from recon.problems.loading import TensorBatches, in_order, shuffled
+from recon_cli.main import main
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "own_problem.py"
 
@@ -146,6 +147,11 @@ def test_the_generators_state_resumes_the_passes():
     assert numbers(resumed) == numbers(loader)
 
 
+def test_inputs_are_transformed_as_they_are_read():
+    data = TensorBatches(torch.tensor([0, 51, 255], dtype=torch.uint8), {}, transform=lambda grey: grey / 255)
+    assert numbers(in_order(data, 2)) == [pytest.approx([0, 0.2]), [1]] and data.inputs.dtype == torch.uint8
+
+
 def test_in_order_gives_every_sample_once():
     assert numbers(in_order(TensorBatches(torch.arange(5), {}), 2)) == [[0, 1], [2, 3], [4]]
 
@@ -167,8 +173,7 @@ def test_targets_must_match_the_inputs():
 
 def test_built_in_problems_are_what_the_list_says():
     assert names() == list(descriptions())
-    for name in names():
-        assert get(name).name == name and get(name).description == descriptions()[name]
+    assert get("digits").name == "digits" and get("digits").description == descriptions()["digits"]
 
 
 def test_listing_problems_does_not_import_torch():
@@ -282,6 +287,89 @@ def test_a_function_must_return_a_problem(write):
     path = write("own.py", "def problem():\n    pass\n")
     with pytest.raises(ProblemError, match=r"must return a recon\.Problem, but it gave NoneType"):
         get(f"{path}:problem")
+
+
+# Options of problems.
+
+
+def test_a_function_gets_the_options_that_were_given(write):
+    returned = "Problem(repr((data_root, train_samples)), problem().tasks, make_model, lambda seed: ([], []))"
+    path = write("own.py", f"{OWN}\ndef options(data_root, *, train_samples=None):\n    return {returned}\n")
+    assert get(f"{path}:options", data_root="here", train_samples=None).name == "('here', None)"
+    assert get(f"{path}:options", data_root="here", train_samples=5).name == "('here', 5)"
+    assert get(f"{path}:problem", data_root=None, train_samples=None).name == "own"
+
+
+def test_a_function_of_any_options(write):
+    path = write(
+        "own.py", f"{OWN}\ndef lenient(*args, **options):\n    assert options == {{'size': 3}}\n    return problem()"
+    )
+    assert get(f"{path}:lenient", size=3).name == "own"
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        (
+            "problem",
+            {"data_root": "here"},
+            r"problem does not take data_root \(--data-root DIR\)\. It takes no options",
+        ),
+        (
+            "reads",
+            {"data_root": "here", "sise": 3},
+            r"does not take sise\. It takes data_root \(--data-root DIR\), size",
+        ),
+        ("reads", {}, r"reads needs data_root \(--data-root DIR\)"),
+        ("made", {"train_samples": 3}, r"made does not take train_samples \(--train-samples N\)"),
+        ("digits", {"train_samples": 3}, r"digits does not take train_samples \(--train-samples N\)"),
+    ],
+)
+def test_options_that_do_not_fit_the_function(name, options, message, write):
+    path = write("own.py", f"{OWN}\ndef reads(data_root, size=1): return problem()\n\nmade = problem()\n")
+    with pytest.raises(UsageError, match=message):
+        get(name if name == "digits" else f"{path}:{name}", **options)
+
+
+READS = """
+import torch
+from pathlib import Path
+from recon.problem import Problem, Task
+
+class Net(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.shared = torch.nn.Linear(3, 2)
+        self.a, self.b = torch.nn.Linear(2, 1), torch.nn.Linear(2, 1)
+
+    def forward(self, x):
+        return {"a": self.a(self.shared(x)), "b": self.b(self.shared(x))}
+
+def problem(data_root, train_samples=8):
+    inputs = torch.load(Path(data_root) / "inputs.pt")[:train_samples]
+    batches = [(inputs, {"a": inputs[:, :1], "b": inputs[:, 1:2]})]
+    tasks = [Task(name, torch.nn.functional.mse_loss) for name in ("a", "b")]
+    return Problem("reads", tasks, Net, lambda seed: (batches, batches))
+"""
+
+
+def test_the_verbs_pass_the_options_on(write, tmp_path, monkeypatch, capsys):
+    def command(*words):
+        code = main([*words, "--device", "cpu"])
+        out, err = capsys.readouterr()
+        assert code == 0, err
+        return out
+
+    write("reads.py", READS)
+    write("my data/inputs.pt", "")
+    torch.save(torch.randn(8, 3), tmp_path / "my data" / "inputs.pt")
+    monkeypatch.chdir(tmp_path)
+    problem = ["reads.py:problem", "--data-root", "my data", "--train-samples", "4"]
+    as_typed = "reads.py:problem --data-root 'my data' --train-samples 4"
+    assert f"recon convert {as_typed} --map map.json" in command("profile", *problem, "--out", "map.json")
+    assert f"recon train {as_typed} --model out" in command("convert", *problem, "--layers", "shared", "--out", "out")
+    command("train", *problem, "--model", "out", "--epochs", "1", "--out", "run")
+    command("evaluate", *problem, "--model", "run")
 
 
 # Tasks.

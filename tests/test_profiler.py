@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import recon
-from recon.errors import GradientError, ProblemError, UsageError
+from recon.errors import CheckpointError, GradientError, ProblemError, UsageError
 from recon.profiler import Profiler
 from tests.test_gradients import TwoHeads, autograd_cosines, losses_of
 
@@ -265,3 +265,139 @@ def test_how_the_map_was_made_is_kept(model):
     cmap = recon.profile(model, list(batches(3)), LOSSES, optimizer=sgd(model), epochs=2, made_by={"problem": "toy"})
     assert cmap.made_by["problem"] == "toy" and cmap.made_by["optimizer"] == "SGD"
     assert cmap.made_by["learning_rate"] == 0.05 and cmap.made_by["epochs"] == 2 and cmap.made_by["seconds"] > 0
+
+
+def steps_of(model, count, seed=0):
+    """Losses of one step after the other; the model trains in between."""
+    optimizer, dtype = sgd(model), next(model.parameters()).dtype
+    for x, targets in batches(count, seed):
+        out = model(x.to(dtype))
+        optimizer.zero_grad()
+        yield {task: LOSSES[task](out[task], target.to(dtype)) for task, target in targets.items()}
+        optimizer.step()
+
+
+@pytest.mark.parametrize("every", [2, 3, 7])
+def test_every_nth_step_is_profiled_and_the_others_are_plain(model, every):
+    model = model.double().eval()
+    twin = copy.deepcopy(model)
+    profiler, each = Profiler(model, every=every), []
+    for ours, theirs in zip(steps_of(model, 20), steps_of(twin, 20), strict=True):
+        profiler.backward(ours)
+        each.append(Profiler(twin))
+        each[-1].backward(theirs)
+    cmap, expected = profiler.conflict_map(), [one.conflict_map() for one in each[::every]]
+    assert cmap.steps == profiler.steps == len(expected) == -(-20 // every)
+    for number, layer in enumerate(cmap.layers):
+        assert layer.histogram.tolist() == sum(one.layers[number].histogram for one in expected).tolist()
+    for ours, theirs in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
+
+
+def test_the_series_adds_up_and_keeps_the_order(model):
+    profiler = Profiler(model)
+    single = []
+    for losses in steps_of(model, 30):
+        before = {} if profiler.steps == 0 else profiler.conflict_map().scores()
+        profiler.backward(losses)
+        after = profiler.conflict_map().scores()
+        single.append([after[name] - before.get(name, 0) for name in after])
+    cmap = profiler.conflict_map()
+    assert cmap.bin_steps == 1
+    assert np.array_equal(np.stack([layer.series for layer in cmap.layers], axis=1), np.array(single))
+
+
+@pytest.mark.parametrize("steps, bin_steps, bins", [(512, 1, 512), (513, 2, 257), (1100, 4, 275)])
+def test_a_long_series_is_kept_in_wider_bins(steps, bin_steps, bins):
+    layer = nn.Linear(2, 1)
+    profiler = Profiler(nn.Sequential(layer))
+    for step in range(steps):
+        out = layer(torch.ones(1, 2)).sum()
+        profiler.backward({"a": out, "b": -out if step % 2 else out})
+    cmap = profiler.conflict_map()
+    series = cmap.layers[0].series
+    assert (cmap.bin_steps, len(series)) == (bin_steps, bins)
+    assert (
+        series.sum() == steps // 2 and (series[:-1] == (bin_steps // 2 if bin_steps > 1 else [0, 1] * 255 + [0])).all()
+    )
+
+
+@pytest.mark.parametrize("options", [{}, {"every": 3}, {"memory": "sketch"}, {"until_stable": 0.9, "top_k": 1}])
+def test_a_saved_state_goes_on_to_the_same_map(model, tmp_path, options):
+    twin = copy.deepcopy(model)
+    whole, first = Profiler(model, tasks=TASKS, **options), Profiler(twin, tasks=TASKS, **options)
+    second = Profiler(twin, tasks=TASKS, **options)
+    for losses in steps_of(model, 100):
+        whole.backward(losses)
+        whole.is_stable()
+    for step, losses in enumerate(steps_of(twin, 100)):
+        if step == 63:
+            torch.save(first.state_dict(), tmp_path / "state.pt")
+            second.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+        (first if step < 63 else second).backward(losses)
+        (first if step < 63 else second).is_stable()
+    whole.conflict_map().save(tmp_path / "whole.json")
+    second.conflict_map().save(tmp_path / "second.json")
+    assert (tmp_path / "whole.json").read_text() == (tmp_path / "second.json").read_text()
+    assert second.state_dict()["stable"] == whole.state_dict()["stable"]
+
+
+@pytest.mark.parametrize("other", [{"threshold": -0.2}, {"every": 2}, {"memory": "sketch"}])
+def test_the_state_of_another_profiler_is_refused(model, other):
+    with pytest.raises(CheckpointError, match=f"other {next(iter(other))}"):
+        Profiler(model).load_state_dict(Profiler(model, **other).state_dict())
+    with pytest.raises(CheckpointError, match="other layers"):
+        Profiler(model).load_state_dict(Profiler(nn.Linear(2, 2)).state_dict())
+
+
+def test_a_ranking_becomes_stable():
+    first, second = nn.Linear(2, 1), nn.Linear(2, 1)
+    model = nn.Sequential(first, second)
+    profiler = Profiler(model, until_stable=0.9, top_k=1)
+    answers = []
+    for _ in range(60):
+        one, two = first(torch.ones(1, 2)).sum(), second(torch.ones(1, 2)).sum()
+        profiler.backward({"a": one + two, "b": one - two})  # the second layer always conflicts, the first never
+        answers.append(profiler.is_stable(planned=1000))
+    assert not any(answers[:49]) and answers[49]
+    assert profiler.conflict_map().ranking()[:1] == ["1"]
+
+
+def test_profile_stops_when_the_ranking_is_stable():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(3, 1), nn.Linear(3, 1)
+
+        def forward(self, x):
+            return {"a": self.first(x) + self.second(x), "b": self.first(x) - self.second(x)}
+
+    torch.manual_seed(0)
+    model = Two()
+    loader = [(torch.ones(4, 3), {"a": torch.zeros(4, 1), "b": torch.zeros(4, 1)})] * 40
+    losses = dict.fromkeys(TASKS, lambda out, target: out.sum())
+    cmap = recon.profile(model, loader, losses, optimizer=sgd(model), epochs=5, until_stable=0.9, top_k=1)
+    assert cmap.steps == 50 and cmap.ranking() == ["second", "first"]
+    assert cmap.made_by["until_stable"] == 0.9 and cmap.made_by["epochs"] == 5
+
+
+def test_a_profiler_without_until_stable_never_stops(model):
+    profiler = Profiler(model)
+    for losses in steps_of(model, 60):
+        profiler.backward(losses)
+        assert not profiler.is_stable()
+
+
+@pytest.mark.parametrize("wrap", [nn.DataParallel, lambda model: torch.compile(model, backend="eager")])
+def test_the_layers_of_a_wrapped_model_have_its_own_names(model, wrap):
+    assert [layer.name for layer in Profiler(wrap(model)).layers] == [layer.name for layer in Profiler(model).layers]
+
+
+def test_bad_options(model):
+    for every in (0, -1, 1.5):
+        with pytest.raises(UsageError, match="whole number of at least 1"):
+            Profiler(model, every=every)
+    with pytest.raises(UsageError, match=r"take a share in \(0, 1\]"):
+        Profiler(model, until_stable=1.5)
+    with pytest.raises(UsageError, match="at least 1 layer"):
+        Profiler(model, until_stable=0.9, top_k=0)

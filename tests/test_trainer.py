@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import recon
-from recon.errors import GradientError, ProblemError, UnknownNameError, UsageError
+from recon.errors import GradientError, LoaderError, ProblemError, UnknownNameError, UsageError
 from tests.test_gradients import TwoHeads
 from tests.test_profiler import LOSSES, batches, sgd
 
@@ -159,3 +159,53 @@ def test_the_optimizer_of_another_model():
         recon.train(
             model, [], {"a": torch.nn.functional.mse_loss}, optimizer=torch.optim.SGD(other.parameters(), lr=0.1)
         )
+
+
+def test_stop_ends_the_training_after_a_step(model):
+    method, asked, seen = recon.methods.get("dwa"), [], []
+
+    def stop():
+        asked.append(1)
+        return len(asked) == 7
+
+    history = recon.train(
+        model,
+        list(batches(5)),
+        LOSSES,
+        optimizer=sgd(model),
+        method=method,
+        epochs=4,
+        stop=stop,
+        on_epoch=seen.append,
+    )
+    assert [(epoch.number, epoch.steps) for epoch in history.epochs] == [(1, 5), (2, 2)]
+    assert seen == history.epochs and history.steps == len(asked) == 7
+    assert set(history.epochs[1].losses) == set(history.epochs[1].weights) == {"a", "b"}
+
+
+def test_a_stopped_epoch_may_lack_a_task(model):
+    history = recon.train(model, list(batches(3, a={0})), LOSSES, optimizer=sgd(model), stop=lambda: True)
+    assert history.steps == 1 and set(history.epochs[0].losses) == {"b"}
+
+
+def test_a_loader_that_raises_is_named_with_batch_and_epoch(model):
+    def broken():
+        yield from batches(2)
+        raise OSError("no such picture")
+
+    class Loader:
+        __iter__ = staticmethod(broken)
+
+    with pytest.raises(LoaderError, match=r"OSError: no such picture \(.*:\d+, in broken\), .* batch 3 of epoch 1"):
+        recon.train(model, Loader(), LOSSES, optimizer=sgd(model))
+    with pytest.raises(LoaderError, match=r"TypeError: .* batch 1 of epoch 1"):
+        recon.train(model, 5, LOSSES, optimizer=sgd(model))
+
+
+def test_training_without_a_checkpoint_leaves_the_random_states_and_signals_alone(model, monkeypatch):
+    def untouched(*args):
+        raise AssertionError("not asked for")
+
+    monkeypatch.setattr("recon.batch_stream.global_states", untouched)
+    monkeypatch.setattr("signal.signal", untouched)
+    recon.train(model, list(batches(2)), LOSSES, optimizer=sgd(model))

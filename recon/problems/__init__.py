@@ -6,10 +6,11 @@ Importing this package does not import torch, so listing the problems is instant
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from recon.errors import ProblemError, UnknownNameError, UsageError
 from recon.problems._importing import call, functions_of, import_target
+from recon.problems._options import check_options
 
 if TYPE_CHECKING:
     from recon.problem import Problem
@@ -20,6 +21,10 @@ _BUILT_IN = {
     "digits": (
         "recon.problems.digits:digits",
         "two overlaid handwritten digits, 2 tasks, 12x12 pixels, no download, a small ResNet",
+    ),
+    "multi-fashion-mnist": (
+        "recon.problems.multi_fashion_mnist:multi_fashion_mnist",
+        "a digit and a garment overlaid, 2 tasks, 36x36 pixels, ResNet-18; --data-root: MNIST and FashionMNIST",
     ),
 }
 
@@ -39,23 +44,29 @@ def descriptions() -> dict[str, str]:
     return {name: line for name, (_, line) in _BUILT_IN.items()}
 
 
-def get(spec: str) -> Problem:
+def get(spec: str, **options: Any) -> Problem:
     """The problem that `spec` names.
 
     Files are imported as `python path/to/file.py` would run them: with their own folder first on `sys.path`.
 
     Args:
-        spec: a built-in name, `package.module:function`, or `path/to/file.py:function`; the function takes no
-            arguments and returns a `recon.Problem`. (A `recon.Problem` in its place is as good.)
+        spec: a built-in name, `package.module:function`, or `path/to/file.py:function`; the function returns a
+            `recon.Problem`. (A `recon.Problem` in its place is as good.)
+        options: what the function is called with; one that is None counts as not given. The command line gives
+            `data_root`, the folder that holds the problem's data set, and `train_samples`, how many training samples
+            to make do with. A function that has a use for neither takes no arguments.
 
     Raises:
         UnknownNameError: there is no such problem, file, module or function; names the nearest ones.
-        UsageError: `spec` has none of the three forms.
+        UsageError: `spec` has none of the three forms, or the function does not take these options, or needs others.
         ProblemError: the user's code raised an exception (which is chained), or returned something else.
     """
+    options = {name: value for name, value in options.items() if value is not None}
     if spec in _BUILT_IN:
-        target, _, function = _BUILT_IN[spec][0].partition(":")
-        return getattr(importlib.import_module(target), function)()
+        target, _, name = _BUILT_IN[spec][0].partition(":")
+        make = getattr(importlib.import_module(target), name)
+        check_options(spec, make, options)
+        return make(**options)
     if ":" not in spec:
         raise UnknownNameError("problem", spec, names(), _HOW_TO_NAME_ONE)
     target, _, function = spec.rpartition(":")  # the last colon: a Windows path has one of its own
@@ -64,7 +75,8 @@ def get(spec: str) -> Problem:
     module = import_target(target)
     if not hasattr(module, function):
         raise UnknownNameError("function", function, functions_of(module), f"Looked in {target}.")
-    made = call(module, function)
+    check_options(spec, getattr(module, function), options)
+    made = call(module, function, options)
 
     from recon.problem import Problem  # late: it imports torch
 

@@ -10,7 +10,7 @@ import sys
 import sysconfig
 import traceback
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -34,13 +34,13 @@ def functions_of(module: ModuleType) -> list[str]:
     return [name for name, function in functions if function.__module__ == module.__name__]
 
 
-def call(module: ModuleType, name: str) -> Any:
-    """What the module's function returns; anything that is not a function is returned as it is."""
+def call(module: ModuleType, name: str, options: Mapping[str, Any]) -> Any:
+    """What the module's function returns for these options; anything that is not a function is returned as it is."""
     value = getattr(module, name)
     if not callable(value):
         return value
     with _user_code(f"Calling {name}() of {module.__file__}"):
-        return value()
+        return value(**options)
 
 
 def _import_file(target: str) -> ModuleType:

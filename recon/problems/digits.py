@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -13,12 +12,10 @@ from sklearn.model_selection import train_test_split
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from recon.models import SmallResNet
-from recon.problem import Batch, Metric, Problem, Task
+from recon.problem import Batch, Problem, Task
 from recon.problems import descriptions
 from recon.problems.loading import TensorBatches, in_order, shuffled
-
-if TYPE_CHECKING:  # importing torchmetrics takes longer than importing torch
-    from torchmetrics import Metric as MetricState
+from recon.problems.metrics import accuracy
 
 TASKS = ("top_left", "bottom_right")
 CLASSES = 10
@@ -39,10 +36,9 @@ def digits() -> Problem:
     digit is in both a training and a test pair. The data are the same for every seed, which only shuffles the
     batches.
     """
-    accuracy = Metric("accuracy", _accuracy)
     return Problem(
         name="digits",
-        tasks=[Task(name, F.cross_entropy, [accuracy]) for name in TASKS],
+        tasks=[Task(name, F.cross_entropy, [accuracy(CLASSES)]) for name in TASKS],
         make_model=lambda: SmallResNet(dict.fromkeys(TASKS, CLASSES)),
         make_loaders=_loaders,
         make_optimizer=lambda parameters: torch.optim.Adam(parameters, lr=3e-3),
@@ -51,12 +47,6 @@ def digits() -> Problem:
         epochs=6,
         description=descriptions()["digits"],
     )
-
-
-def _accuracy() -> MetricState:
-    from torchmetrics.classification import MulticlassAccuracy
-
-    return MulticlassAccuracy(CLASSES, average="micro")
 
 
 def _loaders(seed: int) -> tuple[Iterable[Batch], Iterable[Batch]]:

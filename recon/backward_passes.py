@@ -1,0 +1,72 @@
+"""The backward passes of a step: one a task, whose gradients are handed over as they come."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+from recon.reach import Reach
+
+_LARGE = 1 << 14  # scalars in a parameter whose gradient is worth a hook
+
+Receive = Callable[[int, Tensor, Tensor], None]
+"""Takes the number of a task, a leaf, and the task's gradient there, which it must not keep or change."""
+
+
+def differentiate(losses: Mapping[str, Tensor], reach: Reach, buffers: Iterable[Tensor], receive: Receive) -> None:
+    """A backward pass for each loss, which hands over every large gradient as soon as it is whole, and keeps none.
+
+    A gradient that has just been made is still in the cache, and its memory is free for the next: this is quicker
+    than to collect the gradients first, and takes less memory. (Small ones are: a hook costs more than they do.)
+
+    Args:
+        losses: `{task: scalar loss}`, for all the tasks of `reach` or some of them.
+        reach: of the losses.
+        buffers: the model's. They end as one backward pass leaves them: one that runs a part of the forward again
+            (activation checkpoints) moves running statistics.
+        receive: gets the task's number in `reach`, a leaf of the graph, and the gradient.
+    """
+    present = [(number, task) for number, task in enumerate(reach.tasks) if task in losses]
+    watched = [(buffer, buffer._version) for buffer in buffers]
+    after_one: list[Tensor] = []
+    for number, task in present:
+        leaves = [*reach.parameters[task], *reach.outside.get(task, [])]
+        # Only the last pass may free the graph: the tasks share its trunk.
+        _pass(number, losses[task], leaves, (number, task) != present[-1], receive)
+        # BatchNorm's counter shows that it was moved; its running mean and variance do not.
+        if (number, task) == present[0] and any(buffer._version != version for buffer, version in watched):
+            after_one = [buffer.clone() for buffer, _ in watched]
+    with torch.no_grad():
+        for (buffer, _), kept in zip(watched, after_one, strict=False):
+            buffer.copy_(kept)
+
+
+def _pass(number: int, loss: Tensor, leaves: list[Tensor], retain_graph: bool, receive: Receive) -> None:
+    large = {leaf for leaf in leaves if leaf.numel() >= _LARGE}
+    # The latest hook runs last: what the user's own hooks make of the gradient is what counts.
+    handles = [leaf.register_hook(_hand_over(number, leaf, receive)) for leaf in large]
+    try:
+        found = torch.autograd.grad(loss, leaves, retain_graph=retain_graph, allow_unused=True)
+    finally:
+        for handle in handles:
+            handle.remove()
+    for leaf, gradient in zip(leaves, found, strict=True):
+        if gradient is not None and leaf not in large:
+            receive(number, leaf, _dense(gradient))
+
+
+def _hand_over(number: int, leaf: Tensor, receive: Receive) -> Callable[[Tensor | None], Tensor | None]:
+    def hook(gradient: Tensor | None) -> Tensor | None:
+        if gradient is None:
+            return None
+        receive(number, leaf, _dense(gradient))
+        # autograd holds what it will return until the pass is over: this takes no memory.
+        return None if gradient.is_sparse else gradient.new_empty(()).expand(gradient.shape)
+
+    return hook
+
+
+def _dense(gradient: Tensor) -> Tensor:
+    return gradient.to_dense() if gradient.is_sparse else gradient

@@ -1,0 +1,229 @@
+"""How sure a ranking is: a block bootstrap over the steps of training, and when profiling can stop."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from recon.errors import UsageError
+
+Series = NDArray[np.int64]
+"""(B, L) conflicts in each of B bins of consecutive steps, in each of L layers in model order."""
+Floats = NDArray[np.float64]
+
+_STAGES = 4  # quarters of the training, as in a conflict map
+_LEAST_BLOCKS = 4  # in a stage: a variance from fewer is worth little
+_SEED = 0  # the same map always gives the same numbers
+
+
+def block_length(series: Series) -> int:
+    """Length of the resampled blocks, in bins: the one that estimates the variance of a mean with least error.
+
+    The optimum for circular blocks, (2 G^2 / D B)^(1/3) with G = sum |h| R(h) and D = 4/3 (sum R(h))^2 over the
+    autocovariances R (Politis and White, "Automatic block-length selection for the dependent bootstrap", Econometric
+    Reviews 2004), of an AR(1) process: (sqrt(6) rho / (1 - rho^2))^(2/3) B^(1/3). Carlstein (Annals of Statistics
+    1986), whose blocks do not overlap, has 2 in place of sqrt(6). One rho for all layers, from their series without
+    linear trends. At least B^(1/3), for dependence that an AR(1) does not describe, and at most a quarter of B.
+
+    Raises:
+        UsageError: `series` is no table of counts with two bins or more.
+    """
+    _check(series)
+    bins = len(series)
+    time = np.arange(bins) - (bins - 1) / 2
+    centred = series - series.mean(axis=0)
+    noise = centred - np.outer(time, time @ centred / (time @ time))
+    power = (noise**2).sum()
+    rho = min(max(0.0, (noise[1:] * noise[:-1]).sum() / power), 0.99) if power > 0 else 0.0
+    factor = max(1.0, (math.sqrt(6) * rho / (1 - rho**2)) ** (2 / 3))
+    return min(math.ceil(factor * bins ** (1 / 3)), max(1, bins // 4))
+
+
+def resample(series: Series, draws: int = 1000) -> Series:
+    """Scores that the same training could have had: (draws, L), by a block bootstrap of the steps.
+
+    Neighbouring steps are dependent, so that blocks of them are drawn (Künsch, Annals of Statistics 1989), wrapped
+    around at the ends for every step to weigh the same (Politis and Romano 1992). All layers take the same blocks:
+    their noise is shared, and ranks hang on differences. Blocks stay within their quarter of the training: what
+    changes from one to the next is drift, not noise. The same series always gives the same draws. They tell what other
+    batches would have done to this training, not what another seed would.
+
+    Args:
+        series: (B, L) counts.
+        draws: how many.
+
+    Raises:
+        UsageError: `series` is no table of counts with two bins or more.
+    """
+    _check(series)
+    scores = np.rint(series.sum(axis=0) + _deviations(series, draws))
+    # A layer without a conflict keeps none, and one with all of them gets no more.
+    bounds = series.min(axis=0) * len(series), series.max(axis=0) * len(series)
+    return np.clip(scores, *bounds).astype(np.int64)
+
+
+def _deviations(series: Series, draws: int) -> Floats:
+    """(draws, L): what blocks drawn within each stage add to the scores; of mean zero."""
+    bins, layers = series.shape
+    length = block_length(series)
+    stages = min(_STAGES, max(1, bins // (_LEAST_BLOCKS * length)))
+    random = np.random.default_rng(_SEED)
+    deviations = np.zeros((draws, layers))
+    for stage in np.array_split(series, stages):
+        size = len(stage)
+        sums = np.cumsum(np.concatenate([np.zeros((1, layers)), stage, stage[: length - 1]]), axis=0)
+        blocks = sums[length:] - sums[:-length]
+        count = math.ceil(size / length)
+        drawn = random.integers(size, size=(draws, count)) + size * np.arange(draws)[:, None]
+        times_drawn = np.bincount(drawn.ravel(), minlength=draws * size).reshape(draws, size)
+        # The variance of blocks about their own mean is small by 1 - length / size, and count * length is not size.
+        scale = math.sqrt(size / (count * length * (1 - length / size)))
+        deviations += scale * (times_drawn @ (blocks - blocks.mean(axis=0)))
+    return deviations
+
+
+def intervals(series: Series, level: float = 0.9) -> Series:
+    """(L, 2): the interval of each layer's score that holds `level` of the resampled ones.
+
+    A layer without a conflict has no noise to resample: its interval is [0, 0].
+
+    Raises:
+        UsageError: `level` is not within (0, 1), or `series` no table of counts with two bins or more.
+    """
+    if not 0 < level < 1:
+        raise UsageError(f"level is {level}, not a share between 0 and 1, such as 0.9.")
+    tail = (1 - level) / 2
+    low_high = np.quantile(resample(series), [tail, 1 - tail], axis=0, method="nearest")
+    return low_high.T.astype(np.int64)
+
+
+def top_k_probability(series: Series, k: int) -> Floats:
+    """(L,): how often each layer is among the k highest resampled scores. They add up to k.
+
+    Layers that tie at the cut share its places: `ConflictMap.ranking` breaks ties by model order, of which the data
+    say nothing, least of all among layers that never conflict.
+
+    Raises:
+        UsageError: `k` is not within 1 to L, or `series` no table of counts with two bins or more.
+    """
+    _check(series, k)
+    scores = resample(series)
+    cut = -np.partition(-scores, k - 1, axis=1)[:, [k - 1]]
+    above, tied = scores > cut, scores == cut
+    places = k - above.sum(axis=1, keepdims=True)
+    return (above + tied * places / tied.sum(axis=1, keepdims=True)).mean(axis=0)
+
+
+def expected_overlap(series: Series, k: int, future: float | None = None, draws: int = 500) -> float:
+    """The expected Jaccard overlap, |A and B| / |A or B|, of today's top k layers with those of a longer run.
+
+    The longer run's scores are today's and those of `future` more bins, drawn from what the later half of the series
+    foretells, since conflicts drift and later steps tell more of what comes:
+
+    - noise: with h the future's length in halves, a sum of h halves differs from h times the one half seen by
+      sqrt(h + h^2) times the deviation of one: the h of its own and the h^2 of a rate that is not known exactly.
+    - drift: the rates' next change is normal, with the covariance that the one change seen, from the first half to
+      the second, estimates: it is a standard normal multiple of that change, the same in all layers.
+    - rare conflicts: half a conflict more than was seen, as Jeffreys' prior for a rate has it. None seen does not mean
+      none to come, and layers that tie are not settled by their order in the model.
+
+    Args:
+        series: (B, L) counts.
+        k: how many layers are chosen.
+        future: how many bins are to come; as many as were seen when not given.
+        draws: how many longer runs are drawn.
+
+    Raises:
+        UsageError: `k` is not within 1 to L, `future` negative, or `series` no table of counts with four bins or more.
+    """
+    _check(series, k, least=4)
+    bins, layers = series.shape
+    future = bins if future is None else future
+    if future < 0:
+        raise UsageError(f"future is {future} bins; it must not be negative.")
+    if future == 0:
+        return 1.0
+    first, second = series[: bins // 2], series[bins // 2 :]
+    halves = future / len(second)
+    noise = math.sqrt(halves + halves**2) * _deviations(second, draws)
+    random = np.random.default_rng(_SEED + 1)
+    drift = random.standard_normal((draws, 1)) * (second.mean(axis=0) - first.mean(axis=0)) * future
+    rare = halves * random.standard_gamma(0.5, (draws, layers))
+    more = np.clip(halves * second.sum(axis=0) + noise + drift, 0, None) + rare
+    scores = series.sum(axis=0)
+    today = np.zeros(layers, dtype=bool)
+    today[np.argsort(-scores, kind="stable")[:k]] = True
+    common = today[np.argsort(-(scores + more), axis=1)[:, :k]].sum(axis=1)
+    return float((common / (2 * k - common)).mean())
+
+
+@dataclass
+class StableRanking:
+    """Stops a profiling run once its top layers are expected to be those of the whole run.
+
+    Looks after `next_check` steps, then whenever a tenth more have been profiled: a look costs milliseconds, and
+    fewer looks leave fewer chances to stop by luck. `StableRanking(**dataclasses.asdict(stable))` goes on where
+    `stable` was.
+
+    Args:
+        overlap: stop when `expected_overlap` is at least this, in (0, 1].
+        top_k: of so many layers; a quarter of the shared layers when not given.
+        next_check: profiled steps before the next look.
+        estimate: the overlap expected at the last look; NaN before the first.
+
+    Raises:
+        UsageError: `overlap` is not in (0, 1], or `top_k` below 1.
+    """
+
+    overlap: float = 0.9
+    top_k: int | None = None
+    next_check: int = 50
+    estimate: float = math.nan
+
+    def __post_init__(self) -> None:
+        if not 0 < self.overlap <= 1:
+            raise UsageError(f"The overlap to wait for is {self.overlap}; take a share in (0, 1], such as 0.9.")
+        if self.top_k is not None and self.top_k < 1:
+            raise UsageError(f"top_k is {self.top_k}; take at least 1 layer.")
+
+    def __str__(self) -> str:
+        top = "The top quarter of the layers" if self.top_k is None else f"The top {self.top_k} layers"
+        return f"{top}: expected overlap {self.estimate:.2f} with a longer run's; {self.overlap:g} is enough."
+
+    def due(self, steps: int) -> bool:
+        """Whether it is time to look, after so many profiled steps."""
+        return steps >= self.next_check
+
+    def check(self, series: Series, steps: int, *, bin_steps: int = 1, planned: int | None = None) -> bool:
+        """Whether the top layers are settled; sets the next look.
+
+        Args:
+            series: (B, L) conflicts so far.
+            steps: profiled so far.
+            bin_steps: steps in a bin of the series.
+            planned: steps of the whole run; twice as many as so far when not given.
+
+        Raises:
+            UsageError: there are fewer than `top_k` layers, or `series` is no table of counts.
+        """
+        k = max(1, series.shape[1] // 4) if self.top_k is None else self.top_k
+        to_come = steps if planned is None else max(0, planned - steps)
+        self.estimate = expected_overlap(series, k, future=to_come / bin_steps)
+        self.next_check = steps + math.ceil(steps / 10)
+        return self.estimate >= self.overlap
+
+
+def _check(series: Series, k: int = 1, least: int = 2) -> None:
+    counts = isinstance(series, np.ndarray) and series.ndim == 2 and series.dtype.kind in "iu" and (series >= 0).all()
+    if not counts or series.shape[1] == 0:
+        kind = f"{series.dtype} of shape {series.shape}" if isinstance(series, np.ndarray) else type(series).__name__
+        raise UsageError(f"series is {kind}; expected counts, not negative, of shape (bins of steps, layers).")
+    if len(series) < least:
+        raise UsageError(
+            f"The series has {len(series)} bins of steps, but noise shows in {least} or more: profile more steps."
+        )
+    if not 1 <= k <= series.shape[1]:
+        raise UsageError(f"k is {k}, but there are {series.shape[1]} shared layers: take 1 to {series.shape[1]}.")

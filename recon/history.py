@@ -1,0 +1,181 @@
+"""The record of a training run, and the sums that an epoch's part of it is made from."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from recon.distributed import gather
+from recon.errors import GradientError, ProblemError
+
+
+@dataclass
+class Epoch:
+    """One epoch of training.
+
+    Args:
+        number: from 1.
+        steps: optimizer steps taken; fewer than the other epochs' if the training was stopped in this one.
+        seconds: wall time of the steps, loading included. Saving checkpoints does not count, nor does what an
+            interruption lost, nor drawing batches again to get back to where it was.
+        losses: `{task name: mean loss}` over the steps in which the task had a target.
+        weights: `{task name: mean weight}` that the method gave the task; empty if it has none.
+    """
+
+    number: int
+    steps: int
+    seconds: float
+    losses: dict[str, float]
+    weights: dict[str, float]
+
+
+@dataclass
+class History:
+    """What happened in a training run, epoch by epoch."""
+
+    epochs: list[Epoch] = field(default_factory=list)
+
+    @property
+    def steps(self) -> int:
+        """All optimizer steps taken."""
+        return sum(epoch.steps for epoch in self.epochs)
+
+    @property
+    def seconds(self) -> float:
+        """The wall time of all steps."""
+        return sum(epoch.seconds for epoch in self.epochs)
+
+
+class Meter:
+    """Sums an epoch's losses and weights on the device, and refuses losses that are not finite."""
+
+    def __init__(self, number: int, device: torch.device) -> None:
+        self.number = number
+        self.device = device
+        self.steps = 0
+        self.sums: dict[str, Tensor] = {}
+        self.counts: dict[str, int] = {}
+        self.weight_sums: dict[str, Tensor] = {}
+        self.unchecked: Mapping[str, Tensor] = {}
+        self._seconds = 0.0
+        self._start: float | None = None
+
+    def start(self) -> None:
+        """Let the clock run, if it does not yet."""
+        if self._start is None:
+            self._start = time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        """What the clock shows."""
+        return self._seconds + (0.0 if self._start is None else time.perf_counter() - self._start)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Let the clock stand still."""
+        runs = self._start is not None
+        self._seconds, self._start = self.seconds, None
+        try:
+            yield
+        finally:
+            if runs:
+                self.start()
+
+    def check(self, losses: Mapping[str, Tensor]) -> None:
+        """Refuse a loss that is not finite before it reaches the weights.
+
+        On a GPU, reading a loss right away would wait for it: there the losses of the step before are read, which
+        are known by now.
+
+        Raises:
+            GradientError: the loss of a task is infinite or NaN.
+        """
+        losses = {task: loss.detach() for task, loss in losses.items()}
+        late, self.unchecked = self.unchecked, losses
+        self._refuse_non_finite(losses if self.device.type == "cpu" else late)
+
+    def settle(self) -> None:
+        """Check the losses that `check` left for later.
+
+        Raises:
+            GradientError: see `check`.
+        """
+        self._refuse_non_finite(self.unchecked)
+        self.unchecked = {}
+
+    def _refuse_non_finite(self, losses: Mapping[str, Tensor]) -> None:
+        if losses and not torch.stack(list(losses.values())).isfinite().all():
+            task, loss = next((t, v) for t, v in losses.items() if not v.isfinite())
+            raise GradientError(
+                f"The loss of task {task!r} is {loss.item()} near step {self.steps + 1} of epoch {self.number}. Lower "
+                "the learning rate, or look at this task's loss and targets (log of 0, an empty mask)."
+            )
+
+    def add(self, losses: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
+        """Count a step."""
+        self.steps += 1
+        for task, loss in losses.items():
+            self.sums[task] = self.sums.get(task, 0) + loss.detach().double()
+            self.counts[task] = self.counts.get(task, 0) + 1
+            if task in weights:
+                self.weight_sums[task] = self.weight_sums.get(task, 0) + weights[task].detach()
+
+    def epoch(self) -> Epoch:
+        """The record of the epoch so far on this rank, of the tasks that had a target in it."""
+        return self._record(self.counts, _floats(self.sums), _floats(self.weight_sums))
+
+    def _record(self, counts: Mapping[str, int], sums: Mapping[str, float], weight_sums: Mapping[str, float]) -> Epoch:
+        losses = {task: total / counts[task] for task, total in sums.items()}
+        weights = {task: total / counts[task] for task, total in weight_sums.items()}
+        return Epoch(self.number, self.steps, self.seconds, losses, weights)
+
+    def whole_epoch(self, tasks: tuple[str, ...]) -> Epoch:
+        """The record of an epoch that went through all batches, over all ranks.
+
+        Raises:
+            ProblemError: a task never had a target.
+            GradientError: see `check`.
+        """
+        self.settle()
+        everyone = gather((self.counts, _floats(self.sums), _floats(self.weight_sums)))
+        counts, sums, weight_sums = (_added_up(tables, tasks) for tables in zip(*everyone, strict=True))
+        never = [task for task in tasks if task not in counts]
+        if never:
+            raise ProblemError(
+                f"No batch of epoch {self.number} had a target for {never}. The loader yields (inputs, {{task name: "
+                "target}); check the names, and that it is not empty."
+            )
+        return self._record(counts, sums, weight_sums)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What `load_state_dict` takes."""
+        return {
+            "number": self.number,
+            "steps": self.steps,
+            "seconds": self.seconds,
+            "sums": self.sums,
+            "counts": self.counts,
+            "weight_sums": self.weight_sums,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Count on from there."""
+        self.number, self.steps = state["number"], state["steps"]
+        self._seconds, self._start = state["seconds"], None
+        self.counts = dict(state["counts"])
+        self.sums = {task: total.to(self.device) for task, total in state["sums"].items()}
+        self.weight_sums = {task: total.to(self.device) for task, total in state["weight_sums"].items()}
+
+
+def _floats(sums: Mapping[str, Tensor]) -> dict[str, float]:
+    return {task: float(total) for task, total in sums.items()}
+
+
+def _added_up(tables: Sequence[Mapping[str, Any]], tasks: Sequence[str]) -> dict[str, Any]:
+    return {task: sum(table.get(task, 0) for table in tables) for task in tasks if any(task in t for t in tables)}

@@ -1,0 +1,77 @@
+"""MNIST and the data sets that share its files, read from where torchvision keeps them."""
+
+from __future__ import annotations
+
+import gzip
+import math
+import zlib
+from pathlib import Path
+
+import numpy as np
+
+from recon.errors import ProblemError
+
+SPLITS = {"train": "train", "test": "t10k"}
+"""What the names of a split's files begin with."""
+
+_UNSIGNED_BYTES = 8
+
+
+def missing_files(folder: Path) -> list[Path]:
+    """Which of the four files are in this folder neither as they are nor gzipped."""
+    names = [name for split in SPLITS for name in _names(split)]
+    return [folder / name for name in names if _find(folder, name) is None]
+
+
+def read_split(folder: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
+    """The images `(N, H, W)` and the labels `(N,)` of a split, uint8.
+
+    Torchvision's own reader takes no gzipped file, and pads or fails on a damaged one.
+
+    Args:
+        folder: where the files lie, for torchvision `<data root>/<data set>/raw`.
+        split: "train" or "test".
+
+    Raises:
+        ProblemError: a file is missing, truncated or no idx file, or there are more images than labels or fewer.
+    """
+    images, labels = (_read(folder, name, ndim) for name, ndim in zip(_names(split), (3, 1), strict=True))
+    if len(images) != len(labels):
+        raise ProblemError(f"{folder} holds {len(images)} {split} images, but {len(labels)} labels for them.")
+    return images, labels
+
+
+def _names(split: str) -> tuple[str, str]:
+    return f"{SPLITS[split]}-images-idx3-ubyte", f"{SPLITS[split]}-labels-idx1-ubyte"
+
+
+def _find(folder: Path, name: str) -> Path | None:
+    candidates = (folder / name, folder / f"{name}.gz")
+    return next((path for path in candidates if path.is_file()), None)
+
+
+def _read(folder: Path, name: str, ndim: int) -> np.ndarray:
+    """An array of bytes: a big-endian header of magic number and shape, then the data."""
+    path = _find(folder, name)
+    if path is None:
+        raise ProblemError(f"There is neither {folder / name} nor {name}.gz beside it.")
+    data = _bytes(path)
+    header = np.frombuffer(data[: 4 * (1 + ndim)], ">u4") if len(data) >= 4 * (1 + ndim) else None
+    if header is None or header[0] != 256 * _UNSIGNED_BYTES + ndim:
+        raise ProblemError(f"{path} is no idx file of bytes in {ndim} dimension(s). Download it again.")
+    shape = [int(size) for size in header[1:]]
+    expected, found = math.prod(shape), len(data) - header.nbytes
+    if found != expected:
+        raise ProblemError(
+            f"{path} should have {expected} bytes of data, {' x '.join(map(str, shape))}, but has {found}. Download it "
+            "again."
+        )
+    return np.frombuffer(data, np.uint8, offset=header.nbytes).reshape(shape)
+
+
+def _bytes(path: Path) -> bytes:
+    try:
+        data = path.read_bytes()
+        return gzip.decompress(data) if path.suffix == ".gz" else data
+    except (OSError, EOFError, zlib.error) as error:  # gzip raises all three on a damaged file
+        raise ProblemError(f"Cannot read {path}: {error}. Mend its permissions, or download it again.") from error

@@ -1,0 +1,111 @@
+"""The random states that training draws from: the global ones, and those of the generators in a data loader."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+Generator = torch.Generator | np.random.Generator | np.random.RandomState | random.Random
+
+
+def global_states() -> dict[str, Any]:
+    """The states of Python's, numpy's and torch's global generators, the GPUs' included."""
+    # Where no GPU has been used, none has a state: asking would wake them all up.
+    devices = torch.cuda.device_count() if torch.cuda.is_initialized() else 0
+    return {
+        "python": random.getstate(),
+        "numpy": np.random.get_state(legacy=False),
+        "torch": torch.get_rng_state(),
+        "cuda": [torch.cuda.get_rng_state(device) for device in range(devices)],
+    }
+
+
+def set_global_states(states: Mapping[str, Any]) -> None:
+    """Put the global generators where `global_states` found them."""
+    random.setstate(states["python"])
+    np.random.set_state(states["numpy"])
+    torch.set_rng_state(states["torch"])
+    for device, state in enumerate(states["cuda"]):
+        if device < torch.cuda.device_count():
+            torch.cuda.set_rng_state(state, device)
+
+
+def generator_states(loader: object) -> dict[str, Any]:
+    """The states of the generators in a loader, its samplers and its data sets, by their path."""
+    return {path: _state(generator) for path, generator in _generators(loader).items()}
+
+
+def set_generator_states(loader: object, states: Mapping[str, Any]) -> None:
+    """Put a loader's generators where `generator_states` found them.
+
+    Raises:
+        KeyError: the loader has other generators.
+    """
+    generators = _generators(loader)
+    if set(generators) != set(states):
+        raise KeyError(f"the loader has the generators {sorted(generators)}, not {sorted(states)}")
+    for path, generator in generators.items():
+        _set_state(generator, states[path])
+
+
+def plain(state: Any) -> Any:
+    """A generator's state without numpy arrays, which torch.load refuses unless it is told to trust a file."""
+    if isinstance(state, np.ndarray):
+        return state.tolist()
+    if isinstance(state, dict):
+        return {key: plain(value) for key, value in state.items()}
+    return state
+
+
+def _generators(loader: object) -> dict[str, Generator]:
+    """Looks into the loader's attributes, and into the loaders, samplers and data sets found there."""
+    found: dict[str, Generator] = {}
+    seen: set[int] = set()
+
+    def look(value: object, path: str) -> None:
+        if isinstance(value, Generator):
+            found[path] = value
+        elif isinstance(value, (list, tuple)) and any(isinstance(part, _PARTS) for part in value):
+            for number, part in enumerate(value):
+                look(part, f"{path}.{number}")
+        elif (value is loader or isinstance(value, _PARTS)) and id(value) not in seen:
+            seen.add(id(value))
+            for name, attribute in _attributes(value):
+                look(attribute, f"{path}.{name}" if path else name)
+
+    look(loader, "")
+    return found
+
+
+_PARTS = (DataLoader, Sampler, Dataset)
+
+
+def _attributes(value: object) -> Iterator[tuple[str, object]]:
+    # Not a data loader's iterator: persistent workers and what they hold are out of reach.
+    return ((name, attribute) for name, attribute in getattr(value, "__dict__", {}).items() if name != "_iterator")
+
+
+def _state(generator: Generator) -> Any:
+    if isinstance(generator, torch.Generator):
+        return generator.get_state()
+    if isinstance(generator, random.Random):
+        return generator.getstate()
+    if isinstance(generator, np.random.RandomState):
+        return generator.get_state(legacy=False)
+    return generator.bit_generator.state
+
+
+def _set_state(generator: Generator, state: Any) -> None:
+    if isinstance(generator, torch.Generator):
+        generator.set_state(state)
+    elif isinstance(generator, random.Random):
+        generator.setstate(state)
+    elif isinstance(generator, np.random.RandomState):
+        generator.set_state(state)
+    else:
+        generator.bit_generator.state = state

@@ -1,0 +1,105 @@
+"""What the tasks' losses depend on, read off the autograd graph without computing anything."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+from torch.autograd.graph import Node
+
+from recon.errors import GradientError
+
+
+@dataclass(frozen=True)
+class Reach:
+    """What each task of a step reaches.
+
+    Args:
+        parameters: `{task: trainable parameters}` that the task's loss depends on; the tasks in the order of the rows.
+        shared: those that two tasks or more depend on.
+        outside: `{task: other leaves}` that want a gradient and are none of the parameters: a learned temperature of
+            the loss, an input.
+    """
+
+    parameters: Mapping[str, list[nn.Parameter]]
+    shared: list[nn.Parameter]
+    outside: Mapping[str, list[Tensor]] = field(default_factory=dict)
+
+    @classmethod
+    def of_tasks(
+        cls,
+        reached: Mapping[str, set[nn.Parameter]],
+        parameters: Iterable[nn.Parameter],
+        outside: Mapping[str, list[Tensor]],
+    ) -> Reach:
+        """From a set for each task; everything in the order of `parameters`."""
+        parameters = list(parameters)
+        counts = Counter(p for found in reached.values() for p in found)
+        by_task = {task: [p for p in parameters if p in found] for task, found in reached.items()}
+        return cls(by_task, [p for p in parameters if counts[p] > 1], outside)
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """The tasks, in order."""
+        return tuple(self.parameters)
+
+    def shared_layers(self, layer_of: Mapping[Tensor, int]) -> list[int]:
+        """The layers that two tasks or more reach, by whichever of their parameters, in order of their numbers."""
+        tasks_of = Counter(layer for found in self.parameters.values() for layer in {layer_of[p] for p in found})
+        return sorted(layer for layer, tasks in tasks_of.items() if tasks > 1)
+
+
+def find_reach(losses: Mapping[str, Tensor], parameters: Iterable[nn.Parameter]) -> Reach:
+    """What the losses of one step depend on.
+
+    Raises:
+        GradientError: a loss does not depend on any of the parameters, or on some of them in a hidden way.
+    """
+    trainable = {p: None for p in parameters if p.requires_grad}  # ordered, and quick to look up
+    reached: dict[str, set[nn.Parameter]] = {}
+    outside: dict[str, list[Tensor]] = {}
+    for task, loss in losses.items():
+        nodes = _nodes([loss])
+        _refuse_reentrant_checkpoints(nodes)
+        leaves = _leaves([loss], nodes)
+        reached[task] = {leaf for leaf in leaves if isinstance(leaf, nn.Parameter) and leaf in trainable}
+        outside[task] = [leaf for leaf in leaves if leaf not in trainable]
+        if not reached[task]:
+            raise GradientError(
+                f"The loss of task {task!r} depends on no trainable parameter of the model, so it has no gradient. "
+                "Check that it uses the model's output for this task, without detach() or no_grad(), and that not "
+                "all of its layers are frozen."
+            )
+    return Reach.of_tasks(reached, trainable, outside)
+
+
+def reached_leaves(values: Sequence[Tensor]) -> set[Tensor]:
+    """The leaf tensors that `values` depend on."""
+    return set(_leaves(values, _nodes(values)))
+
+
+def _nodes(values: Sequence[Tensor]) -> dict[Node, None]:
+    """The graph behind `values`, in the order in which it is met."""
+    seen: dict[Node, None] = {}
+    stack = [v.grad_fn for v in values]
+    while stack:
+        node = stack.pop()
+        if node is not None and node not in seen:
+            seen[node] = None
+            stack += [next_node for next_node, _ in node.next_functions]
+    return seen
+
+
+def _leaves(values: Sequence[Tensor], nodes: Iterable[Node]) -> list[Tensor]:
+    alone = [v for v in values if v.grad_fn is None and v.requires_grad]
+    return alone + [node.variable for node in nodes if hasattr(node, "variable")]
+
+
+def _refuse_reentrant_checkpoints(nodes: Iterable[Node]) -> None:
+    if any(node.name() == "CheckpointFunctionBackward" for node in nodes):
+        raise GradientError(
+            "A part of the model runs under torch.utils.checkpoint with use_reentrant=True, which hides its parameters "
+            "from the graph, so that no task's gradient there can be told. Pass use_reentrant=False."
+        )

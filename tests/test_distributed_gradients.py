@@ -1,0 +1,248 @@
+"""Task gradients of several processes: on the parts of a batch they do what one process does on the whole."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+import recon
+from recon.distributed import RankBatches, average_, broadcast_model
+from recon.errors import ProblemError, UsageError
+from recon.profiler import Profiler
+from tests.ranks import Ranks, needs_gloo
+from tests.ranks import ranks as ranks
+from tests.test_distributed import branch, loss_of, shards
+from tests.zoo import TASKS, ZOO
+
+pytestmark = needs_gloo
+
+STEPS = 4
+MODELS = ["CatAndStack", "ParameterLists", "TransformerEncoder", "TiedWeights"]  # none has batch statistics
+
+
+def fresh(name: str) -> nn.Module:
+    torch.manual_seed(0)
+    return ZOO[name].make()
+
+
+def losses_of(model: nn.Module, inputs: object, tasks: tuple[str, ...] = TASKS) -> dict[str, Tensor]:
+    outputs = model(inputs)
+    return {task: loss_of(outputs, task) for task in tasks}
+
+
+def alone(model: nn.Module, name: str, method: str, **options: object) -> tuple[list[list[Tensor]], Profiler]:
+    """Each step's gradients, and the profiler, of one process with the whole batches."""
+    method, profiler = recon.methods.parse(method), Profiler(model, **options)
+    method.setup(TASKS)
+    found = []
+    for step in range(STEPS):
+        model.zero_grad()
+        batches = shards(name, step)
+        parts = [losses_of(model, batch) for batch in batches]
+        losses = {task: sum(part[task] for part in parts) / len(parts) for task in TASKS}
+        with one_process():
+            recon.backward(losses, model, method, profiler=profiler)
+        found.append([p.grad.clone() for p in [*model.parameters(), *method.parameters()] if p.grad is not None])
+    return found, profiler
+
+
+@contextmanager
+def one_process() -> Iterator[None]:
+    """As if there were no other rank."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dist, "is_initialized", lambda: False)
+        yield
+
+
+def assert_same_map(profiler: Profiler, expected: Profiler) -> None:
+    ours, theirs = profiler.conflict_map(), expected.conflict_map()
+    assert [layer.name for layer in ours.layers] == [layer.name for layer in theirs.layers]
+    for one, other in zip(ours.layers, theirs.layers, strict=True):
+        assert one.histogram.tolist() == other.histogram.tolist()
+        assert one.conflicts.tolist() == other.conflicts.tolist()
+
+
+@pytest.mark.parametrize("method", ["joint", "uw", "dwa", "pcgrad", "mgda"])
+@pytest.mark.parametrize("name", MODELS)
+def test_gradients_and_map_equal_one_process(ranks: Ranks, name: str, method: str) -> None:
+    ranks.run(_check_step, name, method, {}, False)
+
+
+@pytest.mark.parametrize("options", [{"memory": "sketch"}, {"every": 2}, {"every": 3, "memory": "sketch"}])
+@pytest.mark.parametrize("method", ["joint", "uw"])
+@pytest.mark.parametrize("wrap", [False, True])
+def test_options_and_wrapped_models(ranks: Ranks, method: str, options: dict[str, object], wrap: bool) -> None:
+    ranks.run(_check_step, "CatAndStack", method, options, wrap)
+
+
+@pytest.mark.parametrize("method", ["joint", "cagrad"])
+def test_a_wrapped_model_with_task_gradients(ranks: Ranks, method: str) -> None:
+    ranks.run(_check_step, "TransformerEncoder", method, {}, True)
+
+
+def _check_step(rank: int, name: str, method: str, options: dict[str, object], wrap: bool) -> None:
+    expected, oracle = alone(fresh(name), name, method, **options)
+    model = fresh(name)
+    ddp = DistributedDataParallel(model) if wrap else model
+    chosen, profiler = recon.methods.parse(method), Profiler(ddp, **options)
+    chosen.setup(TASKS)
+    for step in range(STEPS):
+        model.zero_grad()
+        recon.backward(losses_of(ddp, shards(name, step)[rank]), ddp, chosen, profiler=profiler)
+        found = [p.grad for p in [*model.parameters(), *chosen.parameters()] if p.grad is not None]
+        for ours, theirs in zip(found, expected[step], strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
+    assert_same_map(profiler, oracle)
+
+
+@pytest.mark.parametrize("method", ["joint", "pcgrad"])
+@pytest.mark.parametrize("mode", ["fan", "per-task"])
+def test_a_branched_model(ranks: Ranks, method: str, mode: str) -> None:
+    ranks.run(_check_branched, method, mode)
+
+
+def _check_branched(rank: int, method: str, mode: str) -> None:
+    one, many = (branch("CatAndStack", mode=mode) for _ in range(2))
+    batches = shards("CatAndStack")
+    parts = [losses_of(one, batch) for batch in batches]
+    with one_process():
+        recon.backward({t: sum(p[t] for p in parts) / len(parts) for t in TASKS}, one, recon.methods.get(method))
+    recon.backward(losses_of(many, batches[rank]), many, recon.methods.get(method))
+    for ours, theirs in zip(many.parameters(), one.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("memory", ["exact", "sketch"])
+def test_a_task_that_one_rank_lacks(ranks: Ranks, memory: str) -> None:
+    ranks.run(_check_missing_task, memory)
+
+
+def _check_missing_task(rank: int, memory: str) -> None:
+    name = "CatAndStack"
+    one, many = fresh(name), fresh(name)
+    batches = shards(name)
+    tasks = [("b", "a"), ("a", "c")]  # in another order, too
+    parts = [losses_of(one, batch, has) for batch, has in zip(batches, tasks, strict=True)]
+    losses = {task: sum(part[task] for part in parts if task in part) / len(parts) for task in ("b", "a", "c")}
+    profiler, oracle = Profiler(many, memory=memory), Profiler(one)
+    with one_process():
+        oracle.backward(losses)
+    profiler.backward(losses_of(many, batches[rank], tasks[rank]))
+    for ours, theirs in zip(many.parameters(), one.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-10, atol=1e-12)
+    assert_same_map(profiler, oracle)
+
+
+@pytest.mark.parametrize("method", ["joint", "pcgrad"])
+@pytest.mark.parametrize("every", [1, 2])
+def test_a_rank_without_any_target(ranks: Ranks, method: str, every: int) -> None:
+    ranks.run(_check_idle_rank, method, every)
+
+
+def _check_idle_rank(rank: int, method: str, every: int) -> None:
+    name = "CatAndStack"
+    one, many = fresh(name), fresh(name)
+    inputs = shards(name)[0]
+    profiler, chosen = Profiler(many, every=every), recon.methods.get(method)
+    chosen.setup(TASKS)
+    for _ in range(2):
+        one.zero_grad()
+        many.zero_grad()
+        with one_process():
+            halves = {task: loss / 2 for task, loss in losses_of(one, inputs).items()}
+            recon.backward(halves, one, recon.methods.get(method))
+        losses = losses_of(many, inputs) if rank == 0 else {}
+        recon.backward(losses, many, chosen, profiler=profiler)
+    if method == "joint":  # which draws nothing
+        for ours, theirs in zip(many.parameters(), one.parameters(), strict=True):
+            torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-10, atol=1e-12)
+    states = [p.grad.clone() for p in many.parameters()]
+    average_(states)
+    assert all(torch.allclose(p.grad, mean) for p, mean in zip(many.parameters(), states, strict=True))
+
+
+def test_a_gradient_that_is_not_finite_on_one_rank(ranks: Ranks) -> None:
+    ranks.run(_check_non_finite)
+
+
+def _check_non_finite(rank: int) -> None:
+    model = fresh("CatAndStack")
+    profiler = Profiler(model)
+    for scale in (1.0, float("nan") if rank else 1.0):
+        losses = losses_of(model, shards("CatAndStack")[rank])
+        profiler.backward({**losses, "a": losses["a"] * scale})
+    cmap = profiler.conflict_map()
+    assert (cmap.steps, cmap.skipped) == (2, 1)
+
+
+def test_what_the_ranks_share(ranks: Ranks) -> None:
+    ranks.run(_check_sharing)
+
+
+def _check_sharing(rank: int) -> None:
+    torch.manual_seed(rank)
+    model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    model(torch.randn(4, 2))
+    broadcast_model(model)
+    mine = [t.clone() for t in model.state_dict().values() if t.is_floating_point()]
+    average_(mine)
+    assert all(torch.equal(a, b) for a, b in zip(mine, [t for t in model.state_dict().values() if t.ndim], strict=True))
+    unequal = [torch.tensor([rank + 1.0]), torch.ones(2, 2).T * rank, torch.tensor(rank, dtype=torch.float64)]
+    average_(unequal)
+    assert [t.tolist() for t in unequal] == [[1.5], [[0.5, 0.5], [0.5, 0.5]], 0.5]
+    loader = [(torch.arange(5), {"a": torch.arange(5) + 10, "b": None}), (torch.arange(1), {"a": torch.zeros(1)})]
+    seen = [(x.tolist(), y["a"].tolist()) for x, y in RankBatches(loader)]
+    assert seen == [([0, 1], [10, 11])] if rank == 0 else seen == [([2, 3], [12, 13])]
+    with pytest.raises(ProblemError, match="cannot be shared out over several processes"):
+        list(RankBatches([("text", {"a": torch.zeros(4)})]))
+
+
+@pytest.mark.parametrize("method", ["joint", "dwa", "pcgrad"])
+def test_a_training_of_several_ranks(ranks: Ranks, method: str) -> None:
+    ranks.run(_check_training, method)
+
+
+def _check_training(rank: int, method: str) -> None:
+    losses = dict.fromkeys(TASKS, lambda out, target: (out.mean(1) - target).square().mean())
+    draw = torch.Generator().manual_seed(0)
+    loader = [(torch.cat(shards("CatAndStack", step)), torch.randn(6, generator=draw).double()) for step in range(5)]
+    whole = [(x, dict.fromkeys(TASKS, y)) for x, y in loader]
+    torch.manual_seed(rank)
+    one, many = fresh("CatAndStack"), fresh("CatAndStack")
+    if rank:
+        for parameter in many.parameters():  # rank 0's is what counts
+            torch.nn.init.ones_(parameter)
+    with one_process():
+        expected = recon.train(one, whole, losses, optimizer=sgd(one), method=method, epochs=2)
+    history = recon.train(many, RankBatches(whole), losses, optimizer=sgd(many), method=method, epochs=2)
+    for ours, theirs in zip(many.parameters(), one.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-11)
+    for ours, theirs in zip(history.epochs, expected.epochs, strict=True):
+        assert ours.losses == pytest.approx(theirs.losses, rel=1e-9)
+        assert ours.weights == pytest.approx(theirs.weights, rel=1e-6)
+
+
+def sgd(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+
+
+def test_ranks_with_other_models_are_told_so(ranks: Ranks) -> None:
+    ranks.run(_check_other_models)
+
+
+def _check_other_models(rank: int) -> None:
+    model = nn.Sequential(*[nn.Linear(2, 2) for _ in range(rank + 1)])
+    out = model(torch.ones(1, 2))
+    with pytest.raises(UsageError, match=r"The ranks' models have \[2, 4\] parameters"):
+        Profiler(model).backward({"a": out.sum(), "b": out.square().sum()})
+
+
+def test_one_process_needs_no_group() -> None:
+    tensors = [torch.ones(2)]
+    average_(tensors)
+    broadcast_model(fresh("CatAndStack"))
+    assert tensors[0].tolist() == [1, 1]

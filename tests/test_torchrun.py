@@ -1,0 +1,90 @@
+"""`torchrun -m recon_cli profile`: what two processes make of a problem is what one makes of it."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import recon
+from tests.ranks import needs_gloo
+
+pytestmark = needs_gloo
+
+PROBLEM = """
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.data import DataLoader
+
+from recon import Problem, Task
+
+
+class Net(nn.Module):  # without batch statistics, which are those of a rank's own part of the batch
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(8, 32), nn.Tanh(), nn.Linear(32, 16), nn.Tanh())
+        self.kind, self.size = nn.Linear(16, 3), nn.Linear(16, 1)
+
+    def forward(self, x):
+        features = self.body(x)
+        return {"kind": self.kind(features), "size": self.size(features)}
+
+
+def loaders(seed):
+    draw = torch.Generator().manual_seed(0)
+    x = torch.randn(320, 8, generator=draw, dtype=torch.float64)
+    kind = torch.randint(3, (320,), generator=draw)
+    samples = [(x[i], {"kind": kind[i], "size": x[i].sum().sin().view(1)}) for i in range(320)]
+    shuffle = torch.Generator().manual_seed(seed)
+    return DataLoader(samples, 32, shuffle=True, generator=shuffle), DataLoader(samples, 32)
+
+
+def problem():
+    tasks = [Task("kind", F.cross_entropy), Task("size", F.mse_loss)]
+    return Problem("plain", tasks, lambda: Net().double(), loaders, epochs=2)
+"""
+
+
+def command(folder: Path, *arguments: str, processes: int = 1) -> subprocess.CompletedProcess[str]:
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)] * (processes > 1)
+    return subprocess.run(
+        [sys.executable, *launcher, "-m", "recon_cli", *arguments],
+        cwd=folder,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("torchrun")
+    (folder / "plain.py").write_text(PROBLEM)
+    return folder
+
+
+@pytest.mark.parametrize("options", [[], ["--memory", "sketch", "--every", "2"]], ids=str)
+def test_two_processes_make_the_map_of_one(folder, options):
+    for name, processes in (("one.json", 1), ("two.json", 2)):
+        done = command(folder, "profile", "plain.py:problem", *options, "--out", name, processes=processes)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count(f"Saved {name}") == 1 and done.stderr.count("epoch 1/3") == 1
+    one, two = (recon.ConflictMap.load(folder / name) for name in ("one.json", "two.json"))
+    assert two.made_by["processes"] == 2 and one.steps == two.steps
+    assert [layer.name for layer in one.layers] == [layer.name for layer in two.layers] == ["body.0", "body.2"]
+    for first, second in zip(one.layers, two.layers, strict=True):
+        assert first.histogram.tolist() == second.histogram.tolist()
+        assert first.series.tolist() == second.series.tolist()
+
+
+def test_what_several_processes_cannot_do(folder):
+    done = command(folder, "profile", "plain.py:problem", "--resume", "--out", "resumed.json", processes=2)
+    assert done.returncode != 0 and "error: --resume goes on from a checkpoint" in done.stderr
+    done = command(folder, "methods", "--json", processes=2)
+    assert done.returncode != 0
+    assert json.loads(done.stdout)["error"]["message"].startswith("`recon methods` runs in one process, but 2 were")
+    assert not list(folder.glob("resumed*"))
