@@ -1,4 +1,59 @@
+import json
+import sys
+
+import pytest
 import torch
+
+from recon_cli.main import main
 
 # The tests' tensors are small: a second thread costs more than it brings, most of all on a busy machine.
 torch.set_num_threads(1)
+
+
+@pytest.fixture
+def command(files, monkeypatch, capsys):
+    """Runs a command line in the folder of the module's `files`; gives exit code, stdout, stderr."""
+    monkeypatch.setattr(sys, "path", list(sys.path))  # importing a problem's file puts its folder there
+    monkeypatch.chdir(files)
+    capsys.readouterr()
+
+    def command(line, *more):
+        code = main([*line.split(), *map(str, more)])
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return command
+
+
+@pytest.fixture
+def ask(command):
+    """Runs a command line that must succeed with --json; gives the object."""
+
+    def ask(line, *more):
+        code, out, err = command(line, *more, "--json")
+        assert code == 0, (out, err)
+        return json.loads(out)
+
+    return ask
+
+
+@pytest.fixture
+def refused(command, files):
+    """Checks that a command line is refused as wrong input, with certain words, and leaves no file."""
+
+    def refused(line, words):
+        before = _names(files)
+        code, out, err = command(line)
+        assert (code, out) == (2, "")
+        assert words in err and "error: " in err and "Traceback" not in err
+        code, out, _ = command(line, "--json")
+        error = json.loads(out)["error"]
+        assert code == 2
+        assert words in error["message"] and error["type"].endswith("Error")
+        assert _names(files) == before
+
+    return refused
+
+
+def _names(folder):
+    return sorted(path.name for path in folder.iterdir() if path.name != "__pycache__")

@@ -187,32 +187,6 @@ def own_path(monkeypatch):
     monkeypatch.setattr(sys, "path", list(sys.path))
 
 
-@pytest.fixture
-def command(files, monkeypatch, capsys):
-    """Runs a command line in the folder of `files`; gives exit code, stdout, stderr."""
-    monkeypatch.chdir(files)
-    capsys.readouterr()
-
-    def command(line, *more):
-        code = main([*line.split(), *map(str, more)])
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return command
-
-
-@pytest.fixture
-def ask(command):
-    """Runs a command line that must succeed with --json; gives the object."""
-
-    def ask(line, *more):
-        code, out, err = command(line, *more, "--json")
-        assert code == 0, (out, err)
-        return json.loads(out)
-
-    return ask
-
-
 def isolated(code):
     """Python code in a process of its own."""
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
@@ -624,19 +598,8 @@ WRONG = {
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_wrong_input_is_refused_with_a_message(command, files, case):
-    line, words = WRONG[case]
-    before = sorted(path.name for path in files.iterdir())
-    code, out, err = command(line)
-    assert (code, out) == (2, "")
-    assert err.startswith("error: ") and words in err
-    assert "Traceback" not in err
-    code, out, _ = command(line, "--json")
-    error = json.loads(out)["error"]
-    assert code == 2
-    assert words in error["message"] and error["type"].endswith("Error")
-    after = sorted(path.name for path in files.iterdir())
-    assert [name for name in after if name != "__pycache__"] == [name for name in before if name != "__pycache__"]
+def test_wrong_input_is_refused_with_a_message(refused, case):
+    refused(*WRONG[case])
 
 
 def test_a_truncated_map(files, command, tmp_path):

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import recon
-from recon_cli.main import _parse, main
+from recon_cli.main import _parse
 from tests.test_conflict_map import make_map, score_map, with_series
 from tests.test_published import PUBLISHED, SCORES, as_log, random_cosines
 
@@ -84,33 +84,6 @@ def files(tmp_path_factory):
     (folder / "list.json").write_text('["bn1"]')
     torch.save(as_log(random_cosines()), folder / "cos.pt")
     return folder
-
-
-@pytest.fixture
-def command(files, monkeypatch, capsys):
-    """Runs a command line in the folder of `files`; gives exit code, stdout, stderr."""
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    monkeypatch.chdir(files)
-    capsys.readouterr()
-
-    def command(line, *more):
-        code = main([*line.split(), *map(str, more)])
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return command
-
-
-@pytest.fixture
-def ask(command):
-    """Runs a command line that must succeed with --json; gives the object."""
-
-    def ask(line, *more):
-        code, out, err = command(line, *more, "--json")
-        assert code == 0, (out, err)
-        return json.loads(out)
-
-    return ask
 
 
 def load(path):
@@ -373,18 +346,8 @@ WRONG = {
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_wrong_input_is_refused_with_a_message(command, files, case):
-    line, words = WRONG[case]
-    before = sorted(path.name for path in files.iterdir())
-    code, out, err = command(line)
-    assert (code, out) == (2, "")
-    assert words in err and "error: " in err and "Traceback" not in err
-    code, out, _ = command(line, "--json")
-    error = json.loads(out)["error"]
-    assert code == 2
-    assert words in error["message"] and error["type"].endswith("Error")
-    after = sorted(path.name for path in files.iterdir())
-    assert [name for name in after if name != "__pycache__"] == [name for name in before if name != "__pycache__"]
+def test_wrong_input_is_refused_with_a_message(refused, case):
+    refused(*WRONG[case])
 
 
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a folder that takes no files, root or not")
