@@ -30,7 +30,7 @@ def header_text(cmap: ConflictMap) -> str:
         f"threshold: {cmap.threshold:g}",
         textwrap.fill(made_by, 100, initial_indent="made by:   ", subsequent_indent=" " * 11),
     ]
-    return "\n".join(lines)
+    return "\n".join([*lines, cmap.unfinished] if cmap.unfinished else lines)
 
 
 def comparison_text(files: Files, maps: Maps, found: MapComparison, threshold: float | None, top: int | None) -> str:

@@ -63,6 +63,20 @@ def _confidence(cmap: ConflictMap, threshold: float | None, top_k: int | None) -
     return found
 
 
+def unsure_why(cmap: ConflictMap, threshold: float | None = None) -> str:
+    """Why `ranked_layers` tells nothing of how sure the ranking is; empty if it does."""
+    if threshold not in (None, cmap.threshold):
+        return (
+            f"No intervals: the map keeps its scores over time at its own S={cmap.threshold:g} alone. How sure the "
+            f"ranking is at {threshold:g}, a profile with --threshold {threshold:g} would tell."
+        )
+    if cmap.has_series:
+        return ""
+    if cmap.steps == 1:
+        return "No intervals: one step tells nothing of how sure the ranking is. Profile more."
+    return "No intervals: merged and imported maps do not know their scores over time, and so not how sure they are."
+
+
 def ranking_table(
     layers: list[dict[str, Any]], top: int | None = None, quarters: bool = False, top_k: int | None = None
 ) -> str:

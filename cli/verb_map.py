@@ -12,7 +12,7 @@ from recon.errors import UsageError
 from recon_cli.map_tables import comparison_data, comparison_text, header_text
 from recon_cli.outputs import check_file
 from recon_cli.parsing import Parser, Report, add_verb, positive_integer, threshold
-from recon_cli.ranking import ranked_layers, ranking_table
+from recon_cli.ranking import ranked_layers, ranking_table, unsure_why
 from recon_cli.renames import add_rename_option, renames
 
 if TYPE_CHECKING:
@@ -159,6 +159,7 @@ def show(args: argparse.Namespace) -> Report:
     layers = ranked_layers(cmap, args.threshold, top_k=top_k)
     own = args.threshold is None or args.threshold == cmap.threshold
     text = [header_text(cmap), "", ranking_table(layers, args.top, quarters=True, top_k=top_k), ""]
+    text += [why] if (why := unsure_why(cmap, args.threshold)) else []
     text.append(f"q1-q4: the share in each quarter of the training{'' if own else f', at {cmap.threshold:g}'}.")
     if args.plot:
         text.append(f"Saved {args.plot}.")

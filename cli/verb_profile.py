@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 import platform
 import shlex
+import sys
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import recon
 from recon import problems
-from recon.errors import UsageError
+from recon.errors import MapFileError, UsageError
 from recon.files import remove_partial
 from recon_cli import ranks
 from recon_cli.outputs import check_file
@@ -27,7 +28,7 @@ from recon_cli.parsing import (
     share,
     threshold,
 )
-from recon_cli.ranking import ranked_layers, ranking_table
+from recon_cli.ranking import ranked_layers, ranking_table, unsure_why
 
 if TYPE_CHECKING:
     import torch
@@ -105,6 +106,9 @@ def run(args: argparse.Namespace) -> Report:
 
     device = workbench.choose_device(args.device)
     checkpoint = checkpoint_beside(args.out)
+    finished = _finished_map(args.out)
+    if finished is not None and args.resume and not checkpoint.exists():
+        return _report(args, problem, _checked_same(finished, args, problem))
     with ranks.joined(device), resumable(args, checkpoint):
         if ranks.number() == 0:
             remove_partial(args.out)
@@ -155,8 +159,30 @@ def _profile(args: argparse.Namespace, problem: Problem, device: torch.device, c
         checkpoint=None if several else checkpoint,
         resume=args.resume,
         settings=settings,
-        on_checkpoint=lambda cmap: cmap.save(args.out),
+        # A finished map of an earlier profile stays until this one is finished.
+        on_checkpoint=lambda cmap: None if _finished_map(args.out) else cmap.save(args.out),
     )
+
+
+def _finished_map(path: Path) -> ConflictMap | None:
+    try:
+        cmap = recon.ConflictMap.load(path)
+    except MapFileError:
+        return None
+    return None if cmap.unfinished else cmap
+
+
+def _checked_same(cmap: ConflictMap, args: argparse.Namespace, problem: Problem) -> ConflictMap:
+    """The finished map, if it is what the command would make."""
+    asked = {"problem": problem.name, "seed": args.seed, "method": args.method, "epochs": args.epochs}
+    for name, value in asked.items():
+        if cmap.made_by.get(name) != value:
+            raise UsageError(
+                f"{args.out} is the finished map of another profile: its {name} is {cmap.made_by.get(name)}, not "
+                f"{value}. There is nothing to resume: choose another --out, or leave --resume out to replace it."
+            )
+    print(f"{args.out} is finished; there is nothing to resume.", file=sys.stderr)
+    return cmap
 
 
 def _report(args: argparse.Namespace, problem: Problem, cmap: ConflictMap) -> Report:
@@ -169,6 +195,7 @@ def _report(args: argparse.Namespace, problem: Problem, cmap: ConflictMap) -> Re
         f"Score: how often a cosine was below {cmap.threshold:g}.",
         "",
         ranking_table(layers, max(_TOP, top_k + 2), top_k=top_k),
+        *([unsure_why(cmap)] if unsure_why(cmap) else []),
         "",
         f"Saved {args.out}. Next, branch the worst layers:",
         f"  {shlex.join(next_command)}",

@@ -11,8 +11,8 @@ from recon.reach import Reach
 
 _LARGE = 1 << 14  # scalars in a parameter whose gradient is worth a hook
 
-Receive = Callable[[int, Tensor, Tensor], None]
-"""Takes the number of a task, a leaf, and the task's gradient there, which it must not keep or change."""
+Receive = Callable[[int, list[Tensor], list[Tensor]], None]
+"""Takes the number of a task, leaves, and the task's gradients there, which it must not keep or change."""
 
 
 def differentiate(losses: Mapping[str, Tensor], reach: Reach, buffers: Iterable[Tensor], receive: Receive) -> None:
@@ -26,7 +26,7 @@ def differentiate(losses: Mapping[str, Tensor], reach: Reach, buffers: Iterable[
         reach: of the losses.
         buffers: the model's. They end as one backward pass leaves them: one that runs a part of the forward again
             (activation checkpoints) moves running statistics.
-        receive: gets the task's number in `reach`, a leaf of the graph, and the gradient.
+        receive: gets the task's number in `reach`, leaves of the graph, and the gradients.
     """
     present = [(number, task) for number, task in enumerate(reach.tasks) if task in losses]
     watched = [(buffer, buffer._version) for buffer in buffers]
@@ -52,16 +52,15 @@ def _pass(number: int, loss: Tensor, leaves: list[Tensor], retain_graph: bool, r
     finally:
         for handle in handles:
             handle.remove()
-    for leaf, gradient in zip(leaves, found, strict=True):
-        if gradient is not None and leaf not in large:
-            receive(number, leaf, _dense(gradient))
+    small = [(leaf, _dense(g)) for leaf, g in zip(leaves, found, strict=True) if g is not None and leaf not in large]
+    receive(number, [leaf for leaf, _ in small], [gradient for _, gradient in small])
 
 
 def _hand_over(number: int, leaf: Tensor, receive: Receive) -> Callable[[Tensor | None], Tensor | None]:
     def hook(gradient: Tensor | None) -> Tensor | None:
         if gradient is None:
             return None
-        receive(number, leaf, _dense(gradient))
+        receive(number, [leaf], [_dense(gradient)])
         # autograd holds what it will return until the pass is over: this takes no memory.
         return None if gradient.is_sparse else gradient.new_empty(()).expand(gradient.shape)
 

@@ -226,4 +226,4 @@ def _check(series: Series, k: int = 1, least: int = 2) -> None:
             f"The series has {len(series)} bins of steps, but noise shows in {least} or more: profile more steps."
         )
     if not 1 <= k <= series.shape[1]:
-        raise UsageError(f"k is {k}, but there are {series.shape[1]} shared layers: take 1 to {series.shape[1]}.")
+        raise UsageError(f"The top {k} of {series.shape[1]} shared layers were asked for: take 1 to {series.shape[1]}.")

@@ -72,7 +72,7 @@ class LayerConflicts:
         return sum(int(np.prod(shape)) for shape in self.shapes.values()) if self.shapes else None
 
 
-@dataclass
+@dataclass(repr=False)
 class ConflictMap:
     """The S-conflict scores of every shared layer (Shi et al. 2023, definition 4), at every threshold.
 
@@ -97,10 +97,29 @@ class ConflictMap:
     made_by: dict[str, Any] = field(default_factory=dict)
     bin_steps: int = 0
 
+    def __repr__(self) -> str:
+        steps = "?" if self.steps is None else self.steps
+        first = ", ".join(self.ranking()[:3])
+        return (
+            f"ConflictMap({len(self.tasks)} tasks, {len(self.layers)} shared layers, {steps} steps, "
+            f"S={self.threshold:g}; first: {first})"
+        )
+
     @property
     def pairs(self) -> list[tuple[str, str]]:
         """The task pairs, in the order of the `pairs` axis of the counts."""
         return list(combinations(self.tasks, 2))
+
+    @property
+    def unfinished(self) -> str:
+        """What is to be said of a map that an interrupted profile left; empty for a whole one."""
+        if self.made_by.get("finished", True):
+            return ""
+        made = self.made_by
+        return (
+            f"The profile was interrupted in epoch {made.get('epoch')} of {made.get('epochs')}: its map holds what was "
+            "counted until then. Go on with --resume."
+        )
 
     def scores(self, threshold: float | None = None) -> dict[str, int]:
         """`{layer name: S-conflict score}`: how many (step, pair) had a cosine below `threshold`, strictly.

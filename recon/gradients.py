@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -35,15 +35,34 @@ class Workspace:
     """Memory for a step's Jacobian that the next step uses again: new pages cost as much as the statistics."""
 
     def __init__(self) -> None:
-        self._memory: Tensor | None = None
+        self._memory = torch.empty(0)
+        self._layout: tuple[int, ...] = ()
+        self._rows: list[dict[Tensor, Tensor]] = []
 
-    def matrix(self, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """(rows, columns), with whatever the last step left in it."""
-        kept = self._memory
-        if kept is None or kept.numel() < rows * columns or (kept.dtype, kept.device) != (dtype, device):
-            self._memory = kept = None  # before more is taken
-            self._memory = kept = torch.empty(rows * columns, dtype=dtype, device=device)
-        return kept[: rows * columns].view(rows, columns)
+    def matrix(self, shared: Sequence[nn.Parameter], tasks: int) -> tuple[Tensor, list[dict[Tensor, Tensor]]]:
+        """A (T, P) matrix with whatever the last step left in it, and each row as `{parameter: its part, shaped}`."""
+        layout = (tasks, *map(id, shared))
+        widths = list(map(width, shared))
+        if layout != self._layout:
+            matrix = self._resize(shared, tasks, sum(widths))
+            shapes = [as_real(p).shape for p in shared]
+            self._rows = [
+                {p: part.view(shape) for p, part, shape in zip(shared, row.split(widths), shapes, strict=True)}
+                for row in matrix
+            ]
+            self._layout = layout
+        return self._memory[: tasks * sum(widths)].view(tasks, -1), self._rows
+
+    def _resize(self, shared: Sequence[nn.Parameter], tasks: int, columns: int) -> Tensor:
+        dtype, device = torch.float32, torch.device("cpu")
+        for p in shared:
+            dtype = torch.promote_types(dtype, p.dtype.to_real())
+        for p in shared[:1]:
+            device = p.device
+        if self._memory.numel() < tasks * columns or (self._memory.dtype, self._memory.device) != (dtype, device):
+            self._rows, self._memory = [], torch.empty(0)  # before more is taken
+            self._memory = torch.empty(tasks * columns, dtype=dtype, device=device)
+        return self._memory[: tasks * columns].view(tasks, columns)
 
 
 def task_jacobian(
@@ -68,41 +87,34 @@ def task_jacobian(
     """
     parameters = list(parameters)
     reach = agree_on_reach(find_reach(losses, parameters), parameters)
-    jacobian = _empty(reach, workspace or Workspace())
-    _fill(jacobian, losses, reach, buffers)
+    jacobian = _fill(losses, reach, workspace or Workspace(), buffers)
     if world_size() > 1:
         _average(jacobian, reach)
     return jacobian
 
 
-def _empty(reach: Reach, workspace: Workspace) -> TaskJacobian:
-    """A Jacobian whose matrix holds anything."""
-    dtype, device = torch.float32, torch.device("cpu")
-    for p in reach.shared:
-        dtype = torch.promote_types(dtype, p.dtype.to_real())
-    for p in reach.shared[:1]:
-        device = p.device
-    matrix = workspace.matrix(len(reach.tasks), sum(map(width, reach.shared)), dtype, device)
-    return TaskJacobian(reach.tasks, reach.shared, matrix, {task: {} for task in reach.tasks})
+def _fill(losses: Mapping[str, Tensor], reach: Reach, workspace: Workspace, buffers: Iterable[Tensor]) -> TaskJacobian:
+    matrix, rows = workspace.matrix(reach.shared, len(reach.tasks))
+    unreached = [dict(row) for row in rows]
+    own: list[dict[Tensor, Tensor]] = [{} for _ in rows]
 
-
-def _fill(jacobian: TaskJacobian, losses: Mapping[str, Tensor], reach: Reach, buffers: Iterable[Tensor]) -> None:
-    widths = list(map(width, jacobian.shared))
-    rows: list[dict[Tensor, Tensor]]
-    rows = [dict(zip(jacobian.shared, row.split(widths), strict=True)) for row in jacobian.matrix]
-
-    def receive(number: int, leaf: Tensor, gradient: Tensor) -> None:
-        place = rows[number].pop(leaf, None)
-        if place is None:
-            jacobian.own[jacobian.tasks[number]][leaf] = gradient.clone()
-        else:
-            real = as_real(gradient)
-            place.view(real.shape).copy_(real)
+    def receive(number: int, leaves: list[Tensor], gradients: list[Tensor]) -> None:
+        left, places, parts = unreached[number], [], []
+        for leaf, gradient in zip(leaves, gradients, strict=True):
+            place = left.pop(leaf, None)
+            if place is None:
+                own[number][leaf] = gradient.clone()
+            else:
+                places.append(place)
+                parts.append(as_real(gradient))
+        if places:
+            torch._foreach_copy_(places, parts)
 
     differentiate(losses, reach, buffers, receive)
-    for row in rows:
-        for unreached in row.values():
-            unreached.zero_()
+    for left in unreached:
+        for place in left.values():
+            place.zero_()
+    return TaskJacobian(reach.tasks, reach.shared, matrix, dict(zip(reach.tasks, own, strict=True)))
 
 
 def _average(jacobian: TaskJacobian, reach: Reach) -> None:
@@ -138,13 +150,14 @@ def write_combination(jacobian: TaskJacobian, weights: Tensor | None = None) -> 
     write_update(jacobian, matrix.sum(dim=0) if weights is None else weights.to(matrix) @ matrix)
 
 
+@torch.no_grad()
 def write_update(jacobian: TaskJacobian, update: Tensor) -> None:
     """Accumulate a (P,) update of the shared parameters into their `.grad`."""
     widths = list(map(width, jacobian.shared))
     for parameter, part in zip(jacobian.shared, update.split(widths), strict=True):
         if parameter.is_complex():
             part = torch.view_as_complex(part.view(*parameter.shape, 2))
-        add_gradient(parameter, part.view(parameter.shape))
+        _accumulate(parameter, part.view(parameter.shape))
 
 
 def write_own(jacobian: TaskJacobian, weights: Mapping[str, Tensor] | None = None) -> None:
@@ -157,13 +170,19 @@ def write_own(jacobian: TaskJacobian, weights: Mapping[str, Tensor] | None = Non
 @torch.no_grad()
 def add_gradient(leaf: Tensor, gradient: Tensor) -> None:
     """Accumulate into `.grad` as `backward()` would, in place, and run what waits for it; `gradient` is spent."""
-    if leaf.grad is None:
-        gradient = gradient.to(device=leaf.device, dtype=leaf.dtype)
-        # Optimizers are quicker where the gradient lies in memory as its parameter does.
-        leaf.grad = gradient if gradient.stride() == leaf.stride() else torch.empty_like(leaf).copy_(gradient)
-    elif leaf.grad.is_sparse:
-        leaf.grad = leaf.grad + gradient
+    _accumulate(leaf, gradient)
+
+
+def _accumulate(leaf: Tensor, gradient: Tensor) -> None:
+    grad = leaf.grad
+    if grad is None:
+        if gradient.dtype != leaf.dtype or gradient.device != leaf.device or gradient.stride() != leaf.stride():
+            # Optimizers are quicker where the gradient lies in memory as its parameter does.
+            gradient = torch.empty_like(leaf).copy_(gradient)
+        leaf.grad = gradient
+    elif grad.is_sparse:
+        leaf.grad = grad + gradient
     else:
-        leaf.grad.add_(gradient.to(leaf.grad.device))
+        grad.add_(gradient.to(grad.device))
     for hook in (getattr(leaf, "_post_accumulate_grad_hooks", None) or {}).values():
         hook(leaf)

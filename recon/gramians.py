@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from itertools import groupby
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -91,10 +92,22 @@ def _batches(layers: Iterator[_Columns], room: int) -> Iterator[list[_Columns]]:
 def _gramians(matrix: Tensor, layers: list[_Columns], room: int) -> list[Tensor]:
     """The Gramians of neighbouring layers, from one block; a large layer's in pieces."""
     first, last = layers[0].start, layers[-1].stop
-    if len(layers) > 1 or last - first <= room:
-        block = matrix[:, first:last].to(_wide(matrix))
-        return [_self_product(block[:, start - first : stop - first]) for _, start, stop in layers]
-    return [_gramian_in_pieces(matrix[:, first:last], room)]
+    if last - first > room:
+        return [_gramian_in_pieces(matrix[:, first:last], room)]
+    block = matrix[:, first:last].to(_wide(matrix))
+    if block.device.type == "cpu" and len(block) <= 3:
+        return _segment_gramians(block, [start - first for _, start, _ in layers])
+    return [_self_product(block[:, start - first : stop - first]) for _, start, stop in layers]
+
+
+def _segment_gramians(block: Tensor, starts: list[int]) -> list[Tensor]:
+    """The Gramians of the segments that begin at `starts`, in a few calls for all of them together."""
+    rows = block.numpy()
+    i, j = np.triu_indices(len(rows))
+    sums = np.add.reduceat(rows[i] * rows[j], starts, axis=1)
+    gramians = np.empty((len(starts), len(rows), len(rows)))
+    gramians[:, i, j] = gramians[:, j, i] = sums.T
+    return list(torch.from_numpy(gramians))
 
 
 def _gramian_in_pieces(rows: Tensor, room: int) -> Tensor:

@@ -110,6 +110,9 @@ class _Reader:
             made_by=self._get(document, "made_by", dict),
             bin_steps=self._get(document, "bin_steps", int),
         )
+        for key, count in (("steps", cmap.steps), ("skipped_non_finite", cmap.skipped), ("bin_steps", cmap.bin_steps)):
+            if count is not None and count < 0:
+                raise self.fail(f"field {key!r} is {count}, but counts something")
         self._check(cmap)
         return cmap
 

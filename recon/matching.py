@@ -38,7 +38,7 @@ class Match:
     def warnings(self) -> list[str]:
         """What a user should know before trusting the map, a sentence or two each."""
         total = len(self.matched) + len(self.missing)
-        lines = []
+        lines = [self.cmap.unfinished] if self.cmap.unfinished else []
         if self.missing:
             lines.append(
                 f"{len(self.missing)} of the map's {total} layers are not in this model ({some(self.missing)}); the "
@@ -65,7 +65,7 @@ def match(cmap: ConflictMap, model: nn.Module, rename: Mapping[str, str] | None 
         MapMismatchError: none of the map's layers is in the model, or two of them are one layer there.
         UnknownNameError: a rename changes no name.
     """
-    cmap = renamed(cmap, rename)
+    given, cmap = [layer.name for layer in cmap.layers], renamed(cmap, rename)
     layers = find_layers(model)
     by_path = {path: layer for layer in layers for path in (layer.name, *layer.aliases)}
     found: dict[str, LayerConflicts] = {}
@@ -81,7 +81,8 @@ def match(cmap: ConflictMap, model: nn.Module, rename: Mapping[str, str] | None 
         found[name] = scored
     names = [scored.name for scored in cmap.layers]
     missing = [name for name in names if name not in by_path]
-    hint = rename_hint(names, list(by_path)) if missing else ""
+    # In the map's own names, of which a rename given with the hint speaks.
+    hint = rename_hint(given, list(by_path)) if missing else ""
     if not found:
         advice = f"{hint} Or profile" if hint else "Profile"
         raise MapMismatchError(

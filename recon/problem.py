@@ -47,10 +47,15 @@ class Task:
     metrics: Sequence[Metric] = ()
 
     def __post_init__(self) -> None:
-        if not self.name or "." in self.name or "+" in self.name:
+        if not isinstance(self.name, str) or not self.name or "." in self.name or "+" in self.name:
             raise ProblemError(
                 f"Task name {self.name!r} cannot be used: names become parts of parameter names, so they "
                 "must not be empty nor contain '.' or '+'. Rename the task, for example with '_'."
+            )
+        if not callable(self.loss):
+            raise ProblemError(
+                f"The loss of task {self.name!r} is {self.loss!r}, which cannot be called. Pass a function (output, "
+                "target) -> scalar, such as torch.nn.functional.mse_loss."
             )
         metrics = [metric.name for metric in self.metrics]
         if len(set(metrics)) < len(metrics):
@@ -87,6 +92,11 @@ class Problem:
     description: str = ""
 
     def __post_init__(self) -> None:
+        odd = [task for task in self.tasks if not isinstance(task, Task)]
+        if odd:
+            raise ProblemError(
+                f"The tasks of problem {self.name!r} hold {odd[0]!r}. Each must be a recon.Task(name, loss, metrics)."
+            )
         names = [task.name for task in self.tasks]
         if len(names) < 2 or len(set(names)) < len(names):
             raise ProblemError(f"Problem {self.name!r} needs at least two tasks with different names, but got {names}.")

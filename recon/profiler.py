@@ -54,7 +54,8 @@ class Profiler:
             errs by about 0.02 in a cosine. Sketches serve joint training and other weightings of the losses.
 
     Raises:
-        UsageError: the threshold is off the grid, `every` is below 1, `until_stable` no share, or no such memory.
+        UsageError: the threshold is off the grid, `every` is below 1, `until_stable` no share, `top_k` above the number
+            of layers, or no such memory.
     """
 
     def __init__(
@@ -69,6 +70,8 @@ class Profiler:
         memory: Memory = "exact",
     ) -> None:
         threshold_bin(threshold)
+        if not isinstance(model, nn.Module):
+            raise UsageError(f"model is a {type(model).__name__}. Pass the torch.nn.Module that trains.")
         if not isinstance(every, int) or every < 1:
             raise UsageError(f"every is {every!r}. Profile each n-th step, n a whole number of at least 1.")
         if memory not in get_args(Memory):
@@ -78,8 +81,11 @@ class Profiler:
         self.every = every
         self.memory = memory
         self.layers = find_layers(unwrapped(model))
+        if top_k is not None and top_k > len(self.layers):
+            raise UsageError(f"top_k is {top_k}, but the model has {len(self.layers)} layers. Take fewer.")
         # In layer order, so that each layer is one block of columns in the Jacobian.
         self.parameters = [p for layer in self.layers for p in layer.parameters.values()]
+        self.buffers = list(model.buffers())  # to find them anew takes longer than to look at them
         self.workspace = Workspace()
         self._layer_of: dict[Tensor, int] = {
             p: i for i, layer in enumerate(self.layers) for p in layer.parameters.values()
@@ -147,16 +153,17 @@ class Profiler:
         sketches = sketch.zeros(len(reach.tasks), self.device)
         total: dict[Tensor, Tensor] = {}
 
-        def receive(number: int, leaf: Tensor, gradient: Tensor) -> None:
-            if leaf in sketch:
-                sketch.fold(leaf, as_real(gradient), sketches[number])
-            part = gradient if weights is None else gradient * weights[reach.tasks[number]].to(gradient)
-            if leaf in total:
-                total[leaf].add_(part)
-            else:
-                total[leaf] = part.clone()
+        def receive(number: int, leaves: list[Tensor], gradients: list[Tensor]) -> None:
+            for leaf, gradient in zip(leaves, gradients, strict=True):
+                if leaf in sketch:
+                    sketch.fold(leaf, as_real(gradient), sketches[number])
+                part = gradient if weights is None else gradient * weights[reach.tasks[number]].to(gradient)
+                if leaf in total:
+                    total[leaf].add_(part)
+                else:
+                    total[leaf] = part.clone()
 
-        differentiate(losses, reach, self.model.buffers(), receive)
+        differentiate(losses, reach, self.buffers, receive)
         if world_size() > 1:  # the same gradients, in the same order, on every rank
             reached = {p for found in reach.parameters.values() for p in found}
             total |= {p: total.get(p, torch.zeros_like(p)) for p in self.parameters if p in reached}
@@ -174,9 +181,11 @@ class Profiler:
             planned: how many steps the whole run would profile; twice as many as so far when not given.
 
         Raises:
-            UsageError: `top_k` is above the number of shared layers.
+            UsageError: the profiler was made without `until_stable`, or `top_k` is above the number of shared layers.
         """
-        if self._stable is None or self._tally is None or not self._stable.due(self.steps):
+        if self._stable is None:
+            raise UsageError("is_stable() needs to know when: make the profiler with until_stable=0.9, say.")
+        if self._tally is None or not self._stable.due(self.steps):
             return False
         counts, bin_steps = self._tally.series()
         series = counts[:, sorted(self._shared)].numpy()
@@ -219,6 +228,8 @@ class Profiler:
         mine: dict[str, Any] = {"threshold": self.threshold, "every": self.every, "memory": self.memory}
         mine["layers"] = [layer.name for layer in self.layers]
         for name, value in mine.items():
+            if name not in state:
+                raise CheckpointError(f"This is no saved state of a profiler: it has no {name}.")
             if state[name] != value:
                 raise CheckpointError(
                     f"The saved profile has other {name}: {state[name]}, not {value}. Profile with the settings of "

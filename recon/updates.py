@@ -89,6 +89,10 @@ def _checked(method: Method | None, losses: Mapping[str, Tensor], profiler: Prof
             f"method is a {type(method).__name__}, not a method. Make it once, before the loop: "
             "method = recon.methods.get('pcgrad')."
         )
+    if not isinstance(losses, Mapping):
+        raise UsageError(f"losses is a {type(losses).__name__}. Pass a dict: {{task name: scalar loss}}.")
+    if not losses and world_size() == 1:
+        raise UsageError("There is no loss: every task's target was missing. Skip such a batch.")
     odd = [task for task in losses if not isinstance(task, str)]
     if odd:
         raise UsageError(f"The losses are of the tasks {list(losses)}. Name tasks by strings, not by {odd[0]!r}.")
@@ -103,7 +107,7 @@ def _checked(method: Method | None, losses: Mapping[str, Tensor], profiler: Prof
 def _recorded_weighting(method: Weighting, losses: Mapping[str, Tensor], profiler: Profiler) -> dict[str, Tensor]:
     if profiler.memory == "sketch":
         return _sketched_weighting(method, losses, profiler)
-    jacobian = task_jacobian(losses, profiler.parameters, profiler.workspace, profiler.model.buffers())
+    jacobian = task_jacobian(losses, profiler.parameters, profiler.workspace, profiler.buffers)
     profiler.observe(jacobian)
     weights = _weigh(method, losses, jacobian.tasks, profiler.device)
     if isinstance(method, Joint) or not weights:

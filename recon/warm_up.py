@@ -127,7 +127,7 @@ def profile(
         scheduler=scheduler,
         profiler=profiler,
         on_epoch=on_epoch,
-        stop=lambda: profiler.is_stable(planned),
+        stop=None if until_stable is None else lambda: profiler.is_stable(planned),
         progress=progress,
         checkpoint=checkpoint,
         resume=resume,

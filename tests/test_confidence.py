@@ -241,7 +241,7 @@ def test_the_same_series_gives_the_same_numbers():
 def test_k_out_of_range(k):
     series = np.ones((10, 4), dtype=np.int64)
     for use in (top_k_probability, expected_overlap):
-        with pytest.raises(UsageError, match="4 shared layers: take 1 to 4"):
+        with pytest.raises(UsageError, match=f"The top {k} of 4 shared layers"):
             use(series, k)
 
 

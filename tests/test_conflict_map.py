@@ -261,6 +261,10 @@ def test_a_failed_save_leaves_the_old_map(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == [tmp_path / "map.json"]
 
 
+def test_a_map_prints_as_one_line():
+    assert repr(make_map()).startswith("ConflictMap(2 tasks, 3 shared layers, 40 steps, S=-0.1; first: ")
+
+
 def test_how_sure_the_scores_are():
     cmap = with_series(make_map(), bins=20)
     for name, (low, high) in cmap.intervals().items():

@@ -150,3 +150,13 @@ def test_a_layer_under_another_path_of_the_same_module():
     assert match(make_map(layers=("again", "fc")), model).matched == ("first", "fc")
     with pytest.raises(MapMismatchError, match="reached by two paths"):
         match(make_map(layers=("first", "again")), model)
+
+
+def test_a_map_of_an_interrupted_profile_says_so():
+    cmap = make_map(layers=NAMES)
+    for layer in cmap.layers:
+        layer.shapes = {"weight": [2, 3]}
+    assert not cmap.unfinished and not match(cmap, net()).warnings()
+    cmap.made_by |= {"finished": False, "epoch": 2, "epochs": 5}
+    (warning,) = match(cmap, net()).warnings()
+    assert warning.startswith("The profile was interrupted in epoch 2 of 5")

@@ -386,6 +386,13 @@ def test_metrics_of_a_task_have_different_names():
         Task("a", torch.nn.functional.mse_loss, [Metric("error", object)] * 2)
 
 
+def test_what_is_no_loss_and_no_task_is_named():
+    with pytest.raises(ProblemError, match=r"loss of task 'a' is 'mse', which cannot be called"):
+        Task("a", "mse")
+    with pytest.raises(ProblemError, match=r"hold 'b'\. Each must be a recon\.Task"):
+        Problem("p", [Task("a", torch.nn.functional.mse_loss), "b"], torch.nn.Identity, lambda seed: ([], []))
+
+
 @pytest.mark.parametrize("tasks", [[], ["a"], ["a", "a"]])
 def test_a_problem_needs_two_different_tasks(tasks):
     made = [Task(name, torch.nn.functional.mse_loss) for name in tasks]

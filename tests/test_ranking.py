@@ -6,7 +6,7 @@ import pytest
 from recon.confidence import intervals, top_k_probability
 from recon.conflict_map import BINS, ConflictMap, LayerConflicts
 from recon.errors import UsageError
-from recon_cli.ranking import ranked_layers, ranking_table
+from recon_cli.ranking import ranked_layers, ranking_table, unsure_why
 
 RATES = {"stem": 0.0, "a": 0.3, "b": 0.82, "c": 0.5, "d": 0.56, "e": 0.9}
 STEPS = 200
@@ -103,3 +103,11 @@ def test_a_cut_outside_the_ranking(cmap, k):
     for some in (cmap, without_series(cmap)):
         with pytest.raises(UsageError, match=f"top {k} of 6 shared layers: take 1 to 6"):
             ranked_layers(some, top_k=k)
+
+
+def test_why_a_ranking_tells_nothing_of_how_sure_it_is(cmap):
+    assert unsure_why(cmap) == unsure_why(cmap, cmap.threshold) == ""
+    assert "at its own S=-0.1 alone" in unsure_why(cmap, -0.2)
+    layers = [LayerConflicts(name, "", {}, None, None, None, score=3) for name in RATES]
+    assert "merged and imported" in unsure_why(ConflictMap((), -0.1, None, None, (), layers))
+    assert "one step" in unsure_why(ConflictMap((), -0.1, 1, 0, (), layers))

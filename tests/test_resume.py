@@ -776,6 +776,28 @@ def test_no_checkpoint_on_the_command_line(command):
     assert code == 0 and "There is no checkpoint map.json.checkpoint: starting from the beginning." in err
 
 
+def test_a_finished_map_is_not_lost(folder, command):
+    line = "profile tiny.py:problem --epochs 1 --out map.json"
+    assert command(line)[0] == 0
+    finished = (folder / "map.json").read_bytes()
+    code, out, err = command(f"{line} --resume")
+    assert code == 0 and "map.json is finished; there is nothing to resume." in err and "Saved map.json" in out
+    for other in ("--seed 1", "--method pcgrad"):
+        code, _, err = command(f"{line} --resume {other}")
+        assert code == 2 and "map.json is the finished map of another profile: its " in err
+    process = subprocess.Popen(
+        [sys.executable, *f"-m recon_cli {line} --seed 1 --epochs 50".split()],
+        env={**os.environ, "PAUSE": "0.1", "OMP_NUM_THREADS": "1"},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        next(text for text in process.stderr if text.startswith("epoch 2/"))
+    finally:
+        process.kill()
+    assert (folder / "map.json").read_bytes() == finished and (folder / "map.json.checkpoint").exists()
+
+
 def test_a_damaged_checkpoint_on_the_command_line(folder, command):
     (folder / "map.json.checkpoint").write_bytes(b"PK\x03\x04 and then nothing")
     code, out, err = command(LINE)
