@@ -25,6 +25,7 @@ lint: $(READY)
 bench: $(READY)
 	$(BIN)/python benchmarks/profile_step.py
 	$(BIN)/python benchmarks/branched_step.py
+	$(BIN)/python benchmarks/until_stable.py
 
 models: $(READY)
 	$(BIN)/python -m tests.families

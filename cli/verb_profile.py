@@ -109,6 +109,8 @@ def run(args: argparse.Namespace) -> Report:
     finished = _finished_map(args.out)
     if finished is not None and args.resume and not checkpoint.exists():
         return _report(args, problem, _checked_same(finished, args, problem))
+    if finished is not None:
+        print(f"note: the map in {args.out} will be replaced when the new one is finished.", file=sys.stderr)
     with ranks.joined(device), resumable(args, checkpoint):
         if ranks.number() == 0:
             remove_partial(args.out)

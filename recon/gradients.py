@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from recon.backward_passes import differentiate
 from recon.distributed import agree_on_reach, average_, world_size
 from recon.reach import Reach, find_reach
+
+_PIECE = 1 << 17  # scalars of an update that are made at a time, or one parameter's
 
 
 @dataclass
@@ -146,15 +148,37 @@ def write_combination(jacobian: TaskJacobian, weights: Tensor | None = None) -> 
         jacobian: of this step.
         weights: (T,); the plain sum of the rows when not given.
     """
-    matrix = jacobian.matrix
-    write_update(jacobian, matrix.sum(dim=0) if weights is None else weights.to(matrix) @ matrix)
+    weights = None if weights is None else weights.to(jacobian.matrix)
+    start = 0
+    for parameters in _pieces(jacobian.shared):
+        stop = start + sum(map(width, parameters))
+        rows = jacobian.matrix[:, start:stop]
+        _write(parameters, rows.sum(dim=0) if weights is None else weights @ rows)
+        start = stop
+
+
+def _pieces(parameters: Iterable[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
+    """A large parameter alone, small ones together: memory for all at once would be new pages in every step."""
+    piece: list[nn.Parameter] = []
+    size = 0
+    for parameter in parameters:
+        piece.append(parameter)
+        size += width(parameter)
+        if size > _PIECE:
+            yield piece
+            piece, size = [], 0
+    if piece:
+        yield piece
+
+
+def write_update(jacobian: TaskJacobian, update: Tensor) -> None:
+    """Accumulate a (P,) update of the shared parameters into their `.grad`."""
+    _write(jacobian.shared, update)
 
 
 @torch.no_grad()
-def write_update(jacobian: TaskJacobian, update: Tensor) -> None:
-    """Accumulate a (P,) update of the shared parameters into their `.grad`."""
-    widths = list(map(width, jacobian.shared))
-    for parameter, part in zip(jacobian.shared, update.split(widths), strict=True):
+def _write(parameters: Sequence[nn.Parameter], update: Tensor) -> None:
+    for parameter, part in zip(parameters, update.split(list(map(width, parameters))), strict=True):
         if parameter.is_complex():
             part = torch.view_as_complex(part.view(*parameter.shape, 2))
         _accumulate(parameter, part.view(parameter.shape))

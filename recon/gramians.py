@@ -15,7 +15,7 @@ from recon.gradients import TaskJacobian, as_real, width
 
 _IN_CACHE = 1 << 18  # numbers of a block held at a time: it stays in a CPU's cache
 _ON_DEVICE = 1 << 24  # elsewhere it is the launches that cost
-_LONG = 1 << 15  # columns from which float64 is noticed in the time of a step
+_LONG = 1 << 15  # columns from which float64 is noticed in the time of a step, and of a block in float32
 _TINY, _HUGE = 1e-20, 1e20  # squared norms between which float32 loses nothing
 
 
@@ -37,9 +37,9 @@ def layer_gramians(jacobian: TaskJacobian, layer_of: Mapping[Tensor, int]) -> tu
     """The Gramian G_k = J_k J_kᵀ of every shared layer, weight and bias together: one product, no loop over pairs.
 
     In float64, for cosines that are exact and independent of the loss scale: squares of gradients near 1e-25
-    vanish in float32, and a float32 sum over a million elements is off by 1e-5. With four tasks or more on a CPU,
-    the blocks of a large layer are multiplied in float32 and summed up in float64, which is off by 1e-7 of the
-    norms. (Apple's MPS has no float64.)
+    vanish in float32, and a float32 sum over a million elements is off by 1e-5. On a CPU, the blocks of a large layer
+    are multiplied in float32 and summed up in float64, which is off by 1e-7 of the norms, unless these are so small
+    or large that float32 would lose something. (Apple's MPS has no float64.)
 
     Args:
         jacobian: its shared parameters must come layer by layer.
@@ -111,9 +111,11 @@ def _segment_gramians(block: Tensor, starts: list[int]) -> list[Tensor]:
 
 
 def _gramian_in_pieces(rows: Tensor, room: int) -> Tensor:
-    if rows.device.type == "cpu" and len(rows) > 3 and rows.shape[1] > _LONG:
-        # Twice as fast as float64, and these products are most of what the statistics of many tasks cost.
-        product = torch.stack([_self_product(piece).double() for piece in rows.split(_LONG // 2, dim=1)]).sum(dim=0)
+    if rows.device.type == "cpu" and rows.shape[1] > _LONG:
+        # Twice as fast as float64, and these products are most of what the statistics cost.
+        product = torch.stack([_self_product(piece) for piece in rows.split(_LONG, dim=1)]).sum(
+            dim=0, dtype=torch.float64
+        )
         squares = product.diagonal()
         if ((squares > _TINY) & (squares < _HUGE)).all():
             return product

@@ -141,7 +141,7 @@ def linear_losses(vectors, shape=(-1,)):
     return weight, {f"task{i}": (weight.view(-1) * v).sum() for i, v in enumerate(vectors)}
 
 
-@pytest.mark.parametrize("tasks, size", [(2, 5), (2, 131_072), (3, 300_001), (40, 10_000)])
+@pytest.mark.parametrize("tasks, size", [(2, 5), (2, 32_768), (3, 10_001), (40, 10_000)])
 def test_gramians_are_exact_in_float64(tasks, size):
     vectors = torch.randn(tasks, size)
     weight, losses = linear_losses(vectors)
@@ -152,10 +152,11 @@ def test_gramians_are_exact_in_float64(tasks, size):
         torch.testing.assert_close(gramian(task_jacobian(losses, [weight])), expected, rtol=1e-12, atol=1e-9)
 
 
+@pytest.mark.parametrize("tasks", [2, 3, 6])
 @pytest.mark.parametrize("scale", [1e-25, 1.0, 1e18])
-def test_gramians_of_many_tasks_in_a_large_layer(scale):
-    vectors = torch.randn(6, 200_000)
-    vectors[2] *= scale
+def test_gramians_of_a_large_layer(tasks, scale):
+    vectors = torch.randn(tasks, 200_000)
+    vectors[1] *= scale
     weight, losses = linear_losses(vectors)
     wide = vectors.double()
     expected, norms = wide @ wide.T, wide.norm(dim=1)
