@@ -8,16 +8,15 @@ import importlib
 import json
 import os
 import sys
-import sysconfig
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from importlib.metadata import version
 from pathlib import Path
 
-import recon
 from recon.errors import ReconError, UnknownNameError, UsageError
 from recon.runs import json_values
+from recon.user_code import user_frame
 from recon_cli import ranks
 from recon_cli.parsing import Parser
 
@@ -105,20 +104,11 @@ def _message(error: BaseException) -> str:
     if isinstance(error, KeyboardInterrupt):
         return "Interrupted."
     what = f"{type(error).__name__}: {error}"
-    frame = _user_frame(error)
+    frame = user_frame(error, Path(__file__).parent)
     if frame is None:
         return f"{what}\nThis was not expected; rerun with --debug for the traceback."
     where = f"{frame.filename}:{frame.lineno}, in {frame.name}"
     return f"The problem's code raised {what} ({where}). Rerun with --debug for the traceback."
-
-
-def _user_frame(error: BaseException) -> traceback.FrameSummary | None:
-    """The innermost line that is not recon's, Python's or an installed package's."""
-    folders = [Path(__file__).parent, Path(recon.__file__).parent]
-    folders += [Path(sysconfig.get_path(kind)) for kind in ("stdlib", "purelib", "platlib")]
-    others = ("<", *(os.path.join(folder, "") for folder in folders))
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(others)]
-    return frames[-1] if frames else None
 
 
 if __name__ == "__main__":

@@ -188,6 +188,7 @@ def _checked_same(cmap: ConflictMap, args: argparse.Namespace, problem: Problem)
 
 
 def _report(args: argparse.Namespace, problem: Problem, cmap: ConflictMap) -> Report:
+    unsure = unsure_why(cmap)
     top_k = min(args.top_k or max(1, len(cmap.layers) // 4), len(cmap.layers))
     layers = ranked_layers(cmap, top_k=top_k)
     next_command = ["recon", "convert", *problem_arguments(args), "--map", str(args.out)]
@@ -197,7 +198,7 @@ def _report(args: argparse.Namespace, problem: Problem, cmap: ConflictMap) -> Re
         f"Score: how often a cosine was below {cmap.threshold:g}.",
         "",
         ranking_table(layers, max(_TOP, top_k + 2), top_k=top_k),
-        *([unsure_why(cmap)] if unsure_why(cmap) else []),
+        *([unsure] if unsure else []),
         "",
         f"Saved {args.out}. Next, branch the worst layers:",
         f"  {shlex.join(next_command)}",

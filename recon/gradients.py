@@ -45,22 +45,22 @@ class Workspace:
         """A (T, P) matrix with whatever the last step left in it, and each row as `{parameter: its part, shaped}`."""
         layout = (tasks, *map(id, shared))
         widths = list(map(width, shared))
+        columns = sum(widths)
         if layout != self._layout:
-            matrix = self._resize(shared, tasks, sum(widths))
+            matrix = self._resize(shared, tasks, columns)
             shapes = [as_real(p).shape for p in shared]
             self._rows = [
                 {p: part.view(shape) for p, part, shape in zip(shared, row.split(widths), shapes, strict=True)}
                 for row in matrix
             ]
             self._layout = layout
-        return self._memory[: tasks * sum(widths)].view(tasks, -1), self._rows
+        return self._memory[: tasks * columns].view(tasks, columns), self._rows
 
     def _resize(self, shared: Sequence[nn.Parameter], tasks: int, columns: int) -> Tensor:
-        dtype, device = torch.float32, torch.device("cpu")
+        dtype = torch.float32
         for p in shared:
             dtype = torch.promote_types(dtype, p.dtype.to_real())
-        for p in shared[:1]:
-            device = p.device
+        device = shared[0].device if shared else torch.device("cpu")
         if self._memory.numel() < tasks * columns or (self._memory.dtype, self._memory.device) != (dtype, device):
             self._rows, self._memory = [], torch.empty(0)  # before more is taken
             self._memory = torch.empty(tasks * columns, dtype=dtype, device=device)

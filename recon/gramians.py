@@ -73,7 +73,8 @@ def _columns(jacobian: TaskJacobian, layer_of: Mapping[Tensor, int]) -> Iterator
     start = 0
     for layer, parameters in groupby(jacobian.shared, key=lambda p: layer_of[p]):
         stop = start + sum(map(width, parameters))
-        yield _Columns(layer, start, stop)
+        if stop > start:  # a parameter may have no elements
+            yield _Columns(layer, start, stop)
         start = stop
 
 

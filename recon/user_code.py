@@ -8,14 +8,15 @@ import traceback
 from pathlib import Path
 
 
-def user_line(error: BaseException) -> str:
-    """`" (file:line, in function)"`: the innermost line that is not recon's, Python's or an installed package's.
+def user_frame(error: BaseException, *ours: Path) -> traceback.FrameSummary | None:
+    """The innermost line that is not recon's, Python's, an installed package's, or in one of the folders `ours`."""
+    libraries = (Path(sysconfig.get_path(kind)) for kind in ("stdlib", "purelib", "platlib"))
+    others = ("<", *(os.path.join(folder, "") for folder in (Path(__file__).parent, *libraries, *ours)))
+    frames = reversed(traceback.extract_tb(error.__traceback__))
+    return next((frame for frame in frames if not frame.filename.startswith(others)), None)
 
-    Empty where there is none.
-    """
-    folders = [Path(__file__).parent, *(Path(sysconfig.get_path(kind)) for kind in ("stdlib", "purelib", "platlib"))]
-    others = ("<", *(os.path.join(folder, "") for folder in folders))
-    for frame in reversed(traceback.extract_tb(error.__traceback__)):
-        if not frame.filename.startswith(others):
-            return f" ({frame.filename}:{frame.lineno}, in {frame.name})"
-    return ""
+
+def user_line(error: BaseException) -> str:
+    """`" (file:line, in function)"` of `user_frame`; empty where there is none."""
+    frame = user_frame(error)
+    return "" if frame is None else f" ({frame.filename}:{frame.lineno}, in {frame.name})"

@@ -181,6 +181,15 @@ def test_tasks_that_use_different_parameters_of_a_layer_share_it():
     assert numbers == [0] and gramians.tolist() == [[[6.0, 0.0], [0.0, 2.0]]]
 
 
+def test_a_shared_parameter_without_elements():
+    empty, weight = nn.Parameter(torch.zeros(0)), nn.Parameter(torch.ones(2))
+    for order in ([empty, weight], [weight, empty]):
+        layer_of = {p: number for number, p in enumerate(order)}
+        losses = {"a": weight.sum() + empty.sum(), "b": weight.sum() - empty.sum()}
+        numbers, gramians = layer_gramians(task_jacobian(losses, order), layer_of)
+        assert numbers == [layer_of[weight]] and gramians.tolist() == [[[2.0, 2.0], [2.0, 2.0]]]
+
+
 def test_the_gradients_are_those_that_the_users_hooks_leave():
     weight = nn.Parameter(torch.ones(3))
     weight.register_hook(lambda gradient: gradient.clamp(max=1.0))

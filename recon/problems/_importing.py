@@ -5,10 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import inspect
-import os
 import sys
-import sysconfig
-import traceback
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -17,6 +14,7 @@ from types import ModuleType
 from typing import Any
 
 from recon.errors import ProblemError, ReconError, UnknownNameError
+from recon.user_code import user_frame
 
 _problem_folders: set[Path] = set()
 
@@ -124,7 +122,5 @@ def _user_line(error: BaseException) -> str:
     """The deepest line that is neither in a library nor in recon, as ` (file, line n)`."""
     if isinstance(error, SyntaxError) and error.filename:
         return f" ({error.filename}, line {error.lineno})"
-    libraries = [sysconfig.get_path(kind) for kind in ("stdlib", "purelib", "platlib")]
-    others = ("<", *(os.path.join(folder, "") for folder in [*libraries, str(Path(__file__).parents[1])]))
-    own = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(others)]
-    return f" ({own[-1].filename}, line {own[-1].lineno})" if own else ""
+    frame = user_frame(error)
+    return "" if frame is None else f" ({frame.filename}, line {frame.lineno})"
