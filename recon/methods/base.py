@@ -21,10 +21,12 @@ class Method(nn.Module, ABC):
 
     Attributes:
         name: what the registry calls it.
+        needs_new_losses: whether `after_step` must be called.
         tasks: all task names of the run, in order; empty before `setup`.
     """
 
     name: str = ""
+    needs_new_losses: bool = False
 
     def __init__(self) -> None:
         super().__init__()
@@ -53,6 +55,16 @@ class Method(nn.Module, ABC):
 
     def _create_state(self) -> None:
         """Makes the parameters and buffers whose size depends on `self.tasks`."""
+
+    def attach(self, model: nn.Module) -> None:
+        """Called once, before the first forward pass: a method that lives inside the model takes its place there."""
+
+    def after_step(self, losses: Mapping[str, Tensor]) -> None:
+        """Told, where `needs_new_losses`, what the step did to the losses.
+
+        Args:
+            losses: `{task: scalar loss}`, detached, of the same batch after the optimizer's step.
+        """
 
     def end_epoch(self) -> None:
         """Called once at the end of every epoch."""
