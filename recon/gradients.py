@@ -153,8 +153,15 @@ def write_combination(jacobian: TaskJacobian, weights: Tensor | None = None) -> 
     for parameters in _pieces(jacobian.shared):
         stop = start + sum(map(width, parameters))
         rows = jacobian.matrix[:, start:stop]
-        _write(parameters, rows.sum(dim=0) if weights is None else weights @ rows)
+        _write(parameters, _sum(rows) if weights is None else weights @ rows)
         start = stop
+
+
+def _sum(rows: Tensor) -> Tensor:
+    if len(rows) == 2:
+        return rows[0] + rows[1]
+    # On a CPU, BLAS is quicker than sum() along this dimension.
+    return rows.new_ones(len(rows)) @ rows if rows.device.type == "cpu" else rows.sum(dim=0)
 
 
 def _pieces(parameters: Iterable[nn.Parameter]) -> Iterator[list[nn.Parameter]]:

@@ -15,7 +15,9 @@ from recon.gradients import TaskJacobian, as_real, width
 
 _IN_CACHE = 1 << 18  # numbers of a block held at a time: it stays in a CPU's cache
 _ON_DEVICE = 1 << 24  # elsewhere it is the launches that cost
-_LONG = 1 << 15  # columns from which float64 is noticed in the time of a step, and of a block in float32
+_LONG = 1 << 15  # columns from which float64 is noticed in the time of a step
+_BLOCK = 1 << 13  # columns of a matrix product in float32
+_LONGEST = 1 << 18  # columns of a dot product in float32: its sum is off by less than 1e-7
 _TINY, _HUGE = 1e-20, 1e20  # squared norms between which float32 loses nothing
 
 
@@ -62,7 +64,7 @@ def _nothing(jacobian: TaskJacobian) -> Tensor:
 def _shared_gramians(jacobian: TaskJacobian, layer_of: Mapping[Tensor, int]) -> dict[int, Tensor]:
     """By layer, of the shared parameters."""
     matrix = jacobian.matrix
-    room = max(1, (_IN_CACHE if matrix.device.type == "cpu" else _ON_DEVICE) // max(1, len(matrix)))
+    room = _LONG if _is_flat(matrix) else max(1, (_IN_CACHE if _is_cpu(matrix) else _ON_DEVICE) // max(1, len(matrix)))
     found: dict[int, Tensor] = {}
     for layers in _batches(_columns(jacobian, layer_of), room):
         found.update(zip((columns.layer for columns in layers), _gramians(matrix, layers, room), strict=True))
@@ -93,10 +95,11 @@ def _batches(layers: Iterator[_Columns], room: int) -> Iterator[list[_Columns]]:
 def _gramians(matrix: Tensor, layers: list[_Columns], room: int) -> list[Tensor]:
     """The Gramians of neighbouring layers, from one block; a large layer's in pieces."""
     first, last = layers[0].start, layers[-1].stop
+    rows = matrix[:, first:last]
     if last - first > room:
-        return [_gramian_in_pieces(matrix[:, first:last], room)]
-    block = matrix[:, first:last].to(_wide(matrix))
-    if block.device.type == "cpu" and len(block) <= 3:
+        return [_gramian_in_pieces(rows, room)]
+    block = rows.to(_wide(rows))
+    if _is_flat(block):
         return _segment_gramians(block, [start - first for _, start, _ in layers])
     return [_self_product(block[:, start - first : stop - first]) for _, start, stop in layers]
 
@@ -112,31 +115,51 @@ def _segment_gramians(block: Tensor, starts: list[int]) -> list[Tensor]:
 
 
 def _gramian_in_pieces(rows: Tensor, room: int) -> Tensor:
-    if rows.device.type == "cpu" and rows.shape[1] > _LONG:
+    if _is_cpu(rows) and rows.shape[1] > _LONG:
         # Twice as fast as float64, and these products are most of what the statistics cost.
-        product = torch.stack([_self_product(piece) for piece in rows.split(_LONG, dim=1)]).sum(
-            dim=0, dtype=torch.float64
-        )
+        product = _flat_product(rows) if _is_flat(rows) else _blocked_product(rows)
         squares = product.diagonal()
         if ((squares > _TINY) & (squares < _HUGE)).all():
             return product
     return torch.stack([_self_product(piece.to(_wide(rows))) for piece in rows.split(room, dim=1)]).sum(dim=0)
 
 
-def _wide(tensor: Tensor) -> torch.dtype:
-    return torch.float32 if tensor.device.type == "mps" else torch.float64
+def _flat_product(rows: Tensor) -> Tensor:
+    """`rows @ rows.T` of two or three rows on a CPU, in float64.
+
+    A product as flat as this takes BLAS twice as long as the dot products that it is made of.
+    """
+    i, j = torch.tril_indices(len(rows), len(rows)).tolist()
+    dots = [torch.dot(piece[a], piece[b]) for piece in rows.split(_LONGEST, dim=1) for a, b in zip(i, j, strict=True)]
+    product = torch.empty(len(rows), len(rows), dtype=torch.float64)
+    product[i, j] = product[j, i] = torch.stack(dots).view(-1, len(i)).sum(dim=0, dtype=torch.float64)
+    return product
+
+
+def _blocked_product(rows: Tensor) -> Tensor:
+    """`rows @ rows.T` of many rows on a CPU, in float64: products in float32 that share the cores, and their sum."""
+    even = rows.shape[1] // _BLOCK * _BLOCK
+    blocks = rows[:, :even].unflatten(1, (-1, _BLOCK)).transpose(0, 1)
+    rest = rows[:, even:].double()
+    return _self_product(blocks).sum(dim=0, dtype=torch.float64) + _self_product(rest)
 
 
 def _self_product(block: Tensor) -> Tensor:
-    """`block @ block.T`, (T, T)."""
-    rows = block.unbind()
-    if len(rows) > 3 or block.device.type != "cpu":
-        with torch.autocast(block.device.type, enabled=False):
-            return block @ block.T
-    # On a CPU, a product as flat as this takes BLAS twice as long as the dot products that it is made of.
-    count = len(rows)
-    dots = {(i, j): torch.dot(rows[i], rows[j]) for i in range(count) for j in range(i + 1)}
-    return torch.stack([dots[max(i, j), min(i, j)] for i in range(count) for j in range(count)]).view(count, count)
+    """`block @ block.T`, (T, T), of each block."""
+    with torch.autocast(block.device.type, enabled=False):
+        return block @ block.mT
+
+
+def _is_flat(rows: Tensor) -> bool:
+    return len(rows) <= 3 and _is_cpu(rows)
+
+
+def _is_cpu(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu"
+
+
+def _wide(tensor: Tensor) -> torch.dtype:
+    return torch.float32 if tensor.device.type == "mps" else torch.float64
 
 
 def _add_own(found: dict[int, Tensor], jacobian: TaskJacobian, layer_of: Mapping[Tensor, int]) -> None:
@@ -154,6 +177,6 @@ def _add_own(found: dict[int, Tensor], jacobian: TaskJacobian, layer_of: Mapping
             if layer not in found:
                 size = (len(jacobian.tasks),) * 2
                 found[layer] = torch.zeros(size, dtype=_wide(gradient), device=jacobian.matrix.device)
-            row = as_real(gradient).reshape(1, -1)
-            square = _self_product(row.to(_wide(row)))[0, 0]
+            row = as_real(gradient)
+            square = row.to(_wide(row)).square().sum()
             found[layer][number, number] += square.to(found[layer].device)
