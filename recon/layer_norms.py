@@ -50,8 +50,8 @@ def layer_norms(losses: Mapping[str, Tensor], model: nn.Module, name: str = "") 
     bad = [task for task, norm in norms.items() if not norm.isfinite()]
     if bad:
         raise GradientError(
-            f"The gradients of the tasks {bad} are not finite in layer {layer.name!r}, so their norms say nothing. Look "
-            "at those tasks' losses on this batch, or lower the learning rate."
+            f"The gradients of the tasks {bad} are not finite in layer {layer.name!r}, so their norms say nothing. "
+            "Look at those tasks' losses on this batch, or lower the learning rate."
         )
     return norms
 

@@ -21,11 +21,10 @@ def read(values: TaskValues, option: str, least: float = 0.0) -> dict[str, float
     Raises:
         UsageError: they cannot be read, or one of them is not finite or too small.
     """
-    if isinstance(values, str):
-        values = _parse(values, option)
-    if isinstance(values, Mapping):
-        return {task: _number(value, option, least) for task, value in values.items()}
-    return [_number(value, option, least) for value in (values if isinstance(values, Iterable) else [values])]
+    given = _parse(values, option) if isinstance(values, str) else values
+    if isinstance(given, Mapping):
+        return {task: _number(value, option, least) for task, value in given.items()}
+    return [_number(value, option, least) for value in (given if isinstance(given, Iterable) else [given])]
 
 
 def assign(numbers: Mapping[str, float] | Sequence[float], tasks: Sequence[str], option: str) -> dict[str, float]:
@@ -48,10 +47,10 @@ def assign(numbers: Mapping[str, float] | Sequence[float], tasks: Sequence[str],
     return dict(numbers)
 
 
-def _parse(text: str, option: str) -> dict[str, float] | list[float]:
+def _parse(text: str, option: str) -> dict[str, str] | list[str]:
     items = [item.rpartition(":") for item in text.split("/")]
     names = [name.strip() for name, colon, _ in items if colon]
-    numbers = [_number(number, option) for _, _, number in items]
+    numbers = [number.strip() for _, _, number in items]
     if names and len(set(names)) < len(items):
         raise UsageError(
             f"Cannot read the {option} {text!r}. Expected a number for each task in order, as in 0.3/1.7, or every "
@@ -60,7 +59,7 @@ def _parse(text: str, option: str) -> dict[str, float] | list[float]:
     return dict(zip(names, numbers, strict=True)) if names else numbers
 
 
-def _number(value: object, option: str, least: float = -math.inf) -> float:
+def _number(value: object, option: str, least: float) -> float:
     try:
         number = float(value)  # type: ignore[arg-type]
     except (TypeError, ValueError):
