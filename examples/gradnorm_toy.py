@@ -10,6 +10,7 @@ mean of `L_i(t) / L_i(0)`. The network has four layers of 100 ReLUs and a linear
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -27,7 +28,7 @@ class Tasks:
     0.1, where tanh is not a mere sign.
     """
 
-    def __init__(self, sigmas: list[float], seed: int = 0) -> None:
+    def __init__(self, sigmas: Sequence[float], seed: int = 0) -> None:
         self.random = torch.Generator().manual_seed(seed)
         self.sigmas = sigmas
         common = 10 * self._normal(OUTPUTS, INPUTS)
@@ -67,7 +68,7 @@ class Result:
     weights: list[Tensor]
 
 
-def train(method: recon.methods.Method, sigmas: list[float], steps: int, look_every: int, seed: int = 0) -> Result:
+def train(method: recon.methods.Method, sigmas: Sequence[float], steps: int, look_every: int, seed: int = 0) -> Result:
     """Train a fresh network on fresh samples in every step."""
     tasks = Tasks(sigmas, seed)
     torch.manual_seed(seed)

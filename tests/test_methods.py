@@ -476,9 +476,12 @@ def test_joint_is_the_sum():
 def test_combine_returns_the_weights_of_the_backward_pass(name):
     method = make(name)
     method.setup(TASKS)
+    observe = getattr(method, "observe_norms", lambda norms: None)  # gradnorm asks for it
     for epoch in ((3.0, 2.0, 1.0), (1.0, 2.0, 3.0)):
+        observe(losses_of(1.0, 2.0, 3.0))
         method.combine(losses_of(*epoch))
         method.end_epoch()
+    observe(losses_of(1.0, 2.0, 3.0))
     for i, parameter in enumerate(method.parameters()):
         torch.nn.init.constant_(parameter, 0.3 * i - 0.2)
     losses = losses_of(1.0, 2.0, 4.0)
@@ -489,8 +492,9 @@ def test_combine_returns_the_weights_of_the_backward_pass(name):
         assert weights[task].ndim == 0
         assert not weights[task].requires_grad
         torch.testing.assert_close(weights[task], loss.grad)
-    J = gradients("random", 3)
-    torch.testing.assert_close(method(J), torch.stack(list(weights.values())).double() @ J)
+    if name != "gradnorm":  # whose weights are those of the next step by now
+        J = gradients("random", 3)
+        torch.testing.assert_close(method(J), torch.stack(list(weights.values())).double() @ J)
 
 
 @pytest.mark.parametrize("name", WEIGHTINGS)
