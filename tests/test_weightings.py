@@ -218,7 +218,7 @@ def test_gls_is_the_geometric_mean(values):
 
 
 def test_imtl_l_is_the_formula():
-    """Liu et al. 2021, section 3.2: Σ e^s L - s."""
+    """Liu et al. 2021: Σ e^s L - s."""
     method = made("imtl-l")
     s = [0.5, -1.0, 0.25]
     for parameter, value in zip(method.parameters(), s, strict=True):
@@ -236,7 +236,7 @@ def test_imtl_l_is_the_formula():
 
 @pytest.mark.parametrize("mu", [1.0, 0.01])
 def test_stch_is_the_formula(mu):
-    """Lin et al. 2024, eq. (7), differentiated in float64 with λ = 1/T, times T²."""
+    """Lin et al. 2024: μ log Σ exp(λ (L - z) / μ) with λ = 1/T, differentiated by hand, times T²."""
     method = methods.get("stch", mu=mu, reference="normal:-1/seg:0.25")
     method.setup(TASKS)
     values, reference = [1.0, 2.0, 1.1], {"seg": 0.25, "depth": 0.0, "normal": -1.0}

@@ -35,7 +35,7 @@ class _Scalarization(LossWeights):
 @register(
     "gls",
     title="Geometric loss strategy",
-    paper="Chennupati, Sistu, Yogamani, Rawashdeh, CVPR Workshops 2019, arXiv 1904.08492, eq. (3)",
+    paper="Chennupati, Sistu, Yogamani, Rawashdeh, CVPR Workshops 2019, arXiv 1904.08492",
     scale="T times the geometric mean GM of the losses: the weights GM / L are 1 where all losses are equal, and their "
     "product always is.",
 )
@@ -58,7 +58,7 @@ class GLS(_Scalarization):
 @register(
     "imtl-l",
     title="Impartial multi-task learning, loss balance",
-    paper="Liu, Li, Kuang, Xue, Chen, Yang, Liao, Zhang, ICLR 2021, section 3.2",
+    paper="Liu, Li, Kuang, Xue, Chen, Yang, Liao, Zhang, ICLR 2021: IMTL-L",
     scale="Starts as the sum of the task gradients, then multiplies each by its learned exp(s), near 1 / L in the end.",
 )
 class IMTLL(LearnedScales):
@@ -87,7 +87,7 @@ class IMTLL(LearnedScales):
 @register(
     "stch",
     title="Smooth Tchebycheff scalarization",
-    paper="Lin, Zhang, Yang, Liu, Wang, Zhang, ICML 2024, arXiv 2402.19078, eq. (7), with equal preferences",
+    paper="Lin, Zhang, Yang, Liu, Wang, Zhang, ICML 2024, arXiv 2402.19078, with equal preferences",
     scale="T² times the paper's gradient: the weights of a step's tasks add up to their number T.",
 )
 class STCH(_Scalarization):
