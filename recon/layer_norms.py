@@ -36,8 +36,7 @@ def layer_norms(losses: Mapping[str, Tensor], model: nn.Module, name: str = "") 
         GradientError: a gradient is not finite.
     """
     layers = find_layers(unwrapped(model))
-    if name:
-        canonical_name(layers, name)
+    name = name and canonical_name(layers, name)
     parameters = [p for layer in layers for p in layer.parameters.values()]
     reach = agree_on_reach(find_reach(losses, parameters), parameters)
     if len(reach.tasks) < 2:
@@ -47,7 +46,8 @@ def layer_norms(losses: Mapping[str, Tensor], model: nn.Module, name: str = "") 
     parameters = [p for p in layer.parameters.values() if p.requires_grad]
     with _untouched(list(model.buffers())):
         norms = {task: _norm(losses.get(task), parameters) for task in reach.tasks}
-    bad = [task for task, norm in norms.items() if not norm.isfinite()]
+    finite = torch.stack(list(norms.values())).isfinite().tolist()
+    bad = [task for task, good in zip(norms, finite, strict=True) if not good]
     if bad:
         raise GradientError(
             f"The gradients of the tasks {bad} are not finite in layer {layer.name!r}, so their norms say nothing. "
@@ -57,7 +57,7 @@ def layer_norms(losses: Mapping[str, Tensor], model: nn.Module, name: str = "") 
 
 
 def _named(layers: Sequence[Layer], name: str, reached: Mapping[str, set[nn.Parameter]]) -> Layer:
-    layer = next(layer for layer in layers if name == layer.name or name in layer.aliases)
+    layer = next(layer for layer in layers if layer.name == name)
     without = [task for task, found in reached.items() if found.isdisjoint(layer.parameters.values())]
     if without:
         raise UsageError(

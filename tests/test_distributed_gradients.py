@@ -117,8 +117,9 @@ def _check_branched(rank: int, method: str, mode: str) -> None:
 
 
 @pytest.mark.parametrize("method", ["joint:weights=0.5/1/1.5", "uw+mgda"])
-def test_static_weights_and_compositions(ranks: Ranks, method: str) -> None:
-    ranks.run(_check_step, "CatAndStack", method, {}, False)
+@pytest.mark.parametrize("wrap", [False, True])
+def test_static_weights_and_compositions(ranks: Ranks, method: str, wrap: bool) -> None:
+    ranks.run(_check_step, "CatAndStack", method, {"every": 2}, wrap)
 
 
 @pytest.mark.parametrize("tasks", [(TASKS, TASKS), (("b", "a"), ("a", "c"))])

@@ -124,6 +124,7 @@ def test_parse_reads_options():
     assert (method.c, method.rescale) == (1.0, True)
     assert methods.parse("dwa:temperature=1e-1").temperature == 0.1
     assert methods.parse("mgda").name == "mgda"
+    assert methods.parse("gradnorm:layer=3,alpha=1").layer == "3"  # of an nn.Sequential
 
 
 @pytest.mark.parametrize(

@@ -61,12 +61,13 @@ class GradNorm(NormWeighting):
         lr: of Adam on the weights.
         layer: where the norms are measured: a layer's name, or the last layer that all tasks share.
         initial: the losses L_i(0), in the order of the tasks or by name as in `"seg:2.56/depth:1.2"`: log C for a
-            cross-entropy over C classes, says the paper. Those not given are measured: a task's first loss above 0.
+            cross-entropy over C classes, says the paper. Those not given, or 0, are measured: a task's first loss
+            above 0.
 
     Raises:
-        UsageError: alpha is negative, or lr not positive; an initial loss is not positive, or there is not one for each
-            task; from `combine`: a loss is negative.
-        UnknownNameError: an initial loss is for no task of the run.
+        UsageError: alpha or an initial loss is negative, or lr not positive; from `setup`: there is not an initial loss
+            for each task; from `combine`: a loss is negative, or no norms were given.
+        UnknownNameError: from `setup`: an initial loss is for no task of the run.
     """
 
     initial: Tensor
