@@ -145,6 +145,9 @@ def test_losses_that_a_method_cannot_weigh_are_refused_by_name(name, least, said
 )
 def test_static_weights(weights):
     method = methods.get("joint", weights=weights)
+    for use in (method.combine, lambda losses: method(torch.ones(3, 2))):
+        with pytest.raises(UsageError, match="call setup"):
+            use(scalars(1.0, 2.0, 4.0))
     method.setup(TASKS)
     total, found = method.combine(scalars(1.0, 2.0, 4.0))
     assert total.item() == pytest.approx(0.3 + 3.4)

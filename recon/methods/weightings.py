@@ -57,7 +57,10 @@ class Joint(Weighting):
 
     def weights(self, count: int) -> Tensor:
         """See `Weighting.weights`."""
-        return torch.ones(count) if self.static is None else self._static_weights()
+        if self.static is None:
+            return torch.ones(count)
+        self._positions({})  # there are none before setup
+        return self._static_weights()
 
     def _static_weights(self) -> Tensor:
         if self.static is None:
