@@ -52,7 +52,8 @@ class Joint(Weighting):
         values = self._stack(losses)
         if self.static is None:
             return values.sum(), dict(zip(losses, torch.ones_like(values.detach()), strict=True))
-        weights = self._static_weights()[self._positions(losses)].to(values)
+        positions = self._positions(losses)
+        weights = self._static_weights()[positions].to(values)
         return (weights * values).sum(), dict(zip(losses, weights, strict=True))
 
     def weights(self, count: int) -> Tensor:
