@@ -17,7 +17,10 @@ if TYPE_CHECKING:
     Verbs = argparse._SubParsersAction["Parser"]
 
 PROBLEM = "a built-in problem (see `recon problems`), path/to/file.py:function or package.module:function"
-METHOD = "a gradient method (see `recon methods`), with options as in cagrad:c=0.5"
+METHOD = (
+    "a gradient method (see `recon methods`), with options as in cagrad:c=0.5; a weighting and an aggregator as in "
+    "uw+pcgrad; your own as path/to/file.py:function or package.module:function"
+)
 
 
 @dataclass(frozen=True)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import textwrap
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 import recon
-from recon.tables import text_table
+from recon.tables import markdown_table
 from recon_cli.parsing import Report, add_verb
 
 if TYPE_CHECKING:
@@ -25,33 +26,40 @@ def add_parser(verbs: Verbs) -> None:
         """
         recon methods
         recon methods cagrad
+        recon methods --markdown
         recon train digits --method cagrad:c=0.5 --out run
+        recon train digits --method uw+pcgrad --out run
+        recon train digits --method examples/own_method.py:clipped_sum --out run
         """,
         "A weighting weighs the losses and takes one backward pass a step; an aggregator combines the task gradients "
-        "and takes one pass a task.",
+        "and takes one pass a task. A weighting can feed an aggregator, as in uw+pcgrad.",
     )
-    parser.add_argument("method", nargs="?", metavar="METHOD", help="tell more about one of them")
+    parser.add_argument("method", nargs="?", metavar="METHOD", help="one of them, not all")
+    parser.add_argument("--markdown", action="store_true", help="print the table of the README")
 
 
 def run(args: argparse.Namespace) -> Report:
     """List them all, or describe one."""
-    if args.method:
-        entry = recon.methods.entry(args.method)
-        return Report(_describe(entry), asdict(entry))
-    entries = [recon.methods.entry(name) for name in recon.methods.names()]
-    rows = [[entry.name, entry.family, entry.describe_options(), entry.title] for entry in entries]
-    table = text_table(["method", "family", "options", "what it is"], rows, left=4)
-    more = "`recon methods METHOD` gives the paper and the length of the update."
-    return Report(f"{table}\n\n{more}", {"methods": [asdict(entry) for entry in entries]})
+    entries = [recon.methods.entry(name) for name in ([args.method] if args.method else recon.methods.names())]
+    text = _table(entries) if args.markdown else "\n\n".join(map(_describe, entries))
+    return Report(text, asdict(entries[0]) if args.method else {"methods": [asdict(entry) for entry in entries]})
 
 
 def _describe(entry: MethodEntry) -> str:
-    return "\n".join(
-        [
-            f"{entry.name}: {entry.title}",
-            f"  family:  {entry.family}",
-            f"  paper:   {entry.paper}",
-            f"  update:  {entry.scale}",
-            f"  options: {entry.describe_options()}",
-        ]
-    )
+    lines = {"paper": entry.paper, "update": entry.scale, "options": entry.describe_options()}
+    indented = [_wrap(f"  {what + ':':9}{line}") for what, line in lines.items()]
+    return "\n".join([f"{entry.name}: {entry.title} ({entry.family})", *indented])
+
+
+def _wrap(line: str) -> str:
+    return textwrap.fill(line, 100, subsequent_indent=11 * " ", break_on_hyphens=False)
+
+
+def _table(entries: list[MethodEntry]) -> str:
+    header = ["method", "", "family", "options", "length of the update", "source"]
+    rows = [[f"`{e.name}`", e.title, e.family, _options(e), e.scale, e.paper] for e in entries]
+    return markdown_table(header, rows)
+
+
+def _options(entry: MethodEntry) -> str:
+    return ", ".join(f"`{option}={default}`" for option, default in entry.options.items())

@@ -80,6 +80,15 @@ def reached_leaves(values: Sequence[Tensor]) -> set[Tensor]:
     return set(_leaves(values, _nodes(values)))
 
 
+def last_uses(values: Sequence[Tensor]) -> dict[Tensor, int]:
+    """When the forward pass used each leaf behind `values` for the last time: a number that grows as it proceeds."""
+    uses: dict[Tensor, int] = {}
+    for node in _nodes(values):
+        for leaf in _leaves([], [used for used, _ in node.next_functions if used is not None]):
+            uses[leaf] = max(uses.get(leaf, -1), node._sequence_nr())
+    return uses
+
+
 def _nodes(values: Sequence[Tensor]) -> dict[Node, None]:
     """The graph behind `values`, in the order in which it is met."""
     seen: dict[Node, None] = {}

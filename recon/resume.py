@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from recon import methods
 from recon.batch_stream import batch_count
 from recon.distributed import world_size
 from recon.errors import CheckpointError, ReconError, UsageError
@@ -196,8 +195,7 @@ def belongs_to(run: TrainingRun, settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def _method_fields(method: Method) -> dict[str, Any]:
     name = method.name or type(method).__name__
-    options = methods.entry(name).options if name in methods.names() else {}
-    return {"method": name, **{f"{name}:{option}": getattr(method, option, None) for option in options}}
+    return {"method": name, **{f"{name}:{option}": value for option, value in method.settings().items()}}
 
 
 def _optimizer_fields(optimizer: Optimizer) -> dict[str, Any]:

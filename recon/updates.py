@@ -20,7 +20,8 @@ from recon.gradients import (
     write_update,
 )
 from recon.gramians import gramian
-from recon.methods import Aggregator, GramianAggregator, Joint, Method, Weighting
+from recon.layer_norms import layer_norms
+from recon.methods import Aggregator, Composition, GramianAggregator, Joint, Method, NormWeighting, Weighting
 from recon.reach import find_reach
 
 if TYPE_CHECKING:
@@ -32,9 +33,9 @@ def backward(
 ) -> dict[str, Tensor]:
     """Accumulate the method's update into the parameters' `.grad`, in place of `sum(losses).backward()`.
 
-    A parameter that one task alone reaches gets that task's gradient, weighted by a loss weighting and as it is
-    by a gradient aggregator. A loss weighting that learns (uw) gets its own gradients too: give its parameters
-    to the optimizer.
+    A parameter that one task alone reaches gets that task's gradient, weighted by a loss weighting, be it alone or
+    before an aggregator, and as it is by an aggregator alone. A loss weighting that learns (uw) gets its own gradients
+    too: give its parameters to the optimizer.
 
     Where several processes train together, the gradients are averaged over the ranks, as DistributedDataParallel
     does; the model may be wrapped in it or not.
@@ -51,6 +52,7 @@ def backward(
 
     Raises:
         GradientError: a task's loss depends on no parameter, or a gradient that the method needs is not finite.
+        UnknownNameError: the model has no layer of the name that the method was given.
         UsageError: no losses, a method that is not a `recon.methods.Method`, or one that works from task gradients
             while the profiler keeps none.
     """
@@ -59,6 +61,10 @@ def backward(
         method.setup(tuple(losses))
     parameters = list(model.parameters()) if profiler is None else profiler.parameters
     recorder = profiler if profiler is not None and profiler.begin_step() else None
+    weighting = method.weighting if isinstance(method, Composition) else method
+    if isinstance(weighting, NormWeighting):
+        with _full_precision(parameters[0].device):
+            weighting.observe_norms(layer_norms(losses, model, weighting.layer))
     if isinstance(method, Weighting):
         if recorder is not None:
             with _full_precision(recorder.device):
@@ -74,6 +80,8 @@ def backward(
         jacobian = task_jacobian(losses, parameters, recorder.workspace if recorder else None, model.buffers())
         if recorder is not None:
             recorder.observe(jacobian)
+        if isinstance(method, Composition):
+            return _apply_composition(method, losses, jacobian)
         return _apply_aggregator(method, jacobian)
 
 
@@ -104,13 +112,18 @@ def _checked(method: Method | None, losses: Mapping[str, Tensor], profiler: Prof
     return method
 
 
+def _adds_up(method: Weighting) -> bool:
+    """Whether the update is the plain sum of the gradients: no need to multiply each by 1."""
+    return isinstance(method, Joint) and method.static is None
+
+
 def _recorded_weighting(method: Weighting, losses: Mapping[str, Tensor], profiler: Profiler) -> dict[str, Tensor]:
     if profiler.memory == "sketch":
         return _sketched_weighting(method, losses, profiler)
     jacobian = task_jacobian(losses, profiler.parameters, profiler.workspace, profiler.buffers)
     profiler.observe(jacobian)
     weights = _weigh(method, losses, jacobian.tasks, profiler.device)
-    if isinstance(method, Joint) or not weights:
+    if _adds_up(method) or not weights:
         write_combination(jacobian)
         write_own(jacobian)
     else:
@@ -122,7 +135,7 @@ def _recorded_weighting(method: Weighting, losses: Mapping[str, Tensor], profile
 def _sketched_weighting(method: Weighting, losses: Mapping[str, Tensor], profiler: Profiler) -> dict[str, Tensor]:
     reach = agree_on_reach(find_reach(losses, profiler.parameters), profiler.parameters)
     weights = _weigh(method, losses, reach.tasks, profiler.device)
-    total = profiler.observe_sketched(losses, reach, None if isinstance(method, Joint) else weights)
+    total = profiler.observe_sketched(losses, reach, None if _adds_up(method) else weights)
     for parameter, gradient in total.items():
         add_gradient(parameter, gradient)
     return weights
@@ -171,4 +184,22 @@ def _apply_aggregator(method: Aggregator, jacobian: TaskJacobian) -> dict[str, T
     else:
         write_update(jacobian, method(jacobian.matrix))
     write_own(jacobian)
+    return weights
+
+
+def _apply_composition(method: Composition, losses: Mapping[str, Tensor], jacobian: TaskJacobian) -> dict[str, Tensor]:
+    """The aggregator's update of the weighted task gradients; what one task alone reaches gets the task's weight."""
+    scales = _weigh(method.weighting, losses, jacobian.tasks, jacobian.matrix.device)
+    if not scales:
+        return {}
+    weights: dict[str, Tensor] = {}
+    scale = torch.stack([scales[task] for task in jacobian.tasks])
+    if isinstance(method.aggregator, GramianAggregator):
+        vector = method.gramian_weights(gramian(jacobian), scale, jacobian.tasks)
+        weights = dict(zip(jacobian.tasks, vector, strict=True))
+        write_combination(jacobian, vector)
+    else:
+        rows = jacobian.matrix.mul_(scale.to(jacobian.matrix)[:, None])  # what was recorded of them is recorded
+        write_update(jacobian, method.aggregator(rows))
+    write_own(jacobian, scales)
     return weights

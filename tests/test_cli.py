@@ -504,7 +504,11 @@ def test_problems_and_methods(command, ask):
     assert {"name": "digits", **recon_problem("digits")} in ask("problems")["problems"]
     assert [method["name"] for method in ask("methods")["methods"]] == recon.methods.names()
     assert ask("methods cagrad")["paper"] == recon.methods.entry("cagrad").paper
-    for line in ("problems", "methods", "methods cagrad"):
+    listed = " ".join(command("methods")[1].split())
+    for entry in map(recon.methods.entry, recon.methods.names()):
+        head = f"{entry.name}: {entry.title} ({entry.family})"
+        assert f"{head} paper: {entry.paper} update: {entry.scale} options: {entry.describe_options()}" in listed
+    for line in ("problems", "methods", "methods cagrad", "methods --markdown"):
         code, out, err = command(line)
         assert (code, err) == (0, "")
         assert "digits" in out or "cagrad" in out

@@ -116,6 +116,47 @@ def _check_branched(rank: int, method: str, mode: str) -> None:
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("method", ["joint:weights=0.5/1/1.5", "uw+mgda"])
+@pytest.mark.parametrize("wrap", [False, True])
+def test_static_weights_and_compositions(ranks: Ranks, method: str, wrap: bool) -> None:
+    ranks.run(_check_step, "CatAndStack", method, {"every": 2}, wrap)
+
+
+@pytest.mark.parametrize("tasks", [(TASKS, TASKS), (("b", "a"), ("a", "c"))])
+@pytest.mark.parametrize("method", ["gradnorm", "gradnorm+mgda"])
+def test_norms_of_gradients(ranks: Ranks, method: str, tasks: tuple[tuple[str, ...], ...]) -> None:
+    ranks.run(_check_norms, method, tasks)
+
+
+def _check_norms(rank: int, method: str, tasks: tuple[tuple[str, ...], ...]) -> None:
+    name = "CatAndStack"
+    one, many = fresh(name), fresh(name)
+    chosen, oracle = (recon.methods.get(method) for _ in range(2))
+    for each in (chosen, oracle):
+        each.setup(TASKS)
+        each.double()
+
+    def squares(model: nn.Module, part: int) -> dict[str, Tensor]:
+        outputs = model(shards(name)[part])
+        return {task: outputs[task].square().sum(1).mean() for task in tasks[part]}
+
+    for _ in range(3):
+        parts = [squares(one, part) for part in range(2)]
+        losses = {task: sum(p[task] for p in parts if task in p) / len(parts) for task in dict.fromkeys(sum(tasks, ()))}
+        for model in (one, many):
+            model.zero_grad()
+        with one_process():
+            expected = recon.backward(losses, one, oracle)
+        weights = recon.backward(squares(many, rank), many, chosen)
+        assert {t: w.item() for t, w in weights.items()} == pytest.approx({t: w.item() for t, w in expected.items()})
+        for ours, theirs in zip(many.parameters(), one.parameters(), strict=True):
+            torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-9, atol=1e-12)
+        with torch.no_grad():
+            for parameter in [*many.parameters(), *one.parameters()]:
+                parameter -= 0.01 * parameter.grad
+    assert any(weight.item() != 1 for weight in weights.values())
+
+
 @pytest.mark.parametrize("memory", ["exact", "sketch"])
 def test_a_task_that_one_rank_lacks(ranks: Ranks, memory: str) -> None:
     ranks.run(_check_missing_task, memory)

@@ -15,8 +15,9 @@ from recon import methods
 from recon.errors import GradientError, UnknownNameError, UsageError
 from recon.methods import registry
 
-ALL = ["joint", "uw", "dwa", "pcgrad", "cagrad", "mgda"]
-WEIGHTINGS, AGGREGATORS = ALL[:3], ALL[3:]
+WEIGHTINGS = ["joint", "uw", "dwa", "gradnorm", "rlw", "gls", "imtl-l", "stch", "famo"]
+AGGREGATORS = ["pcgrad", "cagrad", "mgda"]
+ALL = WEIGHTINGS + AGGREGATORS
 TASKS = ("seg", "depth", "normal")
 
 
@@ -81,7 +82,7 @@ def test_entry_lists_options_with_their_defaults():
     assert methods.entry("cagrad").options == {"c": 0.4, "rescale": False}
     assert methods.entry("pcgrad").options == {"seed": 0}
     assert methods.entry("dwa").options == {"temperature": 2.0}
-    assert methods.entry("mgda").options == methods.entry("joint").options == {}
+    assert methods.entry("mgda").options == methods.entry("gls").options == {}
 
 
 @pytest.mark.parametrize("find", [methods.get, methods.entry, methods.parse])
@@ -94,7 +95,7 @@ def test_unknown_method_gets_the_nearest_name(find):
     ("name", "options", "said"),
     [
         ("cagrad", {"seed": 1}, "no option 'seed'. Its options: c=0.4, rescale=False"),
-        ("joint", {"c": 1}, "no option 'c'. Its options: none"),
+        ("gls", {"c": 1}, "no option 'c'. Its options: none"),
         ("cagrad", {"c": "big"}, "'c' of method 'cagrad' must be of type float, but got 'big'"),
         ("cagrad", {"c": True}, "must be of type float, but got True"),
         ("cagrad", {"rescale": 1}, "must be of type bool, but got 1"),
@@ -103,6 +104,13 @@ def test_unknown_method_gets_the_nearest_name(find):
         ("cagrad", {"c": -0.1}, "at least 0, but got -0.1"),
         ("cagrad", {"c": math.nan}, "at least 0, but got nan"),
         ("dwa", {"temperature": 0}, "must be positive and finite, but got 0"),
+        ("gradnorm", {"alpha": -1}, "at least 0, but got -1"),
+        ("gradnorm", {"lr": 0}, "must be positive and finite, but got 0"),
+        ("gradnorm", {"initial": "1/-1"}, "initial losses must be finite numbers of at least 0, .*'-1'"),
+        ("stch", {"mu": 0}, "must be positive and finite, but got 0"),
+        ("stch", {"reference": [0, math.inf]}, "references must be finite numbers, .* one is inf"),
+        ("famo", {"lr": math.nan}, "must be positive and finite, but got nan"),
+        ("famo", {"weight_decay": -1}, "at least 0, but got -1"),
     ],
 )
 def test_wrong_options_are_refused(name, options, said):
@@ -116,6 +124,7 @@ def test_parse_reads_options():
     assert (method.c, method.rescale) == (1.0, True)
     assert methods.parse("dwa:temperature=1e-1").temperature == 0.1
     assert methods.parse("mgda").name == "mgda"
+    assert methods.parse("gradnorm:layer=3,alpha=1").layer == "3"  # of an nn.Sequential
 
 
 @pytest.mark.parametrize(
@@ -149,11 +158,17 @@ def test_user_registers_a_method(scratch_registry):
 def test_register_refuses_what_cannot_work(scratch_registry):
     about = {"title": "", "paper": "", "scale": ""}
     with pytest.raises(UsageError, match="already a method named 'mgda'"):
-        methods.register("mgda", **about)(methods.MGDA)
+        methods.register("mgda", **about)(methods.CAGrad)
     with pytest.raises(UsageError, match="letters, digits"):
         methods.register("a:b", **about)(methods.MGDA)
     with pytest.raises(UsageError, match="int is neither"):
         methods.register("new", **about)(int)
+    with pytest.raises(UsageError, match="a str is neither"):
+        methods.register("new")("text")
+    with pytest.raises(UsageError, match=r"its first parameter, by this name; wrong\(x, J\) has not"):
+
+        @methods.register("new")
+        def wrong(x, J): ...
 
     class NeedsOption(methods.MGDA):
         def __init__(self, strength) -> None:
@@ -462,9 +477,12 @@ def test_joint_is_the_sum():
 def test_combine_returns_the_weights_of_the_backward_pass(name):
     method = make(name)
     method.setup(TASKS)
+    observe = getattr(method, "observe_norms", lambda norms: None)  # gradnorm asks for it
     for epoch in ((3.0, 2.0, 1.0), (1.0, 2.0, 3.0)):
+        observe(losses_of(1.0, 2.0, 3.0))
         method.combine(losses_of(*epoch))
         method.end_epoch()
+    observe(losses_of(1.0, 2.0, 3.0))
     for i, parameter in enumerate(method.parameters()):
         torch.nn.init.constant_(parameter, 0.3 * i - 0.2)
     losses = losses_of(1.0, 2.0, 4.0)
@@ -475,8 +493,9 @@ def test_combine_returns_the_weights_of_the_backward_pass(name):
         assert weights[task].ndim == 0
         assert not weights[task].requires_grad
         torch.testing.assert_close(weights[task], loss.grad)
-    J = gradients("random", 3)
-    torch.testing.assert_close(method(J), torch.stack(list(weights.values())).double() @ J)
+    if name != "gradnorm":  # whose weights are those of the next step by now
+        J = gradients("random", 3)
+        torch.testing.assert_close(method(J), torch.stack(list(weights.values())).double() @ J)
 
 
 @pytest.mark.parametrize("name", WEIGHTINGS)

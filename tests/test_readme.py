@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 import recon
-from recon_cli.main import VERBS
+from recon_cli.main import VERBS, main
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -29,13 +29,20 @@ def test_the_python_example_runs_as_written(tmp_path, monkeypatch):
         assert all(p.grad is not None for p in namespace[name].parameters())
 
 
-def test_every_verb_and_method_is_in_the_readme():
+def test_every_verb_is_in_the_readme():
     for verb in VERBS:
         assert re.search(rf"\b(recon|make) {verb}\b", README), verb
+
+
+def test_the_methods_table_is_that_of_the_registry(capsys):
+    """After a change: `recon methods --markdown` prints the new one."""
+    assert main(["methods", "--markdown"]) == 0
+    table = capsys.readouterr().out
+    assert table in README
     for name in recon.methods.names():
         entry = recon.methods.entry(name)
-        options = ", ".join(f"`{option}={default}`" for option, default in entry.options.items())
-        assert f"| `{name}` | {entry.title} | {entry.family} | {options} | {entry.paper} |" in README, name
+        (line,) = [line for line in table.splitlines() if line.startswith(f"| `{name}` |")]
+        assert all(part in line for part in (entry.title, entry.family, entry.scale, entry.paper, *entry.options))
 
 
 @pytest.mark.parametrize("link", re.findall(r"\]\((?!http)([^)]+)\)", README))

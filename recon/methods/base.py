@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -56,6 +57,11 @@ class Method(nn.Module, ABC):
     def _create_state(self) -> None:
         """Makes the parameters and buffers whose size depends on `self.tasks`."""
 
+    def settings(self) -> dict[str, Any]:
+        """The options it was made with, as plain values: what must be the same where a training goes on."""
+        options = {option: getattr(self, option, None) for option in inspect.signature(type(self)).parameters}
+        return {o: value for o, value in options.items() if value is None or isinstance(value, (bool, int, float, str))}
+
     def attach(self, model: nn.Module) -> None:
         """Called once, before the first forward pass: a method that lives inside the model takes its place there."""
 
@@ -107,13 +113,17 @@ class Weighting(Method):
     @torch.no_grad()
     def forward(self, J: Tensor) -> Tensor:
         """The sum of J's rows, weighted as the losses are at present. See `Method.forward`."""
-        _check_rows(J)
+        return self.row_weights(J) @ J
+
+    def row_weights(self, J: Tensor) -> Tensor:
+        """(T,) the present weights of J's rows, one for each of the tasks."""
+        check_rows(J)
         if self.tasks and len(J) != len(self.tasks):
             raise UsageError(
                 f"Method {self.name!r} needs one gradient for each of the tasks {list(self.tasks)}, "
                 f"but got {len(J)} rows."
             )
-        return self.weights(len(J)).to(J) @ J
+        return self.weights(len(J)).to(J)
 
     def get_extra_state(self) -> dict[str, Any]:
         """The tasks' names: state is stored by position, so it fits only the same tasks in the same order."""
@@ -150,6 +160,14 @@ class Weighting(Method):
                 raise UnknownNameError("task", task, self.tasks)
         return [self.tasks.index(task) for task in losses]
 
+    def _refuse(self, wrong: Tensor, positions: Sequence[int], why: str) -> None:
+        """Name the tasks whose losses are wrong, if there are any."""
+        names = [self.tasks[i] for i, bad in zip(positions, wrong.tolist(), strict=True) if bad]
+        if names:
+            raise UsageError(
+                f"Method {self.name!r} {why}; those of {names} are not. Choose another weighting for them."
+            )
+
 
 class Aggregator(Method):
     """A method that combines the task gradients, which takes one backward pass per task.
@@ -181,7 +199,7 @@ class GramianAggregator(Aggregator):
     @torch.no_grad()
     def forward(self, J: Tensor) -> Tensor:
         """The update for one step. See `Method.forward`."""
-        _check_rows(J)
+        check_rows(J)
         # Squared norms of float32 gradients leave float32 at norms of 1e-23 and 1e19.
         rows = J.double()
         return self.weights(rows @ rows.T).to(J) @ J
@@ -209,6 +227,7 @@ def _name_non_finite(G: Tensor, tasks: Sequence[str]) -> str:
     )
 
 
-def _check_rows(J: Tensor) -> None:
+def check_rows(J: Tensor) -> None:
+    """Refuse what is not one gradient per row."""
     if J.ndim != 2 or not len(J):
         raise UsageError(f"Expected task gradients of shape (T, P), one task per row, but got {tuple(J.shape)}.")

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any, TypeVar
 
 from recon.errors import UnknownNameError, UsageError
 from recon.methods.base import Aggregator, Method, Weighting
+from recon.methods.composition import compose
+from recon.methods.functions import method_class
 
-M = TypeVar("M", bound=Method)
+D = TypeVar("D", bound=Callable[..., Any])
 
 
 @dataclass(frozen=True)
@@ -39,36 +41,51 @@ class MethodEntry:
         return ", ".join(f"{option}={default}" for option, default in self.options.items()) or "none"
 
 
-_methods: dict[str, tuple[MethodEntry, type[Method]]] = {}
+Known = tuple[MethodEntry, type[Method]]
+
+_methods: dict[str, Known] = {}
 
 
-def register(name: str, *, title: str, paper: str, scale: str) -> Callable[[type[M]], type[M]]:
-    """Adds a method; decorates a subclass of `Weighting` or `Aggregator`.
+def register(name: str, *, title: str = "", paper: str = "", scale: str = "") -> Callable[[D], D]:
+    """Adds a method; decorates a subclass of `Weighting` or `Aggregator`, or a function (see `functions.method_class`).
 
-    The options are the parameters of the class's `__init__`, each of which needs a default.
+    The options are the parameters of the class's `__init__`, or those of the function after the first; each needs a
+    default. A definition that is executed again, in a notebook say, takes the place of its earlier self.
 
     Args:
         name: what `get` and the command line call it: letters, digits, '_' and '-'.
-        title: see `MethodEntry`; so are `paper` and `scale`.
+        title: see `MethodEntry`; so are `paper` and `scale`. The docstring's first line when not given.
         paper: where the method comes from.
         scale: the length of its update.
 
     Raises:
-        UsageError: the name is taken or cannot be written on a command line, the class is neither a weighting
-            nor an aggregator, or one of its parameters has no default.
+        UsageError: the name is taken or cannot be written on a command line, what is decorated is neither a weighting
+            nor an aggregator nor a function of `J`, `gramian` or `losses`, or one of its options has no default.
     """
 
-    def decorate(cls: type[M]) -> type[M]:
-        if name in _methods:
-            raise UsageError(f"There is already a method named {name!r}. Choose another name.")
+    def decorate(definition: D) -> D:
         if not name.replace("-", "_").isidentifier():
             raise UsageError(f"A method's name is made of letters, digits, '_' and '-', but got {name!r}.")
-        entry = MethodEntry(name, _family(cls), title, paper, scale, _options(cls))
-        cls.name = name
-        _methods[name] = entry, cls
-        return cls
+        known = describe(definition, name, title, paper, scale)
+        if name in _methods and _origin(known[1]) != _origin(_methods[name][1]):
+            raise UsageError(f"There is already a method named {name!r}. Choose another name.")
+        known[1].name = name
+        _methods[name] = known
+        return definition
 
     return decorate
+
+
+def describe(definition: Any, name: str, title: str = "", paper: str = "", scale: str = "") -> Known:
+    """The entry of a method that may not be registered, and its class.
+
+    Raises:
+        UsageError: see `register`.
+    """
+    cls = method_class(definition) if inspect.isfunction(definition) else definition
+    family = _family(cls)
+    first_line = (inspect.getdoc(definition) or name).splitlines()[0]
+    return MethodEntry(name, family, title or first_line, paper, scale, _options(cls)), cls
 
 
 def names() -> list[str]:
@@ -82,56 +99,66 @@ def entry(name: str) -> MethodEntry:
     Raises:
         UnknownNameError: there is no such method.
     """
-    return _find(name)[0]
+    return find(name)[0]
+
+
+def find(name: str) -> Known:
+    """What is known about a method, and its class.
+
+    Raises:
+        UnknownNameError: there is no such method.
+    """
+    if name not in _methods:
+        raise UnknownNameError("method", name, _methods)
+    return _methods[name]
 
 
 def get(name: str, /, **options: Any) -> Method:
     """Makes a method.
 
     Args:
-        name: one of `names()`.
-        options: see the method's `entry(name).options`.
+        name: one of `names()`, or a weighting and an aggregator as in `"uw+pcgrad"`.
+        options: see the method's `entry(name).options`. Those of a composition's parts are given to `parse`.
 
     Raises:
         UnknownNameError: there is no such method.
         UsageError: an option that the method does not have, or a value that it cannot take.
     """
-    known, cls = _find(name)
-    return cls(**{option: _fitting(known, option, value) for option, value in options.items()})
+    if "+" not in name:
+        return make(*find(name), options)
+    if options:
+        raise UsageError(
+            f"Options of {name!r} belong to one of its parts: write them there, as in "
+            "recon.methods.parse('dwa:temperature=1+cagrad:c=0.4')."
+        )
+    return compose([get(part) for part in name.split("+")])
 
 
-def parse(text: str) -> Method:
-    """Makes a method from its form on the command line, as in `"cagrad:c=0.4,rescale=true"`.
+def make(known: MethodEntry, cls: type[Method], options: Mapping[str, Any]) -> Method:
+    """Makes a method from what `find` or `describe` gave.
 
     Raises:
-        UnknownNameError: there is no such method.
-        UsageError: the text is malformed, or an option does not fit.
+        UsageError: an option that the method does not have, or a value that it cannot take.
     """
-    name, colon, tail = text.partition(":")
-    options: dict[str, Any] = {}
-    for item in tail.split(",") if colon else ():
-        option, _, value = (part.strip() for part in item.partition("="))
-        if not option.isidentifier() or not value or option in options:
-            raise UsageError(
-                f"Cannot read {item!r} in the method {text!r}. "
-                "Expected 'name' or 'name:option=value,option=value', every option once."
-            )
-        options[option] = _literal(value)
-    return get(name.strip(), **options)
+    method = cls(**{option: _fitting(known, option, value) for option, value in options.items()})
+    method.name = method.name or known.name
+    return method
 
 
-def _find(name: str) -> tuple[MethodEntry, type[Method]]:
-    if name not in _methods:
-        raise UnknownNameError("method", name, _methods)
-    return _methods[name]
+def _origin(cls: type[Method]) -> tuple[str, str]:
+    return cls.__module__, cls.__qualname__
 
 
-def _family(cls: type[Method]) -> str:
-    if issubclass(cls, Weighting):
+def _family(cls: Any) -> str:
+    if inspect.isclass(cls) and issubclass(cls, Weighting):
         return "weighting"
-    if issubclass(cls, Aggregator):
+    if inspect.isclass(cls) and issubclass(cls, Aggregator):
         return "aggregator"
-    raise UsageError(f"A method is a subclass of Weighting or Aggregator, but {cls.__name__} is neither.")
+    what = cls.__name__ if inspect.isclass(cls) else f"a {type(cls).__name__}"
+    raise UsageError(
+        f"A method is a subclass of Weighting or Aggregator, or a function of J, gramian or losses, but {what} is "
+        "neither."
+    )
 
 
 def _options(cls: type[Method]) -> dict[str, Any]:
@@ -158,14 +185,3 @@ def _fitting(known: MethodEntry, option: str, value: Any) -> Any:
         f"Option {option!r} of method {known.name!r} must be of type {kind.__name__}, but got {value!r}. "
         f"Its options: {known.describe_options()}."
     )
-
-
-def _literal(text: str) -> int | float | bool | str:
-    if text.lower() in ("true", "false"):
-        return text.lower() == "true"
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return text

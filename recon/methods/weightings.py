@@ -4,33 +4,73 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torchjd import scalarization
 
 from recon.errors import UsageError
+from recon.methods import task_values
 from recon.methods.base import Weighting
+from recon.methods.learned_scales import LearnedScales
 from recon.methods.registry import register
+from recon.methods.task_values import TaskValues
 
 
 @register(
     "joint",
     title="Joint training",
     paper="Caruana, Machine Learning 28, 1997: all tasks at once, every loss weighted equally",
-    scale="The update is the sum of the task gradients.",
+    scale="The sum of the task gradients, each times its weight if weights are given.",
 )
 class Joint(Weighting):
-    """The sum of the losses: what multi-task training does when it does nothing else."""
+    """The sum of the losses: what multi-task training does when it does nothing else.
+
+    Args:
+        weights: one for each task, which stay as they are: `"0.3/1.7"` in the order of the tasks, or by name
+            `"seg:0.3/depth:1.7"`; a sequence or a dict is as good. All are 1 when not given.
+
+    Raises:
+        UsageError: a weight is negative or not finite; from `setup`: there is not one for each task.
+        UnknownNameError: from `setup`: a weight is for no task of the run.
+    """
+
+    def __init__(self, weights: TaskValues | None = None) -> None:
+        super().__init__()
+        self.static = None if weights is None else task_values.read(weights, "weights")
+
+    def settings(self) -> dict[str, Any]:
+        """See `Method.settings`."""
+        return {"weights": self.static}
+
+    def _create_state(self) -> None:
+        self._static_weights()
 
     def combine(self, losses: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """See `Weighting.combine`."""
         values = self._stack(losses)
-        return values.sum(), dict(zip(losses, torch.ones_like(values.detach()), strict=True))
+        if self.static is None:
+            return values.sum(), dict(zip(losses, torch.ones_like(values.detach()), strict=True))
+        positions = self._positions(losses)
+        weights = self._static_weights()[positions].to(values)
+        return (weights * values).sum(), dict(zip(losses, weights, strict=True))
 
     def weights(self, count: int) -> Tensor:
         """See `Weighting.weights`."""
-        return torch.ones(count)
+        if self.static is None:
+            return torch.ones(count)
+        self._positions({})  # there are none before setup
+        return self._static_weights()
+
+    def _static_weights(self) -> Tensor:
+        if self.static is None:
+            return torch.ones(len(self.tasks))
+        weights = task_values.assign(self.static, self.tasks, "weights")
+        missing = [task for task in self.tasks if task not in weights]
+        if missing:
+            raise UsageError(f"The weights {self.static} lack the tasks {missing}. Give every task one.")
+        return torch.tensor([weights[task] for task in self.tasks], dtype=torch.float64)
 
 
 @register(
@@ -39,37 +79,20 @@ class Joint(Weighting):
     paper="Kendall, Gal, Cipolla, CVPR 2018, arXiv 1705.07115, eq. (7) with s = log σ²",
     scale="Starts as the sum of the task gradients, then multiplies each by its learned exp(-s).",
 )
-class UW(Weighting):
+class UW(LearnedScales):
     """Weighs every loss by a learned uncertainty: the sum of `exp(-s) L + s`.
 
     The log-variances s start at 0 and are parameters, made by `setup`, for the caller's optimizer to train
     along with the model, without weight decay. The log-variance of an absent task gets no gradient.
     """
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.uncertainties = nn.ModuleList()
+    factor = 2.0  # TorchJD keeps the paper's factor 1/2, which would start at half the sum of the losses.
 
-    def _create_state(self) -> None:
-        # One module per task: had they one parameter in common, an absent task's log-variance would get a
-        # gradient of zero, and the optimizer's momentum would still move it.
-        self.uncertainties.extend(scalarization.UW(()) for _ in self.tasks)
+    def _scalarizer(self) -> nn.Module:
+        return scalarization.UW(())
 
-    def combine(self, losses: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """See `Weighting.combine`."""
-        positions = self._positions(losses)
-        values = self._stack(losses)
-        terms = [self.uncertainties[i](value) for i, value in zip(positions, values, strict=True)]
-        weights = self.weights(len(self.tasks))[positions].to(values)
-        # TorchJD keeps the paper's factor 1/2, which would start at half the sum of the losses.
-        return 2 * torch.stack(terms).sum(), dict(zip(losses, weights, strict=True))
-
-    @torch.no_grad()
-    def weights(self, count: int) -> Tensor:
-        """See `Weighting.weights`."""
-        if not self.tasks:
-            return torch.ones(count)
-        return torch.exp(-torch.stack(list(self.uncertainties.parameters())))
+    def _weight(self, s: Tensor) -> Tensor:
+        return torch.exp(-s)
 
 
 # TorchJD has a DWA too, but its history is a Python list that a state_dict leaves out, and it counts the

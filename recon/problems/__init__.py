@@ -9,7 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from recon.errors import ProblemError, UnknownNameError, UsageError
-from recon.problems._importing import call, functions_of, import_target
+from recon.importing import call, functions_of, import_target
 from recon.problems._options import check_options
 
 if TYPE_CHECKING:

@@ -32,6 +32,12 @@ def functions_of(module: ModuleType) -> list[str]:
     return [name for name, function in functions if function.__module__ == module.__name__]
 
 
+def definitions_of(module: ModuleType) -> list[str]:
+    """The functions and classes that the module itself defines."""
+    classes = inspect.getmembers(module, inspect.isclass)
+    return functions_of(module) + [name for name, cls in classes if cls.__module__ == module.__name__]
+
+
 def call(module: ModuleType, name: str, options: Mapping[str, Any]) -> Any:
     """What the module's function returns for these options; anything that is not a function is returned as it is."""
     value = getattr(module, name)

@@ -1,0 +1,115 @@
+"""How long each task's gradient is in one layer: a short backward pass for each task, which leaves the graph whole."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from recon.distributed import agree_on_reach, average_, gather, world_size
+from recon.errors import GradientError, UsageError
+from recon.gradients import as_real
+from recon.layers import Layer, canonical_name, find_layers, unwrapped
+from recon.reach import find_reach, last_uses
+
+
+def layer_norms(losses: Mapping[str, Tensor], model: nn.Module, name: str = "") -> dict[str, Tensor]:
+    """The norm of each loss's gradient with respect to the parameters of one layer.
+
+    Where several processes train together, the gradients are averaged over the ranks first, as everywhere.
+
+    Args:
+        losses: `{task: scalar loss}`; their graph is kept.
+        model: plain or branched.
+        name: of the layer. If empty, it is the last one that all tasks of the step share: the one that the forward pass
+            used last. A copy in a branched layer that serves some of the tasks is not shared by all.
+
+    Returns:
+        `{task: norm}`, 0-dimensional, in float64 where the device has it, for the tasks that any rank has; empty if
+        there is but one, which nothing can be compared with.
+
+    Raises:
+        UnknownNameError: there is no such layer.
+        UsageError: a task does not reach the layer, or no layer is shared by all.
+        GradientError: a gradient is not finite.
+    """
+    layers = find_layers(unwrapped(model))
+    name = name and canonical_name(layers, name)
+    parameters = [p for layer in layers for p in layer.parameters.values()]
+    reach = agree_on_reach(find_reach(losses, parameters), parameters)
+    if len(reach.tasks) < 2:
+        return {}
+    reached = {task: set(found) for task, found in reach.parameters.items()}
+    layer = _named(layers, name, reached) if name else _last_shared(layers, losses, reached)
+    parameters = [p for p in layer.parameters.values() if p.requires_grad]
+    with _untouched(list(model.buffers())):
+        norms = {task: _norm(losses.get(task), parameters) for task in reach.tasks}
+    finite = torch.stack(list(norms.values())).isfinite().tolist()
+    bad = [task for task, good in zip(norms, finite, strict=True) if not good]
+    if bad:
+        raise GradientError(
+            f"The gradients of the tasks {bad} are not finite in layer {layer.name!r}, so their norms say nothing. "
+            "Look at those tasks' losses on this batch, or lower the learning rate."
+        )
+    return norms
+
+
+def _named(layers: Sequence[Layer], name: str, reached: Mapping[str, set[nn.Parameter]]) -> Layer:
+    layer = next(layer for layer in layers if layer.name == name)
+    without = [task for task, found in reached.items() if found.isdisjoint(layer.parameters.values())]
+    if without:
+        raise UsageError(
+            f"The losses of {without} have no gradient in layer {name!r}, so the tasks cannot be compared there. Name "
+            "a trainable layer that all tasks share, or none: then the last such layer is taken."
+        )
+    return layer
+
+
+def _last_shared(
+    layers: Sequence[Layer], losses: Mapping[str, Tensor], reached: Mapping[str, set[nn.Parameter]]
+) -> Layer:
+    everywhere = set.intersection(*reached.values())
+    shared = [layer for layer in layers if not everywhere.isdisjoint(layer.parameters.values())]
+    if not shared:
+        raise UsageError(
+            f"No layer is shared by all of the tasks {list(reached)}, so there is none to compare them in. Take a "
+            "weighting that needs the losses alone."
+        )
+    uses = last_uses(list(losses.values()))
+    # Every rank must choose the same one, and one that lacks a task has no whole graph to look at.
+    everyone = gather([max(uses.get(p, -1) for p in layer.parameters.values()) for layer in shared])
+    # Of layers used at once, as compiled models use theirs, the last in model order.
+    return max(enumerate(shared), key=lambda item: (max(use[item[0]] for use in everyone), item[0]))[1]
+
+
+def _norm(loss: Tensor | None, parameters: Sequence[nn.Parameter]) -> Tensor:
+    found: Sequence[Tensor | None] = [None] * len(parameters)
+    if loss is not None:
+        found = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
+    gradients = [torch.zeros_like(p) if g is None else _dense(g) for p, g in zip(parameters, found, strict=True)]
+    if world_size() > 1:
+        gradients = [g.clone() for g in gradients]
+        average_(gradients)
+    # Squared norms of float32 gradients leave float32 at norms of 1e-23 and 1e19.
+    dtype = torch.float32 if gradients[0].device.type == "mps" else torch.float64
+    return torch.linalg.vector_norm(torch.cat([as_real(g).to(dtype).flatten() for g in gradients]))
+
+
+def _dense(gradient: Tensor) -> Tensor:
+    return gradient.to_dense() if gradient.is_sparse else gradient
+
+
+@contextmanager
+def _untouched(buffers: Sequence[Tensor]) -> Iterator[None]:
+    """Put the buffers back: a pass that runs a part of the forward again (activation checkpoints) moves statistics."""
+    kept = [(buffer, buffer._version, buffer.clone()) for buffer in buffers]
+    try:
+        yield
+    finally:
+        # BatchNorm's counter shows that it was moved; its running mean and variance do not.
+        if any(buffer._version != version for buffer, version, _ in kept):
+            with torch.no_grad():
+                for buffer, _, values in kept:
+                    buffer.copy_(values)
