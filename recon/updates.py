@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from recon.distributed import agree_on_reach, average_, average_losses, world_si
 from recon.errors import UsageError
 from recon.gradients import (
     TaskJacobian,
+    Workspace,
     add_gradient,
     task_jacobian,
     write_combination,
@@ -26,6 +28,8 @@ from recon.reach import find_reach
 
 if TYPE_CHECKING:
     from recon.profiler import Profiler
+
+_workspaces: WeakKeyDictionary[Method, Workspace] = WeakKeyDictionary()  # no part of a method that is copied or saved
 
 
 def backward(
@@ -77,7 +81,8 @@ def backward(
         return weights
     assert isinstance(method, Aggregator)
     with _full_precision(parameters[0].device):
-        jacobian = task_jacobian(losses, parameters, recorder.workspace if recorder else None, model.buffers())
+        workspace = recorder.workspace if recorder else _workspaces.setdefault(method, Workspace())
+        jacobian = task_jacobian(losses, parameters, workspace, model.buffers())
         if recorder is not None:
             recorder.observe(jacobian)
         if isinstance(method, Composition):
