@@ -10,6 +10,8 @@ from pathlib import Path
 from recon.errors import UsageError
 
 _MODEL_FILES = ("run.json", "plan.json", "weights.safetensors")
+RUN_MARKS = (*_MODEL_FILES, "training.checkpoint", "metrics.jsonl")
+"""What the folder of a run has, be it interrupted early."""
 
 
 def check_file(path: Path, mark: bytes) -> Path:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -130,8 +130,10 @@ def _accumulators(task: Task, device: torch.device, across_ranks: bool) -> dict[
         # torchmetrics' default drops NaN from the mean; a loss that is NaN must stay visible.
         states = {LOSS: MeanMetric(nan_strategy="disable").to(device)}
     if not across_ranks:
-        for state in states.values():
-            state.distributed_available_fn = lambda: False
+        for part in (part for state in states.values() for part in state.modules()):
+            cast("MetricState", part).distributed_available_fn = lambda: (
+                False
+            )  # torchmetrics asks each before it gathers
     return states
 
 

@@ -14,7 +14,7 @@ from recon.distributed import average_losses, gather, world_size
 from recon.errors import ProblemError
 from recon.precision import Precision
 from recon.problem import Batch, Loss
-from recon.random_states import global_states, set_global_states
+from recon.random_states import global_states_kept
 from recon.recorder import Recorder, Step
 from recon.training_run import TrainingRun
 from recon.undisturbed import undisturbed
@@ -90,12 +90,9 @@ class Stepper:
 
     def _losses_now(self, batch: Batch) -> Scalars:
         """The losses of a batch that is done, as if nobody had asked."""
-        run, states = self.run, global_states()
-        try:
-            with undisturbed(run.model), torch.no_grad():
-                losses = task_losses(run.model, *batch, self.losses, run.precision)
-        finally:
-            set_global_states(states)
+        run = self.run
+        with undisturbed(run.model), global_states_kept(), torch.no_grad():
+            losses = task_losses(run.model, *batch, self.losses, run.precision)
         anywhere = {task for tasks in gather(list(losses)) for task in tasks}
         return average_losses(losses, [task for task in self.losses if task in anywhere], run.device)
 
