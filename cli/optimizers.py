@@ -119,8 +119,8 @@ def _main_schedule(problem: Problem, recipe: Recipe, per_epoch: int, total: int,
 
 
 def _rising(optimizer: Optimizer, steps: int) -> LRScheduler:
-    """From the n-th part of the learning rate to all of it in n steps."""
-    return LinearLR(optimizer, 1 / steps, total_iters=steps)
+    """The k-th of n steps takes the k/n-th part of the learning rate."""
+    return LinearLR(optimizer, 1 / steps, total_iters=max(1, steps - 1))
 
 
 def _one_cycle(optimizer: Optimizer, total: int, rise: float) -> LRScheduler:

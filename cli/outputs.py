@@ -10,7 +10,9 @@ from pathlib import Path
 from recon.errors import UsageError
 
 _MODEL_FILES = ("run.json", "plan.json", "weights.safetensors")
-RUN_MARKS = (*_MODEL_FILES, "training.checkpoint", "metrics.jsonl")
+CHECKPOINT_FILE = "training.checkpoint"
+METRICS_FILE = "metrics.jsonl"
+RUN_MARKS = (*_MODEL_FILES, CHECKPOINT_FILE, METRICS_FILE)
 """What the folder of a run has, be it interrupted early."""
 
 

@@ -22,12 +22,11 @@ from recon_cli import ranks, workbench
 from recon_cli.backbones import with_backbone
 from recon_cli.best import Evaluations
 from recon_cli.optimizers import depends_on_length, make_optimizer, make_scheduler
+from recon_cli.outputs import CHECKPOINT_FILE, METRICS_FILE
 from recon_cli.recipe import Recipe
 from recon_cli.run_folder import BEST, RunFolder
 from recon_cli.tensorboard import Events
 
-CHECKPOINT_FILE = "training.checkpoint"
-METRICS_FILE = "metrics.jsonl"
 PICTURE_FILE = "weights.png"
 EVENTS = "tensorboard"
 

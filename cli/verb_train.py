@@ -13,7 +13,7 @@ from recon.errors import UsageError
 from recon.runs import RUN_FILE, SINGLE_TASK, Run
 from recon_cli import ranks
 from recon_cli.best import Evaluations
-from recon_cli.outputs import RUN_MARKS, check_folder
+from recon_cli.outputs import CHECKPOINT_FILE, RUN_MARKS, check_folder
 from recon_cli.parsing import (
     METHOD,
     Report,
@@ -91,6 +91,7 @@ def run(args: argparse.Namespace) -> Report:
     from recon_cli.training_report import report
 
     check_resume(args)
+    _refuse_other_checkpoints(job)
     finished = _finished(args, job)
     if finished is not None:
         print(f"{args.out} is finished; there is nothing to resume.", file=sys.stderr)
@@ -128,6 +129,15 @@ def _job(args: argparse.Namespace, problem: Problem) -> Training:
         tensorboard=args.tensorboard,
         resume=args.resume,
     )
+
+
+def _refuse_other_checkpoints(job: Training) -> None:
+    for path in [*job.folder.glob(CHECKPOINT_FILE), *job.folder.glob(f"*/{CHECKPOINT_FILE}")]:
+        if path not in job.checkpoints:
+            raise UsageError(
+                f"{path} is of another training, which was interrupted. Go on with that one, choose another --out, or "
+                "delete the file."
+            )
 
 
 def _finished(args: argparse.Namespace, job: Training) -> Run | None:
