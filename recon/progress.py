@@ -26,4 +26,4 @@ def with_bar(run: TrainingRun, epochs: int, show: bool) -> Iterator[Batch]:
         yield batch
         if time.monotonic() - looked >= _SECONDS:
             looked = time.monotonic()
-            bar.set_postfix({task: f"{loss:.4f}" for task, loss in run.meter.mean_losses().items()}, refresh=False)
+            bar.set_postfix({task: f"{loss:.4f}" for task, loss in run.meter.mean_losses().items()})

@@ -1,4 +1,6 @@
 import copy
+import re
+import time
 
 import pytest
 import torch
@@ -370,3 +372,16 @@ def test_accumulation_goes_on_after_an_interruption_as_if_nothing_had_happened(t
     assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
     with pytest.raises(recon.errors.CheckpointError, match="accumulate is 2 now, but was 3"):
         train(accumulate=2, checkpoint=path, resume=True)
+
+
+def test_the_bar_shows_throughput_and_losses(model, monkeypatch, capsys):
+    monkeypatch.setattr("recon.progress._SECONDS", 0.0)
+    data = [(x, targets) for x, targets in batches(4)]
+
+    def slow(out, target):
+        time.sleep(0.06)  # tqdm draws ten times a second
+        return LOSSES["a"](out, target)
+
+    recon.train(model, data, LOSSES | {"a": slow}, optimizer=sgd(model), progress=True, accumulate=2)
+    shown = capsys.readouterr().err
+    assert "epoch 1/1" in shown and "batch" in shown and re.search(r"a=\d\.\d{4}, b=\d\.\d{4}", shown)
