@@ -29,7 +29,9 @@ from recon.timing import step_seconds
 from recon.trainer import task_losses
 from recon_cli import workbench
 from recon_cli.demo_story import Outcome, Results, Story
+from recon_cli.optimizers import make_optimizer, make_scheduler
 from recon_cli.parsing import Report
+from recon_cli.recipe import Recipe
 
 PROBLEM = "digits"
 _PROFILE_EPOCHS = 3
@@ -108,7 +110,7 @@ class Demo:
             model,
             train,
             problem.losses,
-            optimizer=workbench.make_optimizer(problem, model, None),
+            optimizer=make_optimizer(problem, model, Recipe()),
             epochs=_PROFILE_EPOCHS,
             made_by={"problem": PROBLEM, "backbone": type(model).__name__, "seed": 0},
         )
@@ -181,14 +183,14 @@ class Demo:
     ) -> Results:
         train, test = workbench.make_loaders(problem, seed)
         torch.manual_seed(seed)
-        optimizer = workbench.make_optimizer(problem, model, None)
+        optimizer = make_optimizer(problem, model, Recipe())
         losses = {task: loss for task, loss in problem.losses.items() if task in tasks}
         recon.train(
             model,
             train,
             losses,
             optimizer=optimizer,
-            scheduler=workbench.make_scheduler(problem, train, self.epochs),
+            scheduler=make_scheduler(problem, train, self.epochs),
             method=method,
             epochs=self.epochs,
             profiler=profiler,
@@ -262,7 +264,7 @@ class Demo:
         tasks: Sequence[str],
     ) -> Callable[[], None]:
         model = self._model(problem, variant, 0)
-        optimizer = workbench.make_optimizer(problem, model, None)
+        optimizer = make_optimizer(problem, model, Recipe())
         losses = {task: loss for task, loss in problem.losses.items() if task in tasks}
         chosen = recon.methods.get(method)
 

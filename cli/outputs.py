@@ -10,6 +10,10 @@ from pathlib import Path
 from recon.errors import UsageError
 
 _MODEL_FILES = ("run.json", "plan.json", "weights.safetensors")
+CHECKPOINT_FILE = "training.checkpoint"
+METRICS_FILE = "metrics.jsonl"
+RUN_MARKS = (*_MODEL_FILES, CHECKPOINT_FILE, METRICS_FILE)
+"""What the folder of a run has, be it interrupted early."""
 
 
 def check_file(path: Path, mark: bytes) -> Path:

@@ -129,6 +129,23 @@ def positive_number(text: str) -> float:
     return _number(text, float, lambda value: 0 < value < math.inf, "a number above 0")
 
 
+def non_negative_number(text: str) -> float:
+    """A number of at least 0."""
+    return _number(text, float, lambda value: 0 <= value < math.inf, "a number of at least 0")
+
+
+def part_below_one(text: str) -> float:
+    """A number from 0 up to, but not, 1."""
+    return _number(text, float, lambda value: 0 <= value < 1, "a number of at least 0 and below 1")
+
+
+def steps_or_part(text: str) -> int | float:
+    """A number of steps, or a part of all steps."""
+    if text.isdecimal():
+        return positive_integer(text)
+    return _number(text, float, lambda value: 0 < value < 1, "a whole number of at least 1, or a part between 0 and 1")
+
+
 def share(text: str) -> float:
     """An argument that is a part of a whole."""
     return _number(text, float, lambda value: 0 < value <= 1, "a number above 0 and at most 1")

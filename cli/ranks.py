@@ -12,7 +12,7 @@ from recon.errors import UsageError
 if TYPE_CHECKING:
     import torch
 
-SHARED_VERBS = ("profile",)
+SHARED_VERBS = ("profile", "train")
 """The verbs that several processes can do together."""
 
 
@@ -40,7 +40,7 @@ def check_verb(verb: str) -> None:
     if count() > 1 and verb not in SHARED_VERBS:
         raise UsageError(
             f"`recon {verb}` runs in one process, but {count()} were started. Run it without torchrun; "
-            f"{', '.join(SHARED_VERBS)} can use several."
+            f"{' and '.join(SHARED_VERBS)} can use several."
         )
 
 

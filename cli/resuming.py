@@ -6,13 +6,17 @@ import argparse
 import logging
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from recon.errors import CheckpointError, GradientError
+from recon.errors import CheckpointError, GradientError, ReconError, UsageError
 from recon.resume import refuse_existing
-from recon_cli.training import TrainingStoppedError
+from recon_cli import ranks
+
+
+class TrainingStoppedError(ReconError):
+    """The user stopped the training; the message says what is left of it."""
 
 
 def checkpoint_beside(out: Path) -> Path:
@@ -20,30 +24,47 @@ def checkpoint_beside(out: Path) -> Path:
     return out.with_name(f"{out.name}.checkpoint")
 
 
+def check_resume(args: argparse.Namespace) -> None:
+    """Refuse `--resume` where there can be no checkpoint.
+
+    Raises:
+        UsageError: there are several processes.
+    """
+    if args.resume and ranks.count() > 1:
+        raise UsageError("--resume goes on from a checkpoint, which several processes do not keep. Leave it out.")
+
+
 @contextmanager
-def resumable(args: argparse.Namespace, checkpoint: Path) -> Iterator[None]:
-    """A training that is kept in `checkpoint`: whatever ends it, the user learns how to go on.
+def resumable(
+    args: argparse.Namespace, checkpoints: Sequence[Path], left: Callable[[], str] = lambda: ""
+) -> Iterator[None]:
+    """Trainings that are kept in `checkpoints`: whatever ends one, the user learns how to go on.
+
+    Args:
+        args: the command's.
+        checkpoints: one a training, in their order; deleted when all are done.
+        left: tells what an interruption leaves besides, as a sentence.
 
     Raises:
         UsageError: there is a checkpoint, and no `--resume`.
         TrainingStoppedError: the user pressed Ctrl-C.
     """
     if not args.resume:
-        refuse_existing(checkpoint)
+        for checkpoint in checkpoints:
+            refuse_existing(checkpoint)
     with _resuming_on_stderr():
         try:
             yield
         except KeyboardInterrupt as error:
-            nothing = "No step was complete, so nothing was saved."
-            left = _way_on(args, checkpoint, error) if checkpoint.exists() else nothing
-            raise TrainingStoppedError(f"Interrupted. {left}") from error
+            raise TrainingStoppedError(f"Interrupted. {left()}{_way_on(args, checkpoints, error)}".strip()) from error
         except CheckpointError:
             raise
         except Exception as error:
-            if checkpoint.exists():
-                print(_way_on(args, checkpoint, error), file=sys.stderr)
+            if any(checkpoint.exists() for checkpoint in checkpoints):
+                print(f"{left()}{_way_on(args, checkpoints, error)}", file=sys.stderr)
             raise
-    checkpoint.unlink(missing_ok=True)
+    for checkpoint in checkpoints:
+        checkpoint.unlink(missing_ok=True)
 
 
 def command_line(args: argparse.Namespace) -> list[str]:
@@ -59,10 +80,13 @@ def command_line(args: argparse.Namespace) -> list[str]:
     return words
 
 
-def _way_on(args: argparse.Namespace, checkpoint: Path, error: BaseException) -> str:
+def _way_on(args: argparse.Namespace, checkpoints: Sequence[Path], error: BaseException) -> str:
+    kept = [checkpoint for checkpoint in checkpoints if checkpoint.exists()]
+    if not kept:
+        return "" if ranks.count() > 1 else "No step was complete, so nothing was saved."
     if isinstance(error, GradientError):  # it would come again
-        return f"{checkpoint} keeps the training up to there. To start over with other settings, delete it."
-    return f"{checkpoint} keeps the training. Go on with:\n  {shlex.join([*command_line(args), '--resume'])}"
+        return f"{kept[-1]} keeps the training up to there. To start over with other settings, delete it."
+    return f"{kept[-1]} keeps the training. Go on with:\n  {shlex.join([*command_line(args), '--resume'])}"
 
 
 @contextmanager

@@ -2,140 +2,214 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 import recon
 from recon.checkpoint import PLAN_FILE
-from recon.errors import ReconError
+from recon.distributed import RankBatches
 from recon.evaluation import directions
 from recon.problem import Loss, Problem, Task
-from recon.runs import SINGLE_TASK, Run
+from recon.runs import RUN_FILE, SINGLE_TASK, Run
 from recon.surgery import plan_of
 from recon.weights import WEIGHTS_FILE
-from recon_cli import workbench
+from recon_cli import ranks, workbench
+from recon_cli.backbones import with_backbone
+from recon_cli.best import Evaluations
+from recon_cli.optimizers import depends_on_length, make_optimizer, make_scheduler
+from recon_cli.outputs import CHECKPOINT_FILE, METRICS_FILE
+from recon_cli.recipe import Recipe
+from recon_cli.run_folder import BEST, RunFolder
+from recon_cli.tensorboard import Events
 
-
-class TrainingStoppedError(ReconError):
-    """The user stopped the training; the message says what is left of it."""
+PICTURE_FILE = "weights.png"
+EVENTS = "tensorboard"
 
 
 @dataclass(frozen=True)
 class Training:
-    """One training command: everything but what is trained.
+    """One training command.
 
     Args:
         problem: the problem.
         folder: where the run goes.
         epochs: passes over the train loader.
         seed: of fresh models and the loaders.
-        lr: learning rate; the problem's own if None.
+        recipe: how it is trained.
         device: where the model runs.
+        method: the gradient method, or `SINGLE_TASK`.
+        source: a folder with the model to start from; a fresh one if None.
+        backbone: the fresh model, if it is not the problem's own.
+        train_samples: what the problem was cut down to, if it was.
+        evaluations: when, and what is best.
+        tensorboard: whether TensorBoard's events are written.
+        resume: go on from the checkpoints.
     """
 
     problem: Problem
     folder: Path
     epochs: int
     seed: int
-    lr: float | None
+    recipe: Recipe
     device: torch.device
+    method: str = "joint"
+    source: Path | None = None
+    backbone: str = ""
+    train_samples: int | None = None
+    evaluations: Evaluations = field(default_factory=Evaluations)
+    tensorboard: bool = False
+    resume: bool = False
 
-    def together(self, method: str, source: Path | None = None) -> Run:
-        """Train one model for all tasks: a fresh one, or the one saved in the folder `source`."""
-        model, origin = self._start(source)
+    @property
+    def folders(self) -> dict[str, Path]:
+        """Where the models go, by what is trained."""
+        if self.method != SINGLE_TASK:
+            return {self.method: self.folder}
+        return {task: workbench.task_folder(self.folder, task) for task in self.problem.task_names}
+
+    @property
+    def checkpoints(self) -> list[Path]:
+        """What the training can go on from."""
+        return [folder / CHECKPOINT_FILE for folder in self.folders.values()]
+
+    def settings(self) -> dict[str, Any]:
+        """What must be the same at a resume, by option."""
+        return {
+            "--method": self.method,
+            "--model": self.backbone or (None if self.source is None else str(self.source)),
+            "--train-samples": self.train_samples,
+            "--seed": self.seed,
+            "--evaluate-every": self.evaluations.every,
+            "--best-by": self.evaluations.best_by,
+            **self.recipe.settings(),
+        }
+
+    def run(self) -> Run:
+        """Train, evaluate, save."""
+        problem = with_backbone(self.problem, self.backbone)
+        return self._single_tasks(problem) if self.method == SINGLE_TASK else self._together(problem)
+
+    def left(self) -> str:
+        """What an interruption left of the models, for people; empty if nothing."""
+        record = Run.load(self.folder) if (self.folder / RUN_FILE).exists() else None
+        if record is None or record.finished or not record.history:
+            return ""
+        last = record.history[-1]
+        folder = next((self.folders[task] for task in last["losses"] if task in self.folders), self.folder)
+        return f"{folder} holds the model after epoch {last['number']} of {self.epochs}. "
+
+    def _together(self, problem: Problem) -> Run:
+        """One model for all tasks."""
+        model, origin = self._start(problem)
         layers = tuple(plan_of(model).layers) if hasattr(model, "branch_plan") else ()
         surgery = origin.surgery if origin else f"K={len(layers)}" if layers else ""
-        run = self._new_run(method, f"{method} + {surgery}" if surgery else method)
+        run = self._new_run(f"{self.method} + {surgery}" if surgery else self.method)
         run.surgery, run.branched_layers = surgery, layers
-        costs = workbench.costs_per_sample(model, self._example_inputs())
+        run.backbone = self.backbone or (origin.backbone if origin else "")
+        costs = workbench.costs_per_sample(model, self._example_inputs(problem))
         run.parameters, run.macs = costs.parameters, costs.macs
-        run.results = self._fit(run, model, self.problem.tasks, method, self.folder)
-        return self._finish(run)
+        run.results = self._fit(run, problem, model, problem.tasks, self.folder)
+        self._finish(run)
+        best = self.evaluations.best(run.history, run.higher_is_better)
+        if best is not None and ranks.number() == 0:
+            replace(run, results=best["results"]).save(self.folder / BEST)
+        return run
 
-    def single_tasks(self) -> Run:
-        """Train one fresh model for each task."""
-        run = self._new_run(SINGLE_TASK, SINGLE_TASK)
-        model, _ = self._start(None)
-        costs = workbench.single_task_costs(model, run.tasks, self._example_inputs())
+    def _single_tasks(self, problem: Problem) -> Run:
+        """One fresh model for each task."""
+        run = self._new_run(SINGLE_TASK)
+        run.backbone = self.backbone
+        model, _ = self._start(problem)
+        costs = workbench.single_task_costs(model, run.tasks, self._example_inputs(problem))
         run.parameters, run.macs = costs.parameters, costs.macs
+        if ranks.number() == 0:
+            run.save(self.folder)  # the folder must be known as a run's before a task's folder lies in it
         results: dict[str, Mapping[str, float]] = {}
-        for task in self.problem.tasks:
-            model, _ = self._start(None)
-            folder = workbench.task_folder(self.folder, task.name)
-            results |= self._fit(run, model, [task], "joint", folder)
+        for task in problem.tasks:
+            model, _ = self._start(problem)
+            results |= self._fit(run, problem, model, [task], self.folders[task.name])
         run.results = results
-        for stale in (WEIGHTS_FILE, PLAN_FILE):  # of an older run in this folder, which trained one model
-            (self.folder / stale).unlink(missing_ok=True)
+        if ranks.number() == 0:
+            self._remove_older_model()
         return self._finish(run)
 
-    def _start(self, source: Path | None) -> tuple[nn.Module, Run | None]:
-        if source is None:
-            return workbench.make_model(self.problem, self.seed).to(self.device), None
-        model, origin = workbench.load_model(self.problem, source, self.seed)
+    def _start(self, problem: Problem) -> tuple[nn.Module, Run | None]:
+        if self.source is None:
+            return workbench.make_model(problem, self.seed).to(self.device), None
+        model, origin = workbench.load_model(problem, self.source, self.seed)
         return model.to(self.device), origin
 
-    def _example_inputs(self) -> object:
-        train, _ = workbench.make_loaders(self.problem, self.seed)
-        return workbench.first_batch(self.problem, train, self.device)[0]
+    def _example_inputs(self, problem: Problem) -> object:
+        train, _ = workbench.make_loaders(problem, self.seed)
+        return workbench.first_batch(problem, train, self.device)[0]
 
-    def _new_run(self, method: str, label: str) -> Run:
+    def _new_run(self, label: str) -> Run:
+        """A record; a resumed training's has the epochs that were done."""
+        done = []
+        if self.resume and any(checkpoint.exists() for checkpoint in self.checkpoints):
+            earlier = workbench.read_record(self.problem, self.folder)
+            done = [] if earlier is None else earlier.history
         return Run(
             problem=self.problem.name,
             label=label,
             tasks=self.problem.task_names,
-            method=method,
+            method=self.method,
             seed=self.seed,
             epochs=self.epochs,
             higher_is_better=directions(self.problem.tasks),
+            history=done,
+            settings=self.settings(),
         )
 
     def _fit(
-        self, run: Run, model: nn.Module, tasks: Sequence[Task], method: str, folder: Path
+        self, run: Run, problem: Problem, model: nn.Module, tasks: Sequence[Task], folder: Path
     ) -> dict[str, dict[str, float]]:
-        """Train and evaluate one model; its weights and the run's record are saved after every epoch."""
+        """Train one model; gives its results after the last epoch."""
         # Fresh loaders and random state: what was looked at before must not shift the order of the batches.
-        train, test = workbench.make_loaders(self.problem, self.seed)
+        train, test = workbench.make_loaders(problem, self.seed)
         workbench.seed_everything(self.seed)
         losses: dict[str, Loss] = {task.name: task.loss for task in tasks}
-        prefix = f"{tasks[0].name}: " if run.is_single_task else ""
-        left = ""
-
-        def save(epoch: recon.Epoch) -> None:
-            nonlocal left
-            run.history.append(asdict(epoch))
-            run.save(self.folder)
-            recon.save(model, folder)
-            left = f"{folder} holds the model after epoch {epoch.number} of {self.epochs}."
-            workbench.show_epoch(epoch, self.epochs, prefix)
-
-        try:
-            history = recon.train(
-                model,
-                train,
-                losses,
-                optimizer=workbench.make_optimizer(self.problem, model, self.lr),
-                scheduler=workbench.make_scheduler(self.problem, train, self.epochs),
-                method=method,
-                epochs=self.epochs,
-                on_epoch=save,
-                progress=workbench.shows_progress(),
-            )
-            run.seconds_per_step += history.seconds / history.steps
-            return recon.evaluate(model, test, tasks)
-        except KeyboardInterrupt as error:
-            left = left or "No epoch was complete, so nothing was saved."
-            raise TrainingStoppedError(f"Interrupted. {left}") from error
-        except Exception:
-            if left:
-                print(left, file=sys.stderr)
-            raise
+        keeper = RunFolder(folder, run, self.folder, model, tasks, test, self.evaluations)
+        several = ranks.count() > 1
+        fixed = {"--epochs": self.epochs} if depends_on_length(problem, self.recipe) else {}
+        history = recon.train(
+            model,
+            RankBatches(train) if several else train,
+            losses,
+            optimizer=make_optimizer(problem, model, self.recipe),
+            scheduler=make_scheduler(problem, train, self.epochs, self.recipe),
+            method="joint" if run.is_single_task else self.method,
+            epochs=self.epochs,
+            clip=self.recipe.clip,
+            accumulate=self.recipe.accumulate,
+            amp=self.recipe.amp,
+            recorder=recon.Recorder(folder / METRICS_FILE, [Events(folder / EVENTS)] if self.tensorboard else []),
+            on_epoch=keeper.end_epoch,
+            progress=workbench.shows_progress(),
+            checkpoint=None if several else folder / CHECKPOINT_FILE,
+            resume=self.resume,
+            settings={"problem": problem.name, **self.settings(), **fixed, "device": self.device.type},
+        )
+        keeper.finish(history)
+        run.seconds_per_step += history.seconds / max(1, history.steps)
+        return history.epochs[-1].results
 
     def _finish(self, run: Run) -> Run:
         run.finished = True
-        run.save(self.folder)
+        if ranks.number() == 0:
+            run.save(self.folder)
         return run
+
+    def _remove_older_model(self) -> None:
+        """What an older run left that trained one model in this folder."""
+        best = [path for path in (self.folder / BEST).glob("*") if path.is_file()]
+        files = [self.folder / name for name in (WEIGHTS_FILE, PLAN_FILE, METRICS_FILE, PICTURE_FILE)]
+        for file in [*files, *best]:
+            file.unlink(missing_ok=True)
+        if best:
+            (self.folder / BEST).rmdir()

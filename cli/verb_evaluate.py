@@ -48,12 +48,14 @@ def run(args: argparse.Namespace) -> Report:
 
 
 def _evaluate(problem: Problem, folder: Path, seed: int | None, device: torch.device) -> dict[str, dict[str, float]]:
-    from recon_cli import workbench
+    from recon_cli import workbench  # late: these import torch
+    from recon_cli.backbones import with_backbone
 
     record = workbench.read_record(problem, folder)
     # A problem may split its data by the seed: another one would test on what was trained on.
     seed = (record.seed if record else 0) if seed is None else seed
     _, test = workbench.make_loaders(problem, seed)
+    problem = with_backbone(problem, record.backbone if record else "")
     if record is None or not record.is_single_task:
         model, _ = workbench.load_model(problem, folder, seed)
         return recon.evaluate(model.to(device), test, problem.tasks)

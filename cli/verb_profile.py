@@ -97,12 +97,12 @@ def add_parser(verbs: Verbs) -> None:
 def run(args: argparse.Namespace) -> Report:
     """Profile, save the map, show the ranking's top."""
     check_file(args.out, b'"recon conflict map"')
-    if args.resume and ranks.count() > 1:
-        raise UsageError("--resume goes on from a checkpoint, which several processes do not keep. Leave it out.")
     problem = problems.get(args.problem, **problem_options(args))
     recon.methods.parse(args.method)
     from recon_cli import workbench  # late: these import torch
-    from recon_cli.resuming import checkpoint_beside, resumable
+    from recon_cli.resuming import check_resume, checkpoint_beside, resumable
+
+    check_resume(args)
 
     device = workbench.choose_device(args.device)
     checkpoint = checkpoint_beside(args.out)
@@ -111,7 +111,7 @@ def run(args: argparse.Namespace) -> Report:
         return _report(args, problem, _checked_same(finished, args, problem))
     if finished is not None:
         print(f"note: the map in {args.out} will be replaced when the new one is finished.", file=sys.stderr)
-    with ranks.joined(device), resumable(args, checkpoint):
+    with ranks.joined(device), resumable(args, [checkpoint]):
         if ranks.number() == 0:
             remove_partial(args.out)
         cmap = _profile(args, problem, device, checkpoint)
@@ -122,7 +122,8 @@ def run(args: argparse.Namespace) -> Report:
 
 def _profile(args: argparse.Namespace, problem: Problem, device: torch.device, checkpoint: Path) -> ConflictMap:
     from recon.distributed import RankBatches  # late: these import torch
-    from recon_cli import workbench
+    from recon_cli import optimizers, workbench
+    from recon_cli.recipe import Recipe
 
     model = workbench.make_model(problem, args.seed).to(device)
     loader, _ = workbench.make_loaders(problem, args.seed)
@@ -147,7 +148,7 @@ def _profile(args: argparse.Namespace, problem: Problem, device: torch.device, c
         model,
         RankBatches(loader) if several else loader,
         problem.losses,
-        optimizer=workbench.make_optimizer(problem, model, args.lr),
+        optimizer=optimizers.make_optimizer(problem, model, Recipe(lr=args.lr)),
         epochs=args.epochs,
         threshold=args.threshold,
         method=args.method,

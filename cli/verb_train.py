@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import shlex
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import recon
 from recon import problems
-from recon.runs import Run
-from recon.tables import metrics_table, short_number
-from recon_cli.outputs import check_folder
+from recon.errors import UsageError
+from recon.runs import RUN_FILE, SINGLE_TASK, Run
+from recon_cli import ranks
+from recon_cli.best import Evaluations
+from recon_cli.outputs import CHECKPOINT_FILE, RUN_MARKS, check_folder
 from recon_cli.parsing import (
     METHOD,
     Report,
@@ -21,9 +23,12 @@ from recon_cli.parsing import (
     positive_integer,
     problem_options,
 )
+from recon_cli.recipe import add_recipe_options, recipe_of
 
 if TYPE_CHECKING:
+    from recon import Problem
     from recon_cli.parsing import Verbs
+    from recon_cli.training import Training
 
 
 def add_parser(verbs: Verbs) -> None:
@@ -36,47 +41,122 @@ def add_parser(verbs: Verbs) -> None:
         """
         recon train digits --out joint
         recon train digits --model branched --method cagrad:c=0.5 --out recon4
+        recon train digits --optimizer adamw --lr 0.002 --schedule cosine --warm-up 0.05 --clip 1 --out joint
+        recon train digits --model ResNet18 --schedule step --milestones 4 5 --out resnet
         recon train digits --single-task --out single
+        recon train digits --out joint --resume
+        torchrun --nproc-per-node 2 -m recon_cli train digits --out joint
         recon compare joint recon4 single
         """,
-        "The weights are saved after every epoch: Ctrl-C loses the epoch that it falls into, no more.",
+        "FOLDER gets the model after the last epoch, the best one in FOLDER/best, and a line for every step in "
+        "metrics.jsonl. Until it is done, a checkpoint in there keeps the training: Ctrl-C loses nothing, whatever "
+        "else ends it a minute at most.",
     )
     add_problem(parser)
-    parser.add_argument("--model", type=Path, metavar="FOLDER", help="start from the model that convert or train saved")
+    parser.add_argument(
+        "--model",
+        metavar="MODEL",
+        help="the folder of a model to start from, which convert or train saved; or another network than the "
+        "problem's: a built-in backbone (ResNet18, SmallResNet) or path/to/file.py:function",
+    )
     parser.add_argument("--method", help=f"{METHOD} (default: joint)")
     parser.add_argument("--epochs", type=positive_integer, help="default: the problem's own")
     parser.add_argument("--single-task", action="store_true", help="train one model for each task: the baselines of Δm")
     add_training_options(parser)
+    add_recipe_options(parser)
+    parser.add_argument(
+        "--evaluate-every", type=positive_integer, default=1, metavar="N", help="epochs (default: 1); the last one too"
+    )
+    parser.add_argument(
+        "--best-by",
+        metavar="TASK.METRIC",
+        help="what tells the best epoch (default: the mean relative improvement on the first evaluation)",
+    )
+    parser.add_argument("--tensorboard", action="store_true", help="write TensorBoard's events into FOLDER/tensorboard")
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="where the run goes")
+    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in FOLDER; without one, begin")
 
 
 def run(args: argparse.Namespace) -> Report:
     """Train, evaluate, save."""
-    if args.single_task and args.model:
-        args.parser.error("--single-task trains fresh models, so it does not go with --model")
     if args.single_task and args.method not in (None, "joint"):
         args.parser.error(f"--single-task has one task at a time, so it does not go with --method {args.method}")
-    check_folder(args.out)
+    if args.single_task and args.best_by:
+        args.parser.error("--single-task keeps the best model of each task, so it does not go with --best-by")
+    check_folder(args.out, RUN_MARKS)
     problem = problems.get(args.problem, **problem_options(args))
-    method = args.method or "joint"
-    recon.methods.parse(method)
-    from recon_cli import training, workbench  # late: they import torch
+    recon.methods.parse(args.method or "joint")
+    job = _job(args, problem)
+    from recon_cli.resuming import check_resume, resumable  # late: these import torch
+    from recon_cli.training_report import report
 
-    device = workbench.choose_device(args.device)
-    job = training.Training(problem, args.out, args.epochs or problem.epochs, args.seed, args.lr, device)
-    return _report(args, job.single_tasks() if args.single_task else job.together(method, args.model))
+    check_resume(args)
+    _refuse_other_checkpoints(job)
+    finished = _finished(args, job)
+    if finished is not None:
+        print(f"{args.out} is finished; there is nothing to resume.", file=sys.stderr)
+        return report(job, finished)
+    with ranks.joined(job.device), resumable(args, job.checkpoints, job.left):
+        trained = job.run()
+    return report(job, trained)
 
 
-def _report(args: argparse.Namespace, trained: Run) -> Report:
-    other = "joint" if trained.is_single_task else "single"
-    text = [
-        f"{trained.label}: epochs {trained.epochs}, seed {trained.seed}",
-        "",
-        metrics_table(trained.results),
-        "",
-        f"{short_number(trained.parameters)} parameters, {short_number(trained.macs)} multiply-adds per sample, "
-        f"{1000 * trained.seconds_per_step:.1f} ms a step.",
-        f"Saved {args.out}. Next, compare it with other runs, as in:",
-        f"  {shlex.join(['recon', 'compare', other, str(args.out)])}",
-    ]
-    return Report("\n".join(text), {"folder": str(args.out), **trained.as_dict()})
+def _job(args: argparse.Namespace, problem: Problem) -> Training:
+    epochs = args.epochs or problem.epochs
+    recipe, evaluations = recipe_of(args, epochs), Evaluations(args.evaluate_every, args.best_by)
+    from recon.evaluation import directions  # late: these import torch
+    from recon_cli import backbones, tensorboard, training, workbench
+
+    evaluations.check(directions(problem.tasks))
+    if args.tensorboard:
+        tensorboard.check_tensorboard()
+    backbone = backbones.backbone_name(args.model) if args.model else ""
+    source = Path(args.model) if args.model and not backbone else None
+    if args.single_task and source is not None:
+        args.parser.error("--single-task trains fresh models, so it does not go with the folder of one in --model")
+    return training.Training(
+        problem=problem,
+        folder=args.out,
+        epochs=epochs,
+        seed=args.seed,
+        recipe=recipe,
+        device=workbench.choose_device(args.device),
+        method=SINGLE_TASK if args.single_task else args.method or "joint",
+        source=source,
+        backbone=backbone,
+        train_samples=args.train_samples,
+        evaluations=evaluations,
+        tensorboard=args.tensorboard,
+        resume=args.resume,
+    )
+
+
+def _refuse_other_checkpoints(job: Training) -> None:
+    for path in [*job.folder.glob(CHECKPOINT_FILE), *job.folder.glob(f"*/{CHECKPOINT_FILE}")]:
+        if path not in job.checkpoints:
+            raise UsageError(
+                f"{path} is of another training, which was interrupted. Go on with that one, choose another --out, or "
+                "delete the file."
+            )
+
+
+def _finished(args: argparse.Namespace, job: Training) -> Run | None:
+    """The run in the folder that `--resume` finds finished.
+
+    Raises:
+        UsageError: it is another one than the command would make.
+    """
+    if not args.resume or not (args.out / RUN_FILE).exists() or any(path.exists() for path in job.checkpoints):
+        return None
+    found = Run.load(args.out)
+    if not found.finished:
+        return None
+    asked = {"problem": job.problem.name, "epochs": job.epochs, **job.settings()}
+    had = {"problem": found.problem, "epochs": found.epochs, **found.settings}
+    for name, value in asked.items():
+        if had.get(name) != value:
+            raise UsageError(
+                f"{args.out} is another run, and finished: its {name} is {had.get(name)}, not {value}. There is "
+                "nothing to resume: choose another --out, or leave --resume out to replace it."
+            )
+    return found

@@ -5,15 +5,13 @@ from __future__ import annotations
 import inspect
 import random
 import sys
-from collections.abc import Callable, Iterable, Sized
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
 from torch.utils._pytree import tree_leaves, tree_map
 
 import recon
@@ -25,9 +23,13 @@ from recon.layers import find_layers
 from recon.problem import Batch, Problem
 from recon.reach import reached_leaves
 from recon.runs import RUN_FILE, Run
+from recon.tables import metric_text
 from recon.trainer import Epoch, task_losses
 from recon.undisturbed import undisturbed
 from recon_cli import ranks
+from recon_cli.backbones import with_backbone
+from recon_cli.optimizers import make_optimizer
+from recon_cli.recipe import Recipe
 
 _SAMPLES = 8  # enough for batch norm, little enough to be quick
 
@@ -75,6 +77,8 @@ def load_model(problem: Problem, folder: Path, seed: int) -> tuple[nn.Module, Ru
     if record is not None and record.is_single_task:
         one = task_folder(folder, record.tasks[0])
         raise UsageError(f"{folder} holds one model for each task. Pass one of them, as in --model {one}.")
+    if record is not None:
+        problem = with_backbone(problem, record.backbone)
     return recon.load(folder, make_model(problem, seed)), record
 
 
@@ -117,32 +121,6 @@ def make_loaders(problem: Problem, seed: int) -> tuple[Iterable[Batch], Iterable
             raise ProblemError(
                 f"make_loaders of {problem.name!r} must return (train loader, test loader), but gave {_kind(other)}."
             )
-
-
-def make_optimizer(problem: Problem, model: nn.Module, lr: float | None) -> Optimizer:
-    """The problem's optimizer, at another learning rate if one is given."""
-    optimizer = problem.make_optimizer(model.parameters())
-    if lr is not None:
-        for settings in [optimizer.defaults, *optimizer.param_groups]:
-            settings["lr"] = lr
-    return optimizer
-
-
-def make_scheduler(problem: Problem, loader: Iterable[Batch], epochs: int) -> Callable[[Optimizer], LRScheduler] | None:
-    """What makes the problem's scheduler of an optimizer; None if the problem has none.
-
-    Raises:
-        ProblemError: the train loader cannot tell how many batches it has.
-    """
-    if problem.make_scheduler is None:
-        return None
-    if not isinstance(loader, Sized):
-        raise ProblemError(
-            f"{problem.name!r} has a make_scheduler, which needs the number of steps, but its train loader has no "
-            "length. Give it a __len__, or leave the scheduler out."
-        )
-    factory, steps = problem.make_scheduler, epochs * len(loader)
-    return lambda optimizer: factory(optimizer, steps)
 
 
 def first_batch(problem: Problem, loader: Iterable[Batch], device: torch.device) -> Batch:
@@ -207,7 +185,7 @@ class TrainingStep:
     def __init__(self, problem: Problem, model: nn.Module, batch: Batch) -> None:
         self.model = copy_model(model).train()
         self.losses = problem.losses
-        self.optimizer = make_optimizer(problem, self.model, None)
+        self.optimizer = make_optimizer(problem, self.model, Recipe())
         self.inputs, self.targets = batch
 
     def __call__(self) -> None:
@@ -220,7 +198,14 @@ class TrainingStep:
 def show_epoch(epoch: Epoch, epochs: int, prefix: str = "") -> None:
     """One line on stderr."""
     losses = ", ".join(f"{task} {loss:.4f}" for task, loss in epoch.losses.items())
-    print(f"{prefix}epoch {epoch.number}/{epochs}: loss {losses} ({epoch.seconds:.1f} s)", file=sys.stderr)
+    results = ", ".join(
+        f"{task} {name} {metric_text(value)}"
+        for task, metrics in epoch.results.items()
+        for name, value in metrics.items()
+    )
+    skipped = f", {epoch.skipped} skipped" if epoch.skipped else ""
+    text = f"{prefix}epoch {epoch.number}/{epochs}: loss {losses} ({epoch.steps} steps{skipped}, {epoch.seconds:.1f} s)"
+    print(f"{text}; test {results}" if results else text, file=sys.stderr)
 
 
 def shows_progress() -> bool:

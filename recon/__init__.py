@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from recon.planning import BranchPlan, plan
     from recon.problem import Metric, Problem, Task
     from recon.profiler import Profiler
+    from recon.recorder import Recorder
     from recon.surgery import convert, extract_task
     from recon.trainer import Epoch, History, train
     from recon.updates import backward
@@ -36,6 +37,7 @@ __all__ = [
     "Metric",
     "Problem",
     "Profiler",
+    "Recorder",
     "Task",
     "Verification",
     "backward",
@@ -65,6 +67,7 @@ _HOME = {
     "Metric": "problem",
     "Problem": "problem",
     "Profiler": "profiler",
+    "Recorder": "recorder",
     "Task": "problem",
     "Verification": "verification",
     "backward": "updates",

@@ -155,11 +155,11 @@ def _check(runs: Mapping[str, Run]) -> None:
 
 def _how_to_finish(name: str, run: Run) -> str:
     train = f"recon train {run.problem if run.problem in problems.names() else 'PROBLEM'}"
+    again = f"Give the command that began it once more, with --resume: {train}"
     if run.is_single_task:
-        return f"it was stopped. Train it again: {train} --single-task --out {name}."
+        return f"it was stopped. {again} --single-task --out {name} --resume."
     if run.history:
-        done = f"it stopped after {len(run.history)} of {run.epochs} epochs"
-        return f"{done}. Train it on: {train} --model {name} --out {name}."
+        return f"it stopped after {len(run.history)} of {run.epochs} epochs. {again} --out {name} --resume."
     return f"it was never trained. Train it: {train} --model {name} --out FOLDER."
 
 

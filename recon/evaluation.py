@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -36,19 +36,21 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def evaluate(model: nn.Module, loader: Iterable[Batch], tasks: Sequence[Task]) -> dict[str, dict[str, float]]:
+def evaluate(
+    model: nn.Module, loader: Iterable[Batch], tasks: Sequence[Task], *, across_ranks: bool = True
+) -> dict[str, dict[str, float]]:
     """The metrics of every task over a whole loader.
 
     Runs on the model's device, in evaluation mode and without gradients. A task is skipped in batches that
     lack its target. A task without metrics reports its loss as `"loss"`: the mean over batches, each weighted
     by its number of targets.
 
-    Under `torch.distributed`, torchmetrics combines the counts of all processes, so all must call it.
-
     Args:
         model: `model(inputs) -> {task name: output}`.
         loader: yields `(inputs, {task name: target})`.
         tasks: the tasks to evaluate; the model and the loader may know more of them.
+        across_ranks: where several processes train together, let torchmetrics combine the counts of all, each of which
+            must call this with a loader of its own part of the data. Otherwise each evaluates by itself.
 
     Returns:
         `{task name: {metric name: value}}`.
@@ -58,7 +60,7 @@ def evaluate(model: nn.Module, loader: Iterable[Batch], tasks: Sequence[Task]) -
             is not a single number.
     """
     device = model_device(model)
-    states = {task.name: _accumulators(task, device) for task in tasks}
+    states = {task.name: _accumulators(task, device, across_ranks) for task in tasks}
     seen: set[str] = set()
     keys: dict[str, None] = {}
     with eval_mode(model), torch.no_grad():
@@ -120,13 +122,19 @@ def delta_m(
     )
 
 
-def _accumulators(task: Task, device: torch.device) -> dict[str, MetricState]:
-    if not task.metrics:
+def _accumulators(task: Task, device: torch.device, across_ranks: bool) -> dict[str, MetricState]:
+    states = {metric.name: metric.make().to(device) for metric in task.metrics}
+    if not states:
         from torchmetrics.aggregation import MeanMetric
 
         # torchmetrics' default drops NaN from the mean; a loss that is NaN must stay visible.
-        return {LOSS: MeanMetric(nan_strategy="disable").to(device)}
-    return {metric.name: metric.make().to(device) for metric in task.metrics}
+        states = {LOSS: MeanMetric(nan_strategy="disable").to(device)}
+    if not across_ranks:
+        for part in (part for state in states.values() for part in state.modules()):
+            cast("MetricState", part).distributed_available_fn = lambda: (
+                False
+            )  # torchmetrics asks each before it gathers
+    return states
 
 
 def _update(states: Mapping[str, MetricState], task: Task, output: Any, target: Any) -> None:

@@ -53,6 +53,26 @@ def write_text(path: str | Path, text: str) -> None:
     write_atomically(path, lambda temporary: _fill(temporary, text))
 
 
+def write_from(path: str | Path, place: int, text: str) -> int:
+    """Write text into a file from a byte on, in place of whatever is behind it; give the new end.
+
+    Raises:
+        UsageError: the file cannot be written.
+    """
+    path = Path(path)
+    make_folder(path.parent)
+    try:
+        with path.open("r+b" if path.exists() else "wb") as file:
+            file.truncate(place)
+            file.seek(place)
+            file.write(text.encode())
+            file.flush()
+            os.fsync(file.fileno())
+            return file.tell()
+    except OSError as error:
+        raise _cannot_write(path, error) from error
+
+
 def make_folder(path: str | Path) -> Path:
     """Make a folder and its parents; return it.
 

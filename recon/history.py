@@ -22,10 +22,13 @@ class Epoch:
     Args:
         number: from 1.
         steps: optimizer steps taken; fewer than the other epochs' if the training was stopped in this one.
+        skipped: steps left out because a gradient overflowed in float16.
         seconds: wall time of the steps, loading included. Saving checkpoints does not count, nor does what an
             interruption lost, nor drawing batches again to get back to where it was.
         losses: `{task name: mean loss}` over the steps in which the task had a target.
         weights: `{task name: mean weight}` that the method gave the task; empty if it has none.
+        results: `{task name: {metric name: value}}` after the epoch, if `on_epoch` evaluated the model and put them
+            here.
     """
 
     number: int
@@ -33,6 +36,8 @@ class Epoch:
     seconds: float
     losses: dict[str, float]
     weights: dict[str, float]
+    results: dict[str, dict[str, float]] = field(default_factory=dict)
+    skipped: int = 0
 
 
 @dataclass
@@ -58,10 +63,11 @@ class Meter:
     def __init__(self, number: int, device: torch.device) -> None:
         self.number = number
         self.device = device
-        self.steps = 0
+        self.steps = self.skipped = 0
         self.sums: dict[str, Tensor] = {}
         self.counts: dict[str, int] = {}
         self.weight_sums: dict[str, Tensor] = {}
+        self.weight_counts: dict[str, int] = {}
         self.unchecked: Mapping[str, Tensor] = {}
         self._seconds = 0.0
         self._start: float | None = None
@@ -118,22 +124,35 @@ class Meter:
             )
 
     def add(self, losses: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
-        """Count a step."""
-        self.steps += 1
+        """Count a batch."""
         for task, loss in losses.items():
             self.sums[task] = self.sums.get(task, 0) + loss.detach().double()
             self.counts[task] = self.counts.get(task, 0) + 1
-            if task in weights:
-                self.weight_sums[task] = self.weight_sums.get(task, 0) + weights[task].detach()
+        for task in losses.keys() & weights.keys():
+            self.weight_sums[task] = self.weight_sums.get(task, 0) + weights[task].detach()
+            self.weight_counts[task] = self.weight_counts.get(task, 0) + 1
+
+    def mean_losses(self) -> dict[str, float]:
+        """`{task: mean loss}` of the epoch so far on this rank; waits for the device."""
+        return {task: float(total) / self.counts[task] for task, total in self.sums.items()}
 
     def epoch(self) -> Epoch:
         """The record of the epoch so far on this rank, of the tasks that had a target in it."""
-        return self._record(self.counts, _floats(self.sums), _floats(self.weight_sums))
+        return self._record(*self._totals())
 
-    def _record(self, counts: Mapping[str, int], sums: Mapping[str, float], weight_sums: Mapping[str, float]) -> Epoch:
+    def _totals(self) -> tuple[Mapping[str, float], ...]:
+        return self.counts, _floats(self.sums), self.weight_counts, _floats(self.weight_sums)
+
+    def _record(
+        self,
+        counts: Mapping[str, float],
+        sums: Mapping[str, float],
+        weight_counts: Mapping[str, float],
+        weight_sums: Mapping[str, float],
+    ) -> Epoch:
         losses = {task: total / counts[task] for task, total in sums.items()}
-        weights = {task: total / counts[task] for task, total in weight_sums.items()}
-        return Epoch(self.number, self.steps, self.seconds, losses, weights)
+        weights = {task: total / weight_counts[task] for task, total in weight_sums.items()}
+        return Epoch(self.number, self.steps, self.seconds, losses, weights, skipped=self.skipped)
 
     def whole_epoch(self, tasks: tuple[str, ...]) -> Epoch:
         """The record of an epoch that went through all batches, over all ranks.
@@ -143,32 +162,34 @@ class Meter:
             GradientError: see `check`.
         """
         self.settle()
-        everyone = gather((self.counts, _floats(self.sums), _floats(self.weight_sums)))
-        counts, sums, weight_sums = (_added_up(tables, tasks) for tables in zip(*everyone, strict=True))
+        everyone = gather(self._totals())
+        counts, *others = (_added_up(tables, tasks) for tables in zip(*everyone, strict=True))
         never = [task for task in tasks if task not in counts]
         if never:
             raise ProblemError(
                 f"No batch of epoch {self.number} had a target for {never}. The loader yields (inputs, {{task name: "
                 "target}); check the names, and that it is not empty."
             )
-        return self._record(counts, sums, weight_sums)
+        return self._record(counts, *others)
 
     def state_dict(self) -> dict[str, Any]:
         """What `load_state_dict` takes."""
         return {
             "number": self.number,
             "steps": self.steps,
+            "skipped": self.skipped,
             "seconds": self.seconds,
             "sums": self.sums,
             "counts": self.counts,
             "weight_sums": self.weight_sums,
+            "weight_counts": self.weight_counts,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Count on from there."""
-        self.number, self.steps = state["number"], state["steps"]
+        self.number, self.steps, self.skipped = state["number"], state["steps"], state["skipped"]
         self._seconds, self._start = state["seconds"], None
-        self.counts = dict(state["counts"])
+        self.counts, self.weight_counts = dict(state["counts"]), dict(state["weight_counts"])
         self.sums = {task: total.to(self.device) for task, total in state["sums"].items()}
         self.weight_sums = {task: total.to(self.device) for task, total in state["weight_sums"].items()}
 

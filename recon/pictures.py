@@ -1,15 +1,19 @@
-"""Pictures of conflict: where in the network, when in training, and what is left after branching."""
+"""Pictures of conflict: where in the network, when in training, what is left after branching; and of task weights."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 
 from recon.conflict_map import STAGES, ConflictMap
 from recon.files import write_atomically
+
+_NAMED = 12  # tasks in a legend
 
 
 def heatmap(cmap: ConflictMap, path: str | Path, branched: Sequence[str] = ()) -> None:
@@ -59,6 +63,32 @@ def before_after(before: Mapping[str, float], after: Mapping[str, float], path: 
     axes.set_xlabel("% of steps with conflicting gradients (cos < 0)")
     axes.set_title("Layers that stay shared", fontsize=10)
     axes.legend(fontsize=8, loc="lower right")
+    _save(figure, path)
+
+
+def weights_over_steps(records: Sequence[Mapping[str, Any]], tasks: Sequence[str], path: str | Path) -> None:
+    """Draw the weights that a method gave the tasks, step by step.
+
+    Args:
+        records: lines of a `recon.Recorder`'s file.
+        tasks: those to draw.
+        path: of the PNG to write.
+
+    Raises:
+        UsageError: the path cannot be written.
+    """
+    figure = Figure(figsize=(6.5, 3.5), layout="constrained")
+    axes = figure.add_subplot()
+    colours = colormaps["viridis"](np.linspace(0, 0.9, len(tasks)))
+    for task, colour in zip(tasks, colours, strict=True):
+        steps = [record for record in records if "step" in record and task in record["weights"]]
+        weights = np.array([record["weights"][task] for record in steps], dtype=float)  # None becomes NaN: a gap
+        axes.plot([record["step"] for record in steps], weights, color=colour, linewidth=0.8, label=task)
+    axes.set_xlabel("step")
+    axes.set_ylabel("weight (sum scale)")
+    axes.set_title("Task weights", fontsize=10)
+    if len(tasks) <= _NAMED:
+        axes.legend(fontsize=8)
     _save(figure, path)
 
 

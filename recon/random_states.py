@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -33,6 +34,16 @@ def set_global_states(states: Mapping[str, Any]) -> None:
     for device, state in enumerate(states["cuda"]):
         if device < torch.cuda.device_count():
             torch.cuda.set_rng_state(state, device)
+
+
+@contextmanager
+def global_states_kept() -> Iterator[None]:
+    """Whatever is drawn from the global generators in here, they are as they were afterwards."""
+    states = global_states()
+    try:
+        yield
+    finally:
+        set_global_states(states)
 
 
 def generator_states(loader: object) -> dict[str, Any]:

@@ -39,6 +39,7 @@ _TYPES: dict[str, type | tuple[type, ...]] = {
     "finished": bool,
     "versions": dict,
 }
+_OPTIONAL: dict[str, type | tuple[type, ...]] = {"backbone": str, "settings": dict}
 
 
 @dataclass
@@ -62,6 +63,8 @@ class Run:
         history: the epochs' records (`recon.Epoch`), as plain values.
         finished: whether all epochs and the evaluation were done.
         versions: of recon, Python and torch.
+        backbone: the network, if it is not the problem's own, as `recon train --model` names it.
+        settings: the command's other options, by name.
     """
 
     problem: str
@@ -80,6 +83,8 @@ class Run:
     history: list[dict[str, Any]] = field(default_factory=list)
     finished: bool = False
     versions: dict[str, str] = field(default_factory=lambda: versions())
+    backbone: str = ""
+    settings: dict[str, Any] = field(default_factory=dict)
 
     @property
     def is_single_task(self) -> bool:
@@ -122,13 +127,15 @@ class Run:
                 raise _wrong(path, f"field {name!r} is {document.get(name)!r}, not {expected!r}")
         for name, kind in _TYPES.items():
             _check_type(path, document, name, kind)
+        for name in _OPTIONAL.keys() & document.keys():
+            _check_type(path, document, name, _OPTIONAL[name])
         for name in ("tasks", "branched_layers"):
             if not all(isinstance(entry, str) for entry in document[name]):
                 raise _wrong(path, f"field {name!r} is not a list of names")
             document[name] = tuple(document[name])
         document["results"] = _by_task(path, document, "results", _NUMBER)
         document["higher_is_better"] = _by_task(path, document, "higher_is_better", bool)
-        return cls(**{f.name: document[f.name] for f in fields(cls)})
+        return cls(**{f.name: document[f.name] for f in fields(cls) if f.name in document})
 
 
 def versions() -> dict[str, str]:

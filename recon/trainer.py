@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
-from tqdm import tqdm
 
 from recon import methods
-from recon.batch_stream import BatchStream, batch_count
-from recon.batches import model_device, task_outputs, to_device, unpack
-from recon.distributed import broadcast_model, world_size
-from recon.errors import ProblemError, UsageError
+from recon.batch_stream import BatchStream
+from recon.batches import model_device
+from recon.distributed import broadcast_model
+from recon.errors import UsageError
 from recon.history import Epoch, History
 from recon.methods import Method
+from recon.precision import Amp, Precision
 from recon.problem import Batch, Loss
+from recon.progress import with_bar
+from recon.recorder import Recorder
 from recon.resume import Checkpoints
+from recon.stepper import Stepper, task_losses
 from recon.training_run import TrainingRun
-from recon.updates import backward
 
 if TYPE_CHECKING:
     from recon.profiler import Profiler
@@ -38,7 +43,11 @@ def train(
     method: str | Method = "joint",
     epochs: int = 1,
     scheduler: LRScheduler | Callable[[Optimizer], LRScheduler] | None = None,
+    clip: float | None = None,
+    accumulate: int = 1,
+    amp: Amp | None = None,
     profiler: Profiler | None = None,
+    recorder: Recorder | None = None,
     on_epoch: Callable[[Epoch], None] | None = None,
     stop: Callable[[], bool] | None = None,
     progress: bool = False,
@@ -62,8 +71,16 @@ def train(
         epochs: passes over the loader.
         scheduler: stepped after every optimizer step; or what makes one of the optimizer, which a method that learns
             needs: a scheduler must know all parameter groups from the start.
+        clip: scale an update that is longer down to this norm, after the method has made it.
+        accumulate: batches for one optimizer step. The method makes an update of each batch, and the step is taken with
+            their mean; the last step of an epoch may have fewer. A batch without any target does not count.
+        amp: compute the forward in `bf16`, or on a GPU `fp16`, by autocast. Losses see float32 outputs; gradients and
+            updates are float32. In `fp16` the losses are scaled for the way back, and a step whose gradients overflow
+            is skipped.
         profiler: records conflicts from the gradients of this training.
-        on_epoch: called with each epoch's record, for evaluation and checkpoints.
+        recorder: writes the losses, weights and learning rate of every step to a file.
+        on_epoch: called with each epoch's record, for evaluation, say. What it puts into `epoch.results` is kept in the
+            history, in checkpoints and by the recorder.
         stop: asked after each step; the training ends when it says True, and the epoch's record holds what was done.
         progress: show a progress bar on stderr.
         checkpoint: a file that keeps the training's state: written at each epoch's end, in between, and when Ctrl-C
@@ -82,12 +99,17 @@ def train(
         ProblemError: model, losses and batches do not fit together.
         LoaderError: the loader raised.
         GradientError: a loss is not finite, or a task has no gradient anywhere.
-        UsageError: no such method, `epochs` below 1, the optimizer of another model, a checkpoint that cannot be
-            written, or one that is there although `resume` is not asked for.
+        UsageError: no such method, `epochs` or `accumulate` below 1, a `clip` that is not above 0, `fp16` on a CPU, the
+            optimizer of another model, a checkpoint that cannot be written, or one that is there although `resume` is
+            not asked for.
         CheckpointError: the checkpoint is damaged, or of another training.
     """
     if epochs < 1:
         raise UsageError(f"epochs is {epochs}; train for at least 1.")
+    if accumulate < 1:
+        raise UsageError(f"accumulate is {accumulate}; a step needs at least 1 batch.")
+    if clip is not None and not 0 < clip < math.inf:
+        raise UsageError(f"clip is {clip}; give a norm above 0, or None to leave updates as they are.")
     if {p for group in optimizer.param_groups for p in group["params"]}.isdisjoint(model.parameters()):
         raise UsageError(
             "The optimizer holds no parameter of this model: it was made for another one (recon.convert and recon.load "
@@ -95,79 +117,43 @@ def train(
         )
     method = methods.parse(method) if isinstance(method, str) else method
     device = model_device(model)
+    precision = Precision(amp, device)
     method.setup(tuple(losses))
     method.to(device)
+    method.attach(model)
     _add_parameters(method, optimizer, scheduler)
     if scheduler is not None and not isinstance(scheduler, LRScheduler):
         scheduler = scheduler(optimizer)
     broadcast_model(model)
     stream = BatchStream(loader, remembers=checkpoint is not None)
-    run = TrainingRun(model, optimizer, scheduler, method, profiler, stream, device)
-    checkpoints = Checkpoints(
-        run, checkpoint, seconds=checkpoint_seconds, settings=settings or {}, on_save=on_checkpoint
-    )
+    run = TrainingRun(model, optimizer, scheduler, method, profiler, stream, device, precision, recorder)
+    settings = {"clip": clip, "accumulate": accumulate, "amp": amp, **(settings or {})}
+    checkpoints = Checkpoints(run, checkpoint, seconds=checkpoint_seconds, settings=settings, on_save=on_checkpoint)
+    stepper = Stepper(run, losses, clip, recorder)
     checkpoints.open(resume, epochs)
-    with checkpoints.kept():
+    with checkpoints.kept(), recorder or nullcontext():
         while True:
             if not run.reported:
                 if on_epoch is not None:
                     on_epoch(run.history.epochs[-1])
+                if recorder is not None:
+                    recorder.epoch(run.history.epochs[-1])
                 run.end_report()
                 checkpoints.save()
             if run.ends_at(epochs):
                 return run.history
             model.train()
-            for batch in _with_bar(run, epochs, progress):
+            batches = with_bar(run, epochs, progress)
+            for batch in batches:
                 with checkpoints.step():
-                    _step(run, batch, losses)
-                    run.end_step(stopped=stop is not None and stop())
+                    stepper.take(chain([batch], islice(batches, accumulate - 1)))
+                    run.stopped = stop is not None and stop()
                 if run.stopped:
                     break
                 checkpoints.save_if_due()
             with checkpoints.step():
                 method.end_epoch()
                 run.end_epoch(run.meter.epoch() if run.stopped else run.meter.whole_epoch(tuple(losses)))
-
-
-def task_losses(
-    model: nn.Module, inputs: Any, targets: Mapping[str, Any], losses: Mapping[str, Loss]
-) -> dict[str, Tensor]:
-    """`{task name: scalar loss}` of one batch, for the tasks of `losses` that have a target in it.
-
-    Raises:
-        ProblemError: the model's output lacks a task, or a loss is not a scalar tensor.
-    """
-    present = [task for task in losses if targets.get(task) is not None]
-    if not present:
-        return {}
-    outputs = task_outputs(model, inputs, present)
-    step_losses = {task: losses[task](outputs[task], targets[task]) for task in present}
-    for task, loss in step_losses.items():
-        if not isinstance(loss, Tensor) or loss.ndim:
-            got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-            raise ProblemError(
-                f"The loss of task {task!r} must be a scalar tensor, but is {got}. Reduce it, e.g. mean()."
-            )
-    return step_losses
-
-
-def _step(run: TrainingRun, batch: Batch, losses: Mapping[str, Loss]) -> None:
-    inputs, targets = to_device(unpack(batch), run.device)
-    step_losses = task_losses(run.model, inputs, targets, losses)
-    if not step_losses and world_size() == 1:  # other ranks may have some
-        return
-    run.meter.check(step_losses)
-    run.optimizer.zero_grad()
-    weights = backward(step_losses, run.model, run.method, profiler=run.profiler)
-    run.optimizer.step()
-    if run.scheduler is not None:
-        run.scheduler.step()
-    run.meter.add(step_losses, weights)
-
-
-def _with_bar(run: TrainingRun, epochs: int, show: bool) -> Iterable[Batch]:
-    title, total = f"epoch {run.epoch}/{epochs}", batch_count(run.stream.loader)
-    return tqdm(run.batches(), title, total, initial=run.stream.drawn, leave=False, disable=not show)
 
 
 def _add_parameters(

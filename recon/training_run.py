@@ -14,11 +14,13 @@ from torch.optim.lr_scheduler import LRScheduler
 from recon.batch_stream import BatchStream
 from recon.history import Epoch, History, Meter
 from recon.methods import Method
+from recon.precision import Precision
 from recon.problem import Batch
 from recon.weights import load_weights
 
 if TYPE_CHECKING:
     from recon.profiler import Profiler
+    from recon.recorder import Recorder
 
 
 @dataclass
@@ -33,6 +35,8 @@ class TrainingRun:
         profiler: records the conflicts.
         stream: the batches.
         device: where the model is.
+        precision: what the forward is computed in.
+        recorder: writes down the steps.
 
     Attributes:
         history: of the finished epochs.
@@ -48,6 +52,8 @@ class TrainingRun:
     profiler: Profiler | None
     stream: BatchStream
     device: torch.device
+    precision: Precision
+    recorder: Recorder | None
 
     def __post_init__(self) -> None:
         self.history = History()
@@ -59,6 +65,11 @@ class TrainingRun:
     def epoch(self) -> int:
         """The number of the epoch under way, from 1."""
         return self.meter.number
+
+    @property
+    def steps(self) -> int:
+        """All optimizer steps taken."""
+        return self.history.steps + self.meter.steps
 
     @property
     def position(self) -> tuple[int, int, bool]:
@@ -79,9 +90,8 @@ class TrainingRun:
         self.meter.start()
         yield from batches
 
-    def end_step(self, stopped: bool) -> None:
+    def end_batch(self) -> None:
         """Note that a batch is done."""
-        self.stopped = stopped
         self.stream.end_step()
 
     def end_epoch(self, record: Epoch) -> None:
@@ -113,6 +123,8 @@ class TrainingRun:
             "reported": self.reported,
             "stopped": self.stopped,
             "stream": self.stream.state_dict(),
+            "precision": self.precision.state_dict(),
+            "recorder": None if self.recorder is None else self.recorder.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -128,3 +140,6 @@ class TrainingRun:
         self.meter.load_state_dict(state["meter"])
         self.reported, self.stopped = state["reported"], state["stopped"]
         self.stream.load_state_dict(state["stream"])
+        self.precision.load_state_dict(state["precision"])
+        if self.recorder is not None and state["recorder"] is not None:
+            self.recorder.load_state_dict(state["recorder"])

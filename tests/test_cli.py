@@ -657,7 +657,7 @@ def test_an_error_in_the_problem_s_code_names_its_line(files, command, tmp_path,
     assert what in err and "The problem's code" in err and "Traceback" not in err
     line = int(re.search(rf"{re.escape(str(files / 'tiny.py'))}:(\d+), in {where}\b", err)[1])
     assert re.search(r"raise \w+", PROBLEM.splitlines()[line - 1])
-    code, out, err = command(f"train tiny.py:{function} --debug --json --out", tmp_path / "run")
+    code, out, err = command(f"train tiny.py:{function} --debug --json --out", tmp_path / "again")
     assert what in json.loads(out)["error"]["message"]
     assert "Traceback" in err
 
@@ -665,7 +665,7 @@ def test_an_error_in_the_problem_s_code_names_its_line(files, command, tmp_path,
 def test_a_metric_that_fails_leaves_the_trained_model(files, command, tmp_path):
     code, _, err = command("train tiny.py:bad_metric --out", tmp_path / "run")
     assert code == 1
-    assert "no metric today" in err and f"{tmp_path / 'run'} holds the model after epoch 2 of 2" in err
+    assert "no metric today" in err and f"{tmp_path / 'run'} holds the model after epoch 1 of 2" in err
     assert not Run.load(tmp_path / "run").finished
 
 
@@ -694,8 +694,8 @@ def test_an_interrupted_training_leaves_its_last_epoch(files, command, ask, tmp_
     assert set(ask("evaluate tiny.py:problem --model", folder)["results"]) == {"up", "down"}
     code, _, err = command("compare", folder)
     assert code == 2
-    assert f"recon train PROBLEM --model {folder} --out {folder}" in err
-    assert ask("train tiny.py:problem --model", folder, "--out", folder)["finished"]
+    assert f"recon train PROBLEM --out {folder} --resume" in err
+    assert ask("train tiny.py:problem --resume --out", folder)["finished"]
 
 
 def test_control_c_leaves_a_checkpoint(files, tmp_path):
@@ -708,8 +708,9 @@ def test_control_c_leaves_a_checkpoint(files, tmp_path):
     finally:
         process.kill()
     assert process.returncode == 1, seen
-    message = err.splitlines()[-1]
-    last = re.fullmatch(r"error: Interrupted\. .* holds the model after epoch (\d+) of 1000000\.", message)
+    message, way_on = err.splitlines()[-2:]
+    last = re.match(r"error: Interrupted\. .* holds the model after epoch (\d+) of 1000000\. .* Go on with:", message)
+    assert way_on.startswith("  recon train tiny.py:problem --epochs 1000000 --out") and way_on.endswith("--resume")
     run = Run.load(tmp_path / "run")
     assert len(run.history) == int(last[1]) and not run.finished
     problem = recon.problems.get(f"{files / 'tiny.py'}:problem")

@@ -1,6 +1,6 @@
 """Task gradients of several processes: on the parts of a batch they do what one process does on the whole."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import pytest
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import recon
-from recon.distributed import RankBatches, average_, broadcast_model
+from recon.distributed import RankBatches, average_, broadcast_model, gather
 from recon.errors import ProblemError, UsageError
 from recon.profiler import Profiler
 from tests.ranks import Ranks, needs_gloo
@@ -265,6 +265,34 @@ def _check_training(rank: int, method: str) -> None:
     for ours, theirs in zip(history.epochs, expected.epochs, strict=True):
         assert ours.losses == pytest.approx(theirs.losses, rel=1e-9)
         assert ours.weights == pytest.approx(theirs.weights, rel=1e-6)
+
+
+class Hears(recon.methods.Joint):
+    needs_new_losses = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heard: list[dict[str, float]] = []
+
+    def after_step(self, losses: Mapping[str, torch.Tensor]) -> None:
+        self.heard.append({task: loss.item() for task, loss in losses.items()})
+
+
+def test_what_a_step_did_to_the_losses_is_told_alike_on_all_ranks(ranks: Ranks) -> None:
+    ranks.run(_check_new_losses)
+
+
+def _check_new_losses(rank: int) -> None:
+    losses = dict.fromkeys(TASKS, lambda out, target: (out.mean(1) - target).square().mean())
+    x, y = torch.cat(shards("CatAndStack", 0)), torch.ones(6).double()
+    one, many, first = fresh("CatAndStack"), fresh("CatAndStack"), TASKS[0]
+    alone, hears = Hears(), Hears()
+    with one_process():
+        recon.train(one, [(x, dict.fromkeys(TASKS, y))] * 2, losses, optimizer=sgd(one), method=alone)
+    targets = [dict.fromkeys(TASKS, y), {task: y for task in TASKS if rank == 0 or task != first}]
+    recon.train(many, RankBatches([(x, t) for t in targets]), losses, optimizer=sgd(many), method=hears)
+    assert hears.heard[0] == pytest.approx(alone.heard[0], rel=1e-9)
+    assert gather(hears.heard) == [hears.heard] * 2 and list(hears.heard[1]) == list(TASKS)
 
 
 def sgd(model: nn.Module) -> torch.optim.Optimizer:

@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 
 from recon.errors import UsageError
-from recon.pictures import before_after, heatmap
+from recon.pictures import before_after, heatmap, weights_over_steps
 from recon.timing import step_seconds
 from tests.test_conflict_map import make_map
 
@@ -27,6 +27,12 @@ def test_stages_without_observations_stay_blank(tmp_path):
 def test_bars_before_and_after(tmp_path):
     before_after({"a": 0.5, "b": 0.2, "gone": 1.0}, {"a": 0.1, "b": 0.3}, tmp_path / "bars.png")
     assert matplotlib.image.imread(tmp_path / "bars.png").std() > 0
+
+
+def test_weights_over_steps(tmp_path):
+    records = [{"step": n, "weights": {"a": 1 / n, "b": None if n == 3 else 1.5}} for n in range(1, 9)]
+    weights_over_steps([*records, {"number": 1, "weights": {"a": 1.0}}], ["a", "b"], tmp_path / "weights.png")
+    assert matplotlib.image.imread(tmp_path / "weights.png").std() > 0
 
 
 def test_a_picture_that_cannot_be_written(tmp_path):

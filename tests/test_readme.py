@@ -29,6 +29,15 @@ def test_the_python_example_runs_as_written(tmp_path, monkeypatch):
         assert all(p.grad is not None for p in namespace[name].parameters())
 
 
+def test_the_python_example_of_the_page_on_training_runs_as_written(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "training.md").read_text(), re.DOTALL)
+    namespace = {}
+    exec(example.replace("epochs=2", "epochs=1"), namespace)
+    assert namespace["history"].epochs[0].results["top_left"]["accuracy"] > 0.1
+    assert (tmp_path / "metrics.jsonl").exists() and (tmp_path / "run.checkpoint").exists()
+
+
 def test_every_verb_is_in_the_readme():
     for verb in VERBS:
         assert re.search(rf"\b(recon|make) {verb}\b", README), verb

@@ -1,4 +1,4 @@
-"""`torchrun -m recon_cli profile`: what two processes make of a problem is what one makes of it."""
+"""`torchrun -m recon_cli profile` and `train`: what two processes make of a problem is what one makes of it."""
 
 import json
 import os
@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 import recon
 from tests.ranks import needs_gloo
@@ -81,10 +83,40 @@ def test_two_processes_make_the_map_of_one(folder, options):
         assert first.series.tolist() == second.series.tolist()
 
 
+@pytest.mark.parametrize("options", [["--method", "pcgrad"], ["--method", "uw", "--clip", "0.5", "--accumulate", "2"]])
+def test_two_processes_train_the_model_of_one(folder, options):
+    runs = []
+    for name, processes in (("alone", 1), ("both", 2)):
+        done = command(folder, "train", "plain.py:problem", *options, "--json", "--out", name, processes=processes)
+        assert done.returncode == 0, done.stderr
+        assert done.stderr.count("epoch 1/2") == 1
+        runs.append(json.loads(done.stdout))
+    one, two = (load_file(folder / name / "weights.safetensors") for name in ("alone", "both"))
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, rtol=1e-9, atol=1e-12)
+    one, two = runs
+    assert one["best"].keys() == two["best"].keys() == {"kind", "size"}
+    for task, results in one["results"].items():
+        assert two["results"][task] == pytest.approx(results, rel=1e-6)  # metrics are float32
+        assert two["mean_weights"][task] == pytest.approx(one["mean_weights"][task], rel=1e-9)
+    alone, both = (
+        [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("alone", "both")
+    )
+    assert len(alone) == len(both) == 2 + one["history"][0]["steps"] * 2
+    for first, second in zip(alone, both, strict=True):
+        assert first.keys() == second.keys()
+        assert second["losses"] == pytest.approx(first["losses"], rel=1e-9)
+        assert second["weights"] == pytest.approx(first["weights"], rel=1e-9)
+    assert not list((folder / "both").glob("*.checkpoint"))
+
+
 def test_what_several_processes_cannot_do(folder):
     done = command(folder, "profile", "plain.py:problem", "--resume", "--out", "resumed.json", processes=2)
     assert done.returncode != 0 and "error: --resume goes on from a checkpoint" in done.stderr
     done = command(folder, "methods", "--json", processes=2)
     assert done.returncode != 0
     assert json.loads(done.stdout)["error"]["message"].startswith("`recon methods` runs in one process, but 2 were")
+    done = command(folder, "train", "plain.py:problem", "--resume", "--out", "resumed", processes=2)
+    assert done.returncode != 0 and "error: --resume goes on from a checkpoint" in done.stderr
     assert not list(folder.glob("resumed*"))

@@ -1,4 +1,6 @@
 import copy
+import re
+import time
 
 import pytest
 import torch
@@ -209,3 +211,177 @@ def test_training_without_a_checkpoint_leaves_the_random_states_and_signals_alon
     monkeypatch.setattr("recon.batch_stream.global_states", untouched)
     monkeypatch.setattr("signal.signal", untouched)
     recon.train(model, list(batches(2)), LOSSES, optimizer=sgd(model))
+
+
+def test_clipping_bounds_the_update_of_the_method(model):
+    before = copy.deepcopy(model.state_dict())
+    data = [(x, {task: 100 * y for task, y in targets.items()}) for x, targets in batches(1)]
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    recon.train(model, data, LOSSES, optimizer=optimizer, method="pcgrad", clip=0.25)
+    moved = [(model.state_dict()[name] - before[name]).flatten() for name, _ in model.named_parameters()]
+    assert torch.cat(moved).norm().item() == pytest.approx(0.25, rel=1e-5)
+
+
+def test_clipping_leaves_the_method_s_own_parameters_alone(model):
+    method, plain = recon.methods.get("uw"), recon.methods.get("uw")
+    data = list(batches(1))
+    for each, clip in ((method, 1e-6), (plain, None)):
+        net = copy.deepcopy(model)
+        recon.train(net, data, LOSSES, optimizer=sgd(net), method=each, clip=clip)
+    assert all(torch.equal(one, two) for one, two in zip(method.parameters(), plain.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("method", ["joint", "pcgrad"])
+def test_accumulation_takes_the_mean_of_the_batches_updates(model, method):
+    data = [
+        *batches(5),
+        (torch.randn(8, 1, 6, 6), {}),
+    ]  # the last step has one batch that counts, and one that does not
+    data = [(x.double(), {task: y.double() for task, y in targets.items()}) for x, targets in data]
+    model = model.double().eval()  # in evaluation mode, batches share no statistics
+    model.train = lambda mode=True: model
+    plain, chosen = copy.deepcopy(model), recon.methods.get(method)
+    history = recon.train(model, data, LOSSES, optimizer=sgd(model), method=method, accumulate=2)
+    assert history.steps == 3
+    optimizer = sgd(plain)
+    for group in (data[:2], data[2:4], data[4:5]):
+        optimizer.zero_grad()
+        for x, targets in group:
+            out = plain(x)
+            recon.backward({task: LOSSES[task](out[task], targets[task]) for task in LOSSES}, plain, chosen)
+        for parameter in plain.parameters():
+            parameter.grad /= len(group)
+        optimizer.step()
+    for ours, theirs in zip(model.state_dict().values(), plain.state_dict().values(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("branched", [False, True])
+@pytest.mark.parametrize("method", ["joint", "cagrad"])
+def test_autocast_computes_the_forward_in_bfloat16_and_the_rest_in_float32(model, method, branched):
+    if branched:
+        x, _ = next(batches(1))
+        model = recon.convert(model, recon.BranchPlan.per_task(["conv"], ("a", "b")), x)
+    inside, outside = [], []
+    model.heads["a"].register_forward_hook(lambda module, inputs, output: inside.append(output.dtype))
+
+    def loss(out, target):
+        outside.append((out.dtype, torch.is_autocast_enabled("cpu")))
+        return LOSSES["a"](out, target)
+
+    history = recon.train(
+        model, list(batches(3)), LOSSES | {"a": loss}, optimizer=sgd(model), method=method, amp="bf16"
+    )
+    assert set(inside) == {torch.bfloat16} and set(outside) == {(torch.float32, False)}
+    assert all(p.grad.dtype == torch.float32 for p in model.parameters()) and history.epochs[0].skipped == 0
+
+
+class Listens(recon.methods.Joint):
+    """Hears of the model before the first forward pass, and of every step."""
+
+    needs_new_losses = True
+
+    def __init__(self):
+        super().__init__()
+        self.attached, self.heard = [], []
+
+    def attach(self, model):
+        assert self.tasks == ("a", "b")
+        self.attached.append(model)
+
+    def after_step(self, losses):
+        assert all(not loss.requires_grad for loss in losses.values())
+        self.heard.append({task: loss.item() for task, loss in losses.items()})
+
+
+class Restless(TwoHeads):
+    """Leaves traces of every forward: statistics, dropout, a count."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.drop, self.calls = nn.BatchNorm2d(1), nn.Dropout(0.5), 0
+
+    def forward(self, x):
+        self.calls += 1
+        return super().forward(self.drop(self.first(x)))
+
+
+def test_a_method_hears_what_the_step_did_to_the_losses_and_nothing_else_notices():
+    data, states, calls = list(batches(6, a={2})), [], []
+    for method in ("joint", listens := Listens()):
+        torch.manual_seed(3)
+        net = Restless()
+        recon.train(net, data, LOSSES, optimizer=sgd(net), method=method)
+        states.append((net.state_dict(), torch.get_rng_state()))
+        calls.append(net.calls)
+    (one, chance), (other, other_chance) = states
+    assert all(torch.equal(value, other[name]) for name, value in one.items()) and torch.equal(chance, other_chance)
+    assert calls == [6, 6] and listens.attached == [net]
+    assert [set(losses) for losses in listens.heard] == [{"a", "b"}, {"a", "b"}, {"b"}] + 3 * [{"a", "b"}]
+
+
+def test_the_new_losses_are_those_of_the_new_weights(model):
+    (x, targets), *_ = data = list(batches(1))
+    listens = Listens()
+    recon.train(model, data, LOSSES, optimizer=sgd(model), method=listens)
+    state = copy.deepcopy(model.state_dict())
+    with torch.no_grad():
+        out = model.train()(x)
+    assert listens.heard == [{task: LOSSES[task](out[task], targets[task]).item() for task in LOSSES}]
+    model.load_state_dict(state)
+
+
+def test_options_that_cannot_be(model):
+    data = list(batches(1))
+    for options, words in (
+        ({"clip": 0}, "clip is 0; give a norm above 0"),
+        ({"clip": float("nan")}, "clip is nan"),
+        ({"accumulate": 0}, "accumulate is 0; a step needs at least 1 batch"),
+        ({"amp": "fp16"}, "amp='fp16' needs a GPU.*Take amp='bf16'"),
+        ({"amp": "fp8"}, "amp is 'fp8'. It is 'bf16', 'fp16' or None"),
+    ):
+        with pytest.raises(UsageError, match=words):
+            recon.train(model, data, LOSSES, optimizer=sgd(model), **options)
+
+
+def test_accumulation_goes_on_after_an_interruption_as_if_nothing_had_happened(tmp_path):
+    class CrashError(Exception):
+        pass
+
+    def train(crash_at=None, seed=5, **options):
+        calls = []
+
+        def loss(out, target):
+            calls.append(1)
+            if len(calls) == crash_at:
+                raise CrashError
+            return LOSSES["a"](out, target)
+
+        torch.manual_seed(seed)
+        net = Restless()
+        options = {"accumulate": 3, "epochs": 2, "clip": 1.0, "method": "pcgrad", **options}
+        recon.train(net, list(batches(7)), LOSSES | {"a": loss}, optimizer=sgd(net), **options)
+        return net.state_dict()
+
+    whole = train()
+    path = tmp_path / "run.checkpoint"
+    for crash_at in (5, 5, 2):  # in the middle of a step's batches
+        with pytest.raises(CrashError):
+            train(crash_at, checkpoint=path, resume=True, checkpoint_seconds=0)
+    resumed = train(seed=9, checkpoint=path, resume=True)
+    assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
+    with pytest.raises(recon.errors.CheckpointError, match="accumulate is 2 now, but was 3"):
+        train(accumulate=2, checkpoint=path, resume=True)
+
+
+def test_the_bar_shows_throughput_and_losses(model, monkeypatch, capsys):
+    monkeypatch.setattr("recon.progress._SECONDS", 0.0)
+    data = [(x, targets) for x, targets in batches(4)]
+
+    def slow(out, target):
+        time.sleep(0.06)  # tqdm draws ten times a second
+        return LOSSES["a"](out, target)
+
+    recon.train(model, data, LOSSES | {"a": slow}, optimizer=sgd(model), progress=True, accumulate=2)
+    shown = capsys.readouterr().err
+    assert "epoch 1/1" in shown and "batch" in shown and re.search(r"a=\d+\.\d+, b=\d+\.\d+", shown)

@@ -15,7 +15,7 @@ from recon.problems._options import check_options
 if TYPE_CHECKING:
     from recon.problem import Problem
 
-__all__ = ["descriptions", "get", "names"]
+__all__ = ["call_function", "descriptions", "get", "names"]
 
 _BUILT_IN = {
     "digits": (
@@ -69,17 +69,33 @@ def get(spec: str, **options: Any) -> Problem:
         return make(**options)
     if ":" not in spec:
         raise UnknownNameError("problem", spec, names(), _HOW_TO_NAME_ONE)
-    target, _, function = spec.rpartition(":")  # the last colon: a Windows path has one of its own
+    target, _, function = spec.rpartition(":")
     if not target or not function.isidentifier():
         raise UsageError(f"Problem {spec!r} does not end in ':function'. {_HOW_TO_NAME_ONE}")
-    module = import_target(target)
-    if not hasattr(module, function):
-        raise UnknownNameError("function", function, functions_of(module), f"Looked in {target}.")
-    check_options(spec, getattr(module, function), options)
-    made = call(module, function, options)
+    made = call_function(spec, **options)
 
     from recon.problem import Problem  # late: it imports torch
 
     if not isinstance(made, Problem):
         raise ProblemError(f"{spec} must return a recon.Problem, but it gave {type(made).__name__}.")
     return made
+
+
+def call_function(spec: str, **options: Any) -> Any:
+    """What a user's function returns; see `get` for how files are imported.
+
+    Args:
+        spec: `package.module:function` or `path/to/file.py:function`.
+        options: what the function is called with.
+
+    Raises:
+        UnknownNameError: there is no such file, module or function; names the nearest ones.
+        UsageError: the function does not take these options, or needs others.
+        ProblemError: the user's code raised an exception (which is chained).
+    """
+    target, _, function = spec.rpartition(":")  # the last colon: a Windows path has one of its own
+    module = import_target(target)
+    if not hasattr(module, function):
+        raise UnknownNameError("function", function, functions_of(module), f"Looked in {target}.")
+    check_options(spec, getattr(module, function), options)
+    return call(module, function, options)

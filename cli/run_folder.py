@@ -1,0 +1,84 @@
+"""RunFolder: what is kept of one model while it trains. Imports torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from torch import nn
+
+import recon
+from recon.problem import Batch, Task
+from recon.random_states import global_states_kept
+from recon.runs import Run
+from recon_cli import ranks, workbench
+from recon_cli.best import Evaluations
+
+BEST = "best"
+"""The folder in a run's that holds the model of its best epoch."""
+
+
+@dataclass
+class RunFolder:
+    """Saves and evaluates a model after every epoch.
+
+    The folder has the last model, and in `best/` the best one, as `recon.load` takes them. Of several processes, the
+    first one writes; all evaluate, since one that does not would wait for too long.
+
+    Args:
+        folder: of the model; made when there is something to save.
+        run: the record, which lies in `home`.
+        home: the run's folder: that of the model, or the one around it.
+        model: what is trained.
+        tasks: those that the model is trained for.
+        test: the batches to evaluate on.
+        evaluations: when, and what is best.
+    """
+
+    folder: Path
+    run: Run
+    home: Path
+    model: nn.Module
+    tasks: Sequence[Task]
+    test: Iterable[Batch]
+    evaluations: Evaluations
+
+    def end_epoch(self, epoch: recon.Epoch) -> None:
+        """Keep the epoch's model, and tell of it; the results go into the epoch's record."""
+        self._note(epoch)
+        if ranks.number() == 0:
+            self.run.save(self.home)
+            recon.save(self.model, self.folder)
+        if self.evaluations.due(epoch.number, self.run.epochs):
+            # Looking at the test data must not change what the training draws.
+            with global_states_kept():
+                epoch.results = recon.evaluate(self.model, self.test, self.tasks, across_ranks=False)
+            self._note(epoch)
+            if ranks.number() == 0:
+                self._keep_best(epoch.number)
+                self.run.save(self.home)
+        workbench.show_epoch(epoch, self.run.epochs, f"{self.tasks[0].name}: " if self.run.is_single_task else "")
+
+    def finish(self, history: recon.History) -> None:
+        """Note what the training says of itself."""
+        others = [record for record in self.run.history if not self._is_mine(record)]
+        self.run.history = others + [asdict(epoch) for epoch in history.epochs]
+
+    def _note(self, epoch: recon.Epoch) -> None:
+        """A resumed training may come by an epoch once more."""
+        earlier = [r for r in self.run.history if not self._is_mine(r) or r["number"] < epoch.number]
+        self.run.history = [*earlier, asdict(epoch)]
+
+    def _keep_best(self, number: int) -> None:
+        mine = [record for record in self.run.history if self._is_mine(record)]
+        best = self.evaluations.best(mine, self.run.higher_is_better)
+        if best is None or best["number"] != number:
+            return
+        recon.save(self.model, self.folder / BEST)
+        if not self.run.is_single_task:
+            replace(self.run, results=best["results"]).save(self.folder / BEST)
+
+    def _is_mine(self, record: dict[str, object]) -> bool:
+        losses = record["losses"]
+        return not self.run.is_single_task or (isinstance(losses, dict) and self.tasks[0].name in losses)

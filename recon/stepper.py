@@ -1,0 +1,151 @@
+"""Stepper: one optimizer step, from its batches to the new weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from recon.batches import to_device, unpack
+from recon.distributed import average_losses, gather, world_size
+from recon.errors import ProblemError
+from recon.precision import Precision
+from recon.problem import Batch, Loss
+from recon.random_states import global_states_kept
+from recon.recorder import Recorder, Step
+from recon.training_run import TrainingRun
+from recon.undisturbed import undisturbed
+
+Scalars = Mapping[str, Tensor]
+
+_PLAIN = Precision(None, torch.device("cpu"))
+
+
+@dataclass(frozen=True)
+class Stepper:
+    """Takes the steps of a training.
+
+    Args:
+        run: the training.
+        losses: `{task: loss}`.
+        clip: the largest norm of the update; None for any.
+        recorder: is told of every step.
+    """
+
+    run: TrainingRun
+    losses: Mapping[str, Loss]
+    clip: float | None = None
+    recorder: Recorder | None = None
+
+    def take(self, batches: Iterable[Batch]) -> None:
+        """One optimizer step, with the mean of the updates of a few batches; none if no batch has a target."""
+        run = self.run
+        run.optimizer.zero_grad()
+        done: list[_Part] = []
+        for batch in batches:
+            done += self._differentiate(batch)
+            run.end_batch()
+        if not done:
+            return
+        if len(done) > 1:
+            for parameter in self._parameters():
+                if parameter.grad is not None:
+                    parameter.grad.div_(len(done))
+        if not run.precision.came_through(run.method):
+            run.meter.skipped += 1
+            return
+        if self.clip is not None:
+            own = set(run.method.parameters())
+            nn.utils.clip_grad_norm_([p for p in self._parameters() if p not in own], self.clip)
+        lr = float(run.optimizer.param_groups[0]["lr"])
+        run.optimizer.step()
+        if run.scheduler is not None:
+            run.scheduler.step()
+        run.meter.steps += 1
+        if run.method.needs_new_losses:
+            run.method.after_step(self._losses_now(done[-1].batch))
+        if self.recorder is not None:
+            losses, weights = _mean([part.losses for part in done]), _mean([part.weights for part in done])
+            if world_size() > 1:
+                losses = average_losses(losses, tuple(self.losses), run.device)
+            self.recorder.step(Step(run.epoch, run.steps, losses, weights, lr))
+
+    def _differentiate(self, batch: Batch) -> list[_Part]:
+        """Accumulate a batch's update into `.grad`; none for a batch without targets."""
+        run = self.run
+        batch = to_device(unpack(batch), run.device)
+        losses = task_losses(run.model, *batch, self.losses, run.precision)
+        if not losses and world_size() == 1:  # other ranks may have some
+            return []
+        run.meter.check(losses)
+        weights = run.precision.backward(losses, run.model, run.method, run.profiler)
+        run.meter.add(losses, weights)
+        return [_Part(batch, _detached(losses), _detached(weights))]
+
+    def _parameters(self) -> list[Tensor]:
+        return [p for group in self.run.optimizer.param_groups for p in group["params"]]
+
+    def _losses_now(self, batch: Batch) -> Scalars:
+        """The losses of a batch that is done, as if nobody had asked."""
+        run = self.run
+        with undisturbed(run.model), global_states_kept(), torch.no_grad():
+            losses = task_losses(run.model, *batch, self.losses, run.precision)
+        anywhere = {task for tasks in gather(list(losses)) for task in tasks}
+        return average_losses(losses, [task for task in self.losses if task in anywhere], run.device)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A batch of a step: itself, its losses, and the weights that the method gave them."""
+
+    batch: Batch
+    losses: Scalars
+    weights: Scalars
+
+
+def task_losses(
+    model: nn.Module,
+    inputs: Any,
+    targets: Mapping[str, Any],
+    losses: Mapping[str, Loss],
+    precision: Precision | None = None,
+) -> dict[str, Tensor]:
+    """`{task name: scalar loss}` of one batch, for the tasks of `losses` that have a target in it.
+
+    Args:
+        model: `model(inputs) -> {task name: output}`.
+        inputs: of the batch.
+        targets: of the batch.
+        losses: `{task name: (output, target) -> scalar}`.
+        precision: of the forward; the model's own when not given.
+
+    Raises:
+        ProblemError: the model's output lacks a task, or a loss is not a scalar tensor.
+    """
+    present = [task for task in losses if targets.get(task) is not None]
+    if not present:
+        return {}
+    outputs = (precision or _PLAIN).outputs(model, inputs, present)
+    step_losses = {task: losses[task](outputs[task], targets[task]) for task in present}
+    for task, loss in step_losses.items():
+        if not isinstance(loss, Tensor) or loss.ndim:
+            got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+            raise ProblemError(
+                f"The loss of task {task!r} must be a scalar tensor, but is {got}. Reduce it, e.g. mean()."
+            )
+    return step_losses
+
+
+def _detached(scalars: Scalars) -> dict[str, Tensor]:
+    return {task: value.detach() for task, value in scalars.items()}
+
+
+def _mean(tables: Sequence[Scalars]) -> Scalars:
+    """The mean of each task over the tables that have it."""
+    if len(tables) == 1:
+        return tables[0]
+    tasks = dict.fromkeys(task for table in tables for task in table)
+    return {task: torch.stack([table[task] for table in tables if task in table]).mean() for task in tasks}
