@@ -15,8 +15,8 @@ from recon import methods
 from recon.errors import GradientError, UnknownNameError, UsageError
 from recon.methods import registry
 
-ALL = ["joint", "uw", "dwa", "pcgrad", "cagrad", "mgda"]
-WEIGHTINGS, AGGREGATORS = ALL[:3], ALL[3:]
+ALL = ["joint", "uw", "dwa", "pcgrad", "cagrad", "mgda", "rotograd"]
+WEIGHTINGS, AGGREGATORS = ALL[:3], ALL[3:6]
 TASKS = ("seg", "depth", "normal")
 
 
@@ -68,9 +68,13 @@ def test_names_are_in_registry_order():
 def test_entry_describes_the_method_and_cannot_be_changed(name):
     entry = methods.entry(name)
     assert entry.name == name == methods.get(name).name
-    assert entry.family == ("weighting" if name in WEIGHTINGS else "aggregator")
-    family = methods.Weighting if name in WEIGHTINGS else methods.GramianAggregator
-    assert isinstance(methods.get(name, **entry.options), family)
+    families = {
+        "weighting": methods.Weighting,
+        "aggregator": methods.Aggregator,
+        "feature method": methods.FeatureMethod,
+    }
+    assert isinstance(methods.get(name, **entry.options), families[entry.family])
+    assert (entry.family == "weighting") == (name in WEIGHTINGS)
     assert all([entry.title, entry.paper, entry.scale])
     assert json.loads(json.dumps(asdict(entry)))["options"] == entry.options
     with pytest.raises(FrozenInstanceError):
@@ -152,7 +156,7 @@ def test_register_refuses_what_cannot_work(scratch_registry):
         methods.register("mgda", **about)(methods.MGDA)
     with pytest.raises(UsageError, match="letters, digits"):
         methods.register("a:b", **about)(methods.MGDA)
-    with pytest.raises(UsageError, match="int is neither"):
+    with pytest.raises(UsageError, match="int is none of these"):
         methods.register("new", **about)(int)
 
     class NeedsOption(methods.MGDA):

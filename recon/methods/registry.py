@@ -9,7 +9,7 @@ from numbers import Integral, Real
 from typing import Any, TypeVar
 
 from recon.errors import UnknownNameError, UsageError
-from recon.methods.base import Aggregator, Method, Weighting
+from recon.methods.base import Aggregator, FeatureMethod, Method, Weighting
 
 M = TypeVar("M", bound=Method)
 
@@ -20,7 +20,8 @@ class MethodEntry:
 
     Args:
         name: what `get` and the command line call it.
-        family: "weighting" (weighs losses, one backward pass) or "aggregator" (combines gradients, T passes).
+        family: "weighting" (weighs losses, one backward pass), "aggregator" (combines gradients, T passes) or "feature
+            method" (works on the gradients of shared features).
         title: the method's full name.
         paper: authors, venue, arXiv number and the equation or algorithm.
         scale: one sentence on the length of the update, compared with the sum of the task gradients.
@@ -43,7 +44,7 @@ _methods: dict[str, tuple[MethodEntry, type[Method]]] = {}
 
 
 def register(name: str, *, title: str, paper: str, scale: str) -> Callable[[type[M]], type[M]]:
-    """Adds a method; decorates a subclass of `Weighting` or `Aggregator`.
+    """Adds a method; decorates a subclass of `Weighting`, `Aggregator` or `FeatureMethod`.
 
     The options are the parameters of the class's `__init__`, each of which needs a default.
 
@@ -54,8 +55,8 @@ def register(name: str, *, title: str, paper: str, scale: str) -> Callable[[type
         scale: the length of its update.
 
     Raises:
-        UsageError: the name is taken or cannot be written on a command line, the class is neither a weighting
-            nor an aggregator, or one of its parameters has no default.
+        UsageError: the name is taken or cannot be written on a command line, the class is none of these,
+            or one of its parameters has no default.
     """
 
     def decorate(cls: type[M]) -> type[M]:
@@ -131,7 +132,11 @@ def _family(cls: type[Method]) -> str:
         return "weighting"
     if issubclass(cls, Aggregator):
         return "aggregator"
-    raise UsageError(f"A method is a subclass of Weighting or Aggregator, but {cls.__name__} is neither.")
+    if issubclass(cls, FeatureMethod):
+        return "feature method"
+    raise UsageError(
+        f"A method is a subclass of Weighting, Aggregator or FeatureMethod, but {cls.__name__} is none of these."
+    )
 
 
 def _options(cls: type[Method]) -> dict[str, Any]:
