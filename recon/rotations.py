@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.nn.utils.parametrizations import orthogonal
 
+from recon.batches import check_outputs
 from recon.branch_point import find_branch_point
 from recon.copies import module_at
 from recon.errors import UsageError
 from recon.fan import TaskFan
-from recon.hooks import SplitOutputs
+from recon.fan_trees import value_for
 from recon.partition import Partition
 
 NAME = "rotograd"
@@ -43,6 +44,9 @@ class Feature:
 class Features(dict[str, Feature]):
     """`{task: feature}` of a forward pass: parts of a graph, which copies and files of the model are made without."""
 
+    def __copy__(self) -> Features:
+        return Features(self)
+
     def __deepcopy__(self, memo: Any) -> Features:
         return Features()
 
@@ -68,12 +72,16 @@ class Rotations(nn.Module):
     def __init__(self, tasks: Sequence[str] = (), layer: str = "", size: int = 0) -> None:
         super().__init__()
         self.tasks = tuple(tasks)
-        self.layer = layer
         self.size = size
         self.features = Features()
-        self._hooked = False
+        self._asked = layer
         self._searching = False
         self.register_load_state_dict_pre_hook(_make_from_state)
+
+    @property
+    def layer(self) -> str:
+        """The path of the module whose output is z; empty until it is found."""
+        return next(iter(self._modules)).replace("/", ".") if self.made else self._asked
 
     @property
     def made(self) -> bool:
@@ -105,18 +113,17 @@ class Rotations(nn.Module):
         if self._searching:
             return
         self.features.clear()
-        if self._hooked:
-            return
         if not self.layer:
             self._searching = True
             try:
                 found = find_branch_point(model, self.tasks, args, kwargs)
             finally:
                 self._searching = False
-            self.layer = found
-        module_at(model, self.layer).register_forward_hook(self.after_layer)
-        model.register_forward_hook(SplitOutputs(self.tasks))
-        self._hooked = True
+            self._asked = found
+        layer = module_at(model, self.layer)
+        if self.after_layer not in layer._forward_hooks.values():
+            layer.register_forward_hook(self.after_layer)
+            model.register_forward_hook(self.after_model)
 
     def after_layer(self, layer: nn.Module, args: Any, output: Any) -> TaskFan:
         """Forward hook of the layer: hand out every task's own view of the features."""
@@ -131,6 +138,12 @@ class Rotations(nn.Module):
         if torch.is_grad_enabled() and all(value.requires_grad for value in turned.values()):
             self.features.update({t: Feature(shared[t], get_gradient_edge(turned[t])) for t in self.tasks})
         return TaskFan(Partition.per_task(self.tasks), list(turned.values()))
+
+    def after_model(self, model: nn.Module, args: Any, output: Any) -> dict[str, Any]:
+        """Forward hook of the model: each task's entry of the output holds that task's value."""
+        output = check_outputs(output, self.tasks)
+        # In the model's own order: a state that is loaded does not tell that of the tasks.
+        return {task: value_for(value, task) for task, value in output.items() if task in self.tasks}
 
     def _by_task(self, output: Any) -> dict[str, Tensor]:
         if not isinstance(output, Tensor) or output.ndim < 2:
@@ -168,7 +181,7 @@ class Rotations(nn.Module):
             nn.init.eye_(matrix.weight)
             with _no_autocast():
                 holder._modules[task] = orthogonal(matrix)
-        self._modules[_segment(self.layer)] = holder
+        self._modules[_segment(self._asked)] = holder
 
 
 def attach_rotations(model: nn.Module, tasks: Sequence[str] = (), layer: str = "", size: int = 0) -> Rotations:
@@ -242,5 +255,5 @@ def _make_from_state(module: nn.Module, state_dict: dict[str, Any], prefix: str,
     layer, tasks = names[0][0].replace("/", "."), tuple(task for _, _, task in names)
     if (module.tasks and set(module.tasks) != set(tasks)) or (module.layer and module.layer != layer):
         return  # load_state_dict tells which entries are missing and which are not expected
-    module.tasks, module.layer = module.tasks or tasks, layer
+    module.tasks, module._asked = module.tasks or tasks, layer
     module._fill(next(iter(found.values())))

@@ -329,6 +329,21 @@ def test_saved_models_take_their_rotations_along(tmp_path, make):
         torch.testing.assert_close(R @ R.T, torch.eye(5, dtype=torch.float64))
 
 
+def test_runs_that_leave_no_trace_may_be_the_first(tmp_path):
+    model, method = made(lr=0.1)
+    (x, _), *steps = batches(3)
+    recon.costs(model, None, x)
+    train(model, method, steps)
+    recon.save(model, tmp_path)
+    loaded = recon.load(tmp_path, Net())
+    recon.costs(loaded, None, x)
+    train(loaded, methods.get("pcgrad"), steps)  # goes on with another method, and the rotations as they are
+    kept = matrices(loaded)
+    assert all(torch.equal(R, kept[task]) for task, R in matrices(model).items())
+    assert list(loaded(x)) == list(Net()(x))
+    assert model.rotograd.layer == loaded.rotograd.layer == "trunk"
+
+
 def test_trained_through_the_trainer():
     model, method = made(lambda: SmallResNet({"a": 3, "b": 3}), ("a", "b"))
     g = torch.Generator().manual_seed(0)
@@ -472,6 +487,14 @@ def test_refuses_to_profile():
     profiler = recon.Profiler(model)
     with pytest.raises(UsageError, match="changes the gradients inside the model"):
         recon.backward(square_losses(model, x_of(Net)), model, method, profiler=profiler)
+
+
+def test_refuses_several_processes(monkeypatch):
+    model, method = made()
+    losses = square_losses(model, x_of(Net))
+    monkeypatch.setattr("recon.methods.rotograd.world_size", lambda: 2)
+    with pytest.raises(UsageError, match="RotoGrad trains in one process"):
+        recon.backward(losses, model, method)
 
 
 def test_refuses_gradients_that_are_not_finite():
