@@ -16,6 +16,7 @@ from recon.errors import CheckpointError, ReconError, UsageError
 from recon.files import make_folder, write_text
 from recon.partition import Partition
 from recon.planning import BranchPlan, checked_mode
+from recon.rotations import NAME, attach_rotations
 from recon.surgery import convert
 from recon.weights import WEIGHTS_FILE, load_weights, read_metadata, read_weights, save_weights
 
@@ -124,6 +125,8 @@ def plan_from_json(text: str, source: str) -> BranchPlan:
 
 def _load_weights(model: nn.Module, folder: Path) -> None:
     state = read_weights(folder / WEIGHTS_FILE)
+    if any(key.startswith(f"{NAME}.") for key in state):
+        attach_rotations(model)
     load_weights(model, state)
     untied = [key for key, value in model.state_dict().items() if not torch.equal(value, state[key].to(value))]
     if untied:

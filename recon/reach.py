@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
@@ -89,15 +89,22 @@ def last_uses(values: Sequence[Tensor]) -> dict[Tensor, int]:
     return uses
 
 
-def _nodes(values: Sequence[Tensor]) -> dict[Node, None]:
-    """The graph behind `values`, in the order in which it is met."""
+def leaves_before(values: Sequence[Tensor], stops: Collection[Node]) -> tuple[list[Tensor], set[Node]]:
+    """The leaf tensors that `values` depend on by another way than through `stops`, and the stops that are met."""
+    nodes = _nodes(values, stops)
+    return _leaves(values, nodes), {node for node in nodes if node in stops}
+
+
+def _nodes(values: Sequence[Tensor], stops: Collection[Node] = ()) -> dict[Node, None]:
+    """The graph behind `values`, in the order in which it is met; what lies behind the `stops` is not looked at."""
     seen: dict[Node, None] = {}
     stack = [v.grad_fn for v in values]
     while stack:
         node = stack.pop()
         if node is not None and node not in seen:
             seen[node] = None
-            stack += [next_node for next_node, _ in node.next_functions]
+            if node not in stops:
+                stack += [next_node for next_node, _ in node.next_functions]
     return seen
 
 

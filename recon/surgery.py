@@ -20,6 +20,7 @@ from recon.initial import Init, draw_copies, initialise
 from recon.per_task import PerTaskForward, find_statistics_by_value
 from recon.planning import BranchPlan, Mode, checked_mode
 from recon.references import STRUCTURE
+from recon.rotations import NAME, Rotations
 from recon.trees import leaves_of, map_tree
 from recon.undisturbed import undisturbed
 from recon.views import TaskView
@@ -65,7 +66,8 @@ def convert(
     Raises:
         UnknownNameError: the plan names a layer that the model does not have.
         PlanError: the model is branched already.
-        UsageError: the model is wrapped (DDP, compiled, scripted), or cannot be copied or run; or an option is wrong.
+        UsageError: the model is wrapped (DDP, compiled, scripted), or cannot be copied or run, or holds RotoGrad's
+            rotations; or an option is wrong.
         CheckpointError: `init` is a checkpoint that cannot be read, or of another architecture.
         FanError: the forward has a statement that cannot work on values that differ between tasks.
         VerificationError: with `verify`, an output or gradient is not what it must be.
@@ -77,6 +79,7 @@ def convert(
         raise PlanError("The model is branched already. Convert the unbranched model with a plan of all the layers.")
     if (plan.statistics is None or verify) and example_inputs is None:
         raise UsageError("convert needs example_inputs: a small batch of inputs, as the model's forward takes it.")
+    _refuse_rotations(model)
     plan = plan.on(model)
     plan = replace(plan, mode=checked_mode(mode or plan.mode))
     branched = copy_model(model)
@@ -128,10 +131,12 @@ def extract_task(branched: nn.Module, task: str) -> nn.Module:
 
     Raises:
         PlanError: the model is not branched, or has no such task.
+        UsageError: the model holds RotoGrad's rotations.
     """
     plan = plan_of(branched)
     if task not in plan.tasks:
         raise PlanError(f"There is no task {task!r} in this model; its tasks are {list(plan.tasks)}.")
+    _refuse_rotations(branched)
     view = TaskView(branched, task).network
     for surgical in ("branch_plan", "forward"):
         if surgical in vars(view) and (surgical != "forward" or plan.mode == "per-task"):
@@ -184,6 +189,14 @@ def _refuse_wrapped(model: nn.Module) -> None:
         raise UsageError(
             f"The model is wrapped in {type(model).__name__}. Convert the plain module inside (model.module, or the "
             "model before torch.compile), then wrap the result."
+        )
+
+
+def _refuse_rotations(model: nn.Module) -> None:
+    if isinstance(getattr(model, NAME, None), Rotations):
+        raise UsageError(
+            "The model was trained by RotoGrad, and each task sees the shared features through a rotation of its own, "
+            "which has no place in the original architecture. Branch a model before RotoGrad is attached to it."
         )
 
 

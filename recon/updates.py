@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from recon.batches import model_device
 from recon.distributed import agree_on_reach, average_, average_losses, world_size
 from recon.errors import UsageError
 from recon.gradients import (
@@ -23,7 +24,16 @@ from recon.gradients import (
 )
 from recon.gramians import gramian
 from recon.layer_norms import layer_norms
-from recon.methods import Aggregator, Composition, GramianAggregator, Joint, Method, NormWeighting, Weighting
+from recon.methods import (
+    Aggregator,
+    Composition,
+    FeatureMethod,
+    GramianAggregator,
+    Joint,
+    Method,
+    NormWeighting,
+    Weighting,
+)
 from recon.reach import find_reach
 
 if TYPE_CHECKING:
@@ -63,6 +73,9 @@ def backward(
     method = _checked(method, losses, profiler)
     if not method.tasks:
         method.setup(tuple(losses))
+    if isinstance(method, FeatureMethod):
+        with _full_precision(model_device(model)):
+            return method.backward(losses, model)
     parameters = list(model.parameters()) if profiler is None else profiler.parameters
     recorder = profiler if profiler is not None and profiler.begin_step() else None
     weighting = method.weighting if isinstance(method, Composition) else method
@@ -109,6 +122,11 @@ def _checked(method: Method | None, losses: Mapping[str, Tensor], profiler: Prof
     odd = [task for task in losses if not isinstance(task, str)]
     if odd:
         raise UsageError(f"The losses are of the tasks {list(losses)}. Name tasks by strings, not by {odd[0]!r}.")
+    if profiler is not None and isinstance(method, FeatureMethod):
+        raise UsageError(
+            f"Method {method.name!r} changes the gradients inside the model, so there are none of the shared "
+            "parameters to record. Profile with another method, joint say, and train with this one afterwards."
+        )
     if profiler is not None and profiler.memory == "sketch" and not isinstance(method, Weighting):
         raise UsageError(
             f"memory='sketch' keeps no task gradients, but method {method.name!r} works from them. Profile with joint "

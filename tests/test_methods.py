@@ -17,7 +17,7 @@ from recon.methods import registry
 
 WEIGHTINGS = ["joint", "uw", "dwa", "gradnorm", "rlw", "gls", "imtl-l", "stch", "famo"]
 AGGREGATORS = ["pcgrad", "cagrad", "mgda"]
-ALL = WEIGHTINGS + AGGREGATORS
+ALL = [*WEIGHTINGS, *AGGREGATORS, "rotograd"]
 TASKS = ("seg", "depth", "normal")
 
 
@@ -69,9 +69,13 @@ def test_names_are_in_registry_order():
 def test_entry_describes_the_method_and_cannot_be_changed(name):
     entry = methods.entry(name)
     assert entry.name == name == methods.get(name).name
-    assert entry.family == ("weighting" if name in WEIGHTINGS else "aggregator")
-    family = methods.Weighting if name in WEIGHTINGS else methods.GramianAggregator
-    assert isinstance(methods.get(name, **entry.options), family)
+    families = {
+        "weighting": methods.Weighting,
+        "aggregator": methods.Aggregator,
+        "feature method": methods.FeatureMethod,
+    }
+    assert isinstance(methods.get(name, **entry.options), families[entry.family])
+    assert (entry.family == "weighting") == (name in WEIGHTINGS)
     assert all([entry.title, entry.paper, entry.scale])
     assert json.loads(json.dumps(asdict(entry)))["options"] == entry.options
     with pytest.raises(FrozenInstanceError):
@@ -161,9 +165,9 @@ def test_register_refuses_what_cannot_work(scratch_registry):
         methods.register("mgda", **about)(methods.CAGrad)
     with pytest.raises(UsageError, match="letters, digits"):
         methods.register("a:b", **about)(methods.MGDA)
-    with pytest.raises(UsageError, match="int is neither"):
+    with pytest.raises(UsageError, match="int is none of these"):
         methods.register("new", **about)(int)
-    with pytest.raises(UsageError, match="a str is neither"):
+    with pytest.raises(UsageError, match="a str is none of these"):
         methods.register("new")("text")
     with pytest.raises(UsageError, match=r"its first parameter, by this name; wrong\(x, J\) has not"):
 

@@ -16,13 +16,13 @@ from recon.batches import call
 from recon.conflict_map import ConflictMap, LayerConflicts
 from recon.errors import UsageError
 from recon.layers import find_layers
-from recon.methods import Aggregator
+from recon.methods import Aggregator, Weighting
 from recon.planning import Mode
 from tests import oracle
 from tests.zoo import TASKS, ZOO
 
 AGGREGATORS = [name for name in methods.names() if isinstance(methods.get(name), Aggregator)]
-WEIGHTINGS = [name for name in methods.names() if name not in AGGREGATORS]
+WEIGHTINGS = [name for name in methods.names() if isinstance(methods.get(name), Weighting)]
 
 Gradients = dict[str, Tensor]
 """What one task's backward left in `.grad`, by parameter; what it did not reach is missing."""

@@ -2,7 +2,7 @@
 
 # The order of the imports is the order of the registry.
 # isort: off
-from recon.methods.base import Aggregator, GramianAggregator, Method, Weighting
+from recon.methods.base import Aggregator, FeatureMethod, GramianAggregator, Method, Weighting
 from recon.methods.composition import Composition
 from recon.methods.registry import MethodEntry, entry, get, names, register
 from recon.methods.parsing import parse
@@ -12,6 +12,7 @@ from recon.methods.random_weighting import RLW
 from recon.methods.scalarizations import GLS, IMTLL, STCH
 from recon.methods.famo import FAMO
 from recon.methods.aggregators import MGDA, CAGrad, PCGrad
+from recon.methods.rotograd import RotoGrad
 # isort: on
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "Aggregator",
     "CAGrad",
     "Composition",
+    "FeatureMethod",
     "GradNorm",
     "GramianAggregator",
     "Joint",
@@ -33,6 +35,7 @@ __all__ = [
     "MethodEntry",
     "NormWeighting",
     "PCGrad",
+    "RotoGrad",
     "Weighting",
     "entry",
     "get",

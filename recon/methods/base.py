@@ -215,6 +215,29 @@ class GramianAggregator(Aggregator):
         return G
 
 
+class FeatureMethod(Method):
+    """A method that works on the gradients of features which the tasks share, inside the model: `attach` it first.
+
+    It does the whole backward pass of a step itself, which goes through what lies before the features once.
+    """
+
+    @abstractmethod
+    def backward(self, losses: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+        """Accumulate the update into the parameters' `.grad`.
+
+        Args:
+            losses: `{task: scalar loss}` of the latest forward pass; an absent task takes no part and keeps its state.
+            model: what the method was attached to.
+
+        Returns:
+            `{task: weight}`: detached scalars, what the gradient of each task was multiplied by.
+
+        Raises:
+            GradientError: a gradient is not finite.
+            UsageError: the method is not attached, or the losses are not those of a forward pass since.
+        """
+
+
 def _name_non_finite(G: Tensor, tasks: Sequence[str]) -> str:
     # One bad gradient spoils its whole row and column; only the diagonal tells whose it was.
     bad = (~G.diagonal().isfinite()).nonzero().flatten().tolist()

@@ -9,7 +9,7 @@ from numbers import Integral, Real
 from typing import Any, TypeVar
 
 from recon.errors import UnknownNameError, UsageError
-from recon.methods.base import Aggregator, Method, Weighting
+from recon.methods.base import Aggregator, FeatureMethod, Method, Weighting
 from recon.methods.composition import compose
 from recon.methods.functions import method_class
 
@@ -22,7 +22,8 @@ class MethodEntry:
 
     Args:
         name: what `get` and the command line call it.
-        family: "weighting" (weighs losses, one backward pass) or "aggregator" (combines gradients, T passes).
+        family: "weighting" (weighs losses, one backward pass), "aggregator" (combines gradients, T passes) or "feature
+            method" (works on the gradients of shared features).
         title: the method's full name.
         paper: authors, venue, arXiv number and the equation or algorithm.
         scale: one sentence on the length of the update, compared with the sum of the task gradients.
@@ -47,7 +48,9 @@ _methods: dict[str, Known] = {}
 
 
 def register(name: str, *, title: str = "", paper: str = "", scale: str = "") -> Callable[[D], D]:
-    """Adds a method; decorates a subclass of `Weighting` or `Aggregator`, or a function (see `functions.method_class`).
+    """Adds a method: decorates a subclass of `Weighting`, `Aggregator` or `FeatureMethod`, or a function.
+
+    What a function can be: see `functions.method_class`.
 
     The options are the parameters of the class's `__init__`, or those of the function after the first; each needs a
     default. A definition that is executed again, in a notebook say, takes the place of its earlier self.
@@ -59,8 +62,8 @@ def register(name: str, *, title: str = "", paper: str = "", scale: str = "") ->
         scale: the length of its update.
 
     Raises:
-        UsageError: the name is taken or cannot be written on a command line, what is decorated is neither a weighting
-            nor an aggregator nor a function of `J`, `gramian` or `losses`, or one of its options has no default.
+        UsageError: the name is taken or cannot be written on a command line, what is decorated is none of the classes
+            above nor a function of `J`, `gramian` or `losses`, or one of its options has no default.
     """
 
     def decorate(definition: D) -> D:
@@ -154,10 +157,12 @@ def _family(cls: Any) -> str:
         return "weighting"
     if inspect.isclass(cls) and issubclass(cls, Aggregator):
         return "aggregator"
+    if inspect.isclass(cls) and issubclass(cls, FeatureMethod):
+        return "feature method"
     what = cls.__name__ if inspect.isclass(cls) else f"a {type(cls).__name__}"
     raise UsageError(
-        f"A method is a subclass of Weighting or Aggregator, or a function of J, gramian or losses, but {what} is "
-        "neither."
+        "A method is a subclass of Weighting, Aggregator or FeatureMethod, or a function of J, gramian or losses, but "
+        f"{what} is none of these."
     )
 
 
