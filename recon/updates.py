@@ -20,7 +20,7 @@ from recon.gradients import (
     write_update,
 )
 from recon.gramians import gramian
-from recon.methods import Aggregator, GramianAggregator, Joint, Method, Weighting
+from recon.methods import Aggregator, GramianAggregator, Joint, Method, Weighting, wrap
 from recon.reach import find_reach
 
 if TYPE_CHECKING:
@@ -42,7 +42,8 @@ def backward(
     Args:
         losses: `{task name: scalar loss}` of this step; a task whose target is missing is left out.
         model: plain or branched.
-        method: from `recon.methods.get`; joint training (the sum of the losses) when not given.
+        method: from `recon.methods.get`, or one of TorchJD's (see `recon.methods.wrap`); joint training (the sum of the
+            losses) when not given.
         profiler: records this step's conflicts from the same gradients.
 
     Returns:
@@ -83,12 +84,7 @@ def _full_precision(device: torch.device) -> torch.autocast:
 
 
 def _checked(method: Method | None, losses: Mapping[str, Tensor], profiler: Profiler | None) -> Method:
-    method = Joint() if method is None else method
-    if not isinstance(method, Method):
-        raise UsageError(
-            f"method is a {type(method).__name__}, not a method. Make it once, before the loop: "
-            "method = recon.methods.get('pcgrad')."
-        )
+    method = Joint() if method is None else wrap(method)
     if not isinstance(losses, Mapping):
         raise UsageError(f"losses is a {type(losses).__name__}. Pass a dict: {{task name: scalar loss}}.")
     if not losses and world_size() == 1:
@@ -169,6 +165,7 @@ def _apply_aggregator(method: Aggregator, jacobian: TaskJacobian) -> dict[str, T
         weights = dict(zip(jacobian.tasks, vector, strict=True))
         write_combination(jacobian, vector)
     else:
-        write_update(jacobian, method(jacobian.matrix))
+        update, weights = method.combine(jacobian.matrix, jacobian.tasks)
+        write_update(jacobian, update)
     write_own(jacobian)
     return weights
