@@ -6,9 +6,10 @@ from recon.methods.base import Aggregator, GramianAggregator, Method, Weighting
 from recon.methods.registry import MethodEntry, entry, get, names, parse, register
 from recon.methods.torchjd_adapter import wrap
 from recon.methods.weightings import DWA, UW, Joint
-from recon.methods.projections import GradVac, PCGrad
+from recon.methods.pcgrad import PCGrad
 from recon.methods.cagrad import CAGrad
 from recon.methods.mgda import MGDA
+from recon.methods.gradvac import GradVac
 from recon.methods.graddrop import GradDrop
 from recon.methods.equal_footing import IMTLG, ConFIG
 from recon.methods.fairness import FairGrad, NashMTL

@@ -7,14 +7,24 @@ from scipy.optimize import nnls
 
 from recon.methods.solved import Array
 
+# An eigenvalue of the cosines below this times the largest is rounding, where the gradients are float32. A solution
+# that inverts it is, too: two tasks that agree would get any weights, of opposite signs.
+RANK_TOLERANCE = 1e-6
 
-def factor(G: Array) -> Array:
-    """R with RᵀR = G: vectors, one per column, with the gradients' inner products."""
+
+def factor(G: Array, tolerance: float = 0.0) -> Array:
+    """R with RᵀR = G: vectors, one per column, with the gradients' inner products.
+
+    Args:
+        G: the Gramian.
+        tolerance: eigenvalues of the cosines below this times the largest become zero, at least those that are
+            rounding in float64.
+    """
     lengths = np.sqrt(G.diagonal())
     # The factor of G itself would carry the rounding errors of the longest gradient in every column.
     eigenvalues, Q = np.linalg.eigh(unit_gramian(G))
     # The root of what is rounding would not be small any more.
-    eigenvalues[eigenvalues < len(G) * np.finfo(np.float64).eps * eigenvalues[-1]] = 0
+    eigenvalues[eigenvalues < max(tolerance, len(G) * np.finfo(np.float64).eps) * eigenvalues[-1]] = 0
     R: Array = np.sqrt(eigenvalues)[:, None] * Q.T * lengths
     return R
 

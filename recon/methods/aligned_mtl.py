@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal, get_args
 
+import numpy as np
 from torchjd.aggregation import AlignedMTLWeighting
 
 from recon.errors import UsageError
+from recon.methods._solvers import RANK_TOLERANCE
 from recon.methods.registry import register
 from recon.methods.solved import Array
 from recon.methods.torchjd_aggregator import TorchJDAggregator
@@ -25,6 +27,9 @@ _Size = Literal["min", "median", "rmse"]
 class AlignedMTL(TorchJDAggregator):
     """The sum of the gradients after all their singular values but the zeros are made equal.
 
+    Zero is what is below 1e-3 of the largest, about the rounding of float32 gradients' Gramian, which the authors' code
+    makes in float32. TorchJD's limit is that of the Gramian's dtype, here float64.
+
     Args:
         size: the common singular value: the "min" that is not zero, as in the paper, "median", or "rmse", the root
             mean square. With "min", two gradients that all but agree leave hardly any update: they differ in a
@@ -41,4 +46,6 @@ class AlignedMTL(TorchJDAggregator):
         self.size = size
 
     def _solve(self, G: Array, positions: Sequence[int]) -> Array:
-        return len(G) * super()._solve(G, positions)
+        eigenvalues, Q = np.linalg.eigh(G)
+        eigenvalues[eigenvalues < RANK_TOLERANCE * eigenvalues[-1]] = 0
+        return len(G) * super()._solve(Q * eigenvalues @ Q.T, positions)

@@ -6,12 +6,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from recon.methods._solvers import unit_gramian
+from recon.methods._solvers import RANK_TOLERANCE, unit_gramian
 from recon.methods.registry import register
 from recon.methods.solved import Array, SolvedAggregator
-
-# Of the largest eigenvalue; below it, the Gramian of float32 gradients is rounding, and must not be inverted.
-_RANK_TOLERANCE = 1e-6
 
 
 @register(
@@ -66,5 +63,5 @@ class ConFIG(SolvedAggregator):
 
 def equal_projections(G: Array) -> Array:
     """How much of each unit gradient gives a vector whose projections onto all of them are 1."""
-    weights: Array = np.linalg.pinv(unit_gramian(G), rcond=_RANK_TOLERANCE, hermitian=True).sum(axis=1)
+    weights: Array = np.linalg.pinv(unit_gramian(G), rcond=RANK_TOLERANCE, hermitian=True).sum(axis=1)
     return weights

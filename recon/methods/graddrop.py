@@ -54,11 +54,12 @@ class GradDrop(Aggregator):
     def combine(self, J: Tensor, tasks: Sequence[str] | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         """See `Aggregator.combine`."""
         self._check(J, tasks)
+        self._positions(tasks, len(J))
         width = _IN_CACHE if J.device.type == "cpu" else _ON_DEVICE
         generator = self.stream.generator(J.device)
         update = J.new_empty(J.shape[1])
         for piece, block in zip(update.split(width), J.split(width, dim=1), strict=True):
-            draws = torch.rand(len(piece), generator=generator, device=J.device)
+            draws = torch.rand(len(piece), generator=generator, device=J.device, dtype=torch.float32)
             piece.copy_(follow_one_sign(block, draws, self.leak))
         return update, {}
 

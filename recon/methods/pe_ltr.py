@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from recon.errors import UsageError
-from recon.methods._solvers import factor
+from recon.methods._solvers import RANK_TOLERANCE, factor
 from recon.methods.registry import register
 from recon.methods.solved import Array, SolvedAggregator
 
@@ -65,12 +65,12 @@ def _relaxed(G: Array, lowest: Array, room: float) -> Array:
     that add up to zero, which needs no squares of R.
     """
     count = len(G)
-    R = factor(G)
+    R = factor(G, RANK_TOLERANCE)
     N = np.linalg.svd(np.ones((1, count)))[2][1:].T
     v = np.full(count, room / count)
     if count > 1:
         U, sizes, V = np.linalg.svd(R @ N, full_matrices=False)
-        inverse = np.divide(1, sizes, out=np.zeros_like(sizes), where=sizes > 1e-12 * np.linalg.norm(R))
+        inverse = np.divide(1, sizes, out=np.zeros_like(sizes), where=sizes > RANK_TOLERANCE * np.linalg.norm(R))
         v = v - N @ (V.T @ (inverse * (U.T @ (R @ (v + lowest)))))
     return v
 

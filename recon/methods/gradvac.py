@@ -1,41 +1,16 @@
-"""Methods that alter each gradient in the light of the others, one after the other: PCGrad, GradVac."""
+"""GradVac: gradients given the cosines with each other that they usually have."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 import torch
-from torchjd.aggregation import GradVacWeighting, PCGradWeighting
+from torchjd.aggregation import GradVacWeighting
 
 from recon.errors import UsageError
 from recon.methods.registry import register
 from recon.methods.solved import Array
-from recon.methods.torchjd_aggregator import RememberingTorchJDAggregator, TorchJDAggregator
-
-
-@register(
-    "pcgrad",
-    title="Projecting conflicting gradients",
-    paper="Yu, Kumar, Gupta, Levine, Hausman, Finn, NeurIPS 2020, arXiv 2001.06782, Algorithm 1",
-    scale="The sum of the projected task gradients: the sum of the task gradients where none conflict.",
-)
-class PCGrad(TorchJDAggregator):
-    """Projects each gradient onto the normal plane of those it conflicts with, in random order, and sums.
-
-    A task whose gradient is zero is left out.
-
-    Args:
-        seed: of the method's own random stream, which gives T orders per step (`torch.randperm` of a
-            `torch.Generator` with that seed). The global random state is neither read nor changed, and the
-            stream is part of the state_dict.
-    """
-
-    ignores_zero = True
-
-    def __init__(self, seed: int = 0) -> None:
-        super().__init__(PCGradWeighting(), seed)
-        self.seed = seed
-
+from recon.methods.torchjd_aggregator import RememberingTorchJDAggregator
 
 # A target this near to 1 would divide by the sine of no angle.
 _HIGHEST_TARGET = 1 - 1e-6
