@@ -14,6 +14,7 @@ from torch import Tensor
 from recon import methods
 from recon.errors import GradientError, UnknownNameError, UsageError
 from recon.methods import registry
+from tests.task_gradients import every_count, every_hard_kind, every_kind, gradients
 
 WEIGHTINGS = ["joint", "uw", "dwa"]
 AGGREGATORS = [
@@ -24,28 +25,6 @@ ALL = WEIGHTINGS + AGGREGATORS
 GRAMIAN = [name for name in AGGREGATORS if name not in ("graddrop", "excessmtl")]
 REMEMBERING = ["gradvac", "sdmgrad", "modo", "excessmtl"]
 TASKS = ("seg", "depth", "normal")
-
-
-def gradients(kind: str, tasks: int, seed: int = 0) -> Tensor:
-    """(tasks, P) float64 task gradients of one kind."""
-    g = torch.Generator().manual_seed(1000 * tasks + seed)
-    J = torch.randn(tasks, 60, generator=g, dtype=torch.float64)
-    if kind == "unequal":
-        J *= torch.logspace(0, -6, tasks, dtype=torch.float64)[:, None]
-    elif kind in ("conflicting", "cancelling"):
-        left = 0.1 if kind == "conflicting" else 1e-3
-        J += left * torch.randn(60, generator=g, dtype=torch.float64) - J.mean(dim=0)
-    elif kind == "dependent":
-        J = J[:, : max(tasks // 2, 1)]
-    elif kind == "agreeing":
-        J = J + 5 * torch.randn(60, generator=g, dtype=torch.float64)
-    return J
-
-
-KINDS = ["random", "unequal", "conflicting", "dependent", "agreeing"]
-every_kind = pytest.mark.parametrize("kind", KINDS)
-every_hard_kind = pytest.mark.parametrize("kind", [*KINDS, "cancelling"])
-every_count = pytest.mark.parametrize("count", [1, 2, 3, 5, 12])
 
 
 def make(name: str, tasks: int | None = None) -> methods.Method:
