@@ -229,6 +229,19 @@ def test_excess_mtl_needs_the_same_parameters_in_every_step():
     assert method(torch.ones(2, 5)).isfinite().all()
 
 
+def test_excess_mtl_passes_a_lone_task_by():
+    """The parameters that it reaches are shared with none that is there."""
+    method = methods.get("excessmtl")
+    method.setup(TASKS)
+    method(gradients("random", 3))
+    before = {name: value.clone() for name, value in method.memory.items()}
+    for J in (torch.ones(1, 0), torch.ones(1, 5)):
+        update, weights = method.combine(J, ("depth",))
+        assert update.equal(J[0])
+        assert weights["depth"].item() == 1
+    assert all(value.equal(before[name]) for name, value in method.memory.items())
+
+
 def test_excess_mtl_of_a_task_without_a_gradient_at_first():
     method = methods.get("excessmtl")
     J = gradients("random", 3)

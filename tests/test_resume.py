@@ -253,7 +253,10 @@ def test_optimizers_and_schedulers_go_on(path, tmp_path, optimizer, scheduler):
     assert_same(training.in_pieces([4, 5]), training.run(), tmp_path)
 
 
-@pytest.mark.parametrize("method", ["uw", "dwa:temperature=1.0", "pcgrad", "cagrad:c=0.5", "mgda"])
+@pytest.mark.parametrize(
+    "method",
+    ["uw", "dwa:temperature=1.0", "pcgrad", "cagrad:c=0.5", "mgda", "gradvac", "graddrop", "modo", "excessmtl"],
+)
 @pytest.mark.parametrize("loader", ["shuffle", "missing labels"])
 def test_every_method_goes_on(path, tmp_path, method, loader):
     training = Training(path, loader, "sgd", method=method, epochs=4)

@@ -28,7 +28,8 @@ class ExcessMTL(RemembersTasks):
     A task's excess risk, how far its loss is above the least it can be, is estimated as `Σ g² / √S`, where S is the sum
     of its squared gradients so far: the diagonal of Adagrad's metric. It is counted in units of its average over the
     first steps, and multiplies the task's weight by its exponential, `w ← w exp(lr E)`; where tasks are
-    absent, the others share what they have together. Keeps one number for every task and shared parameter.
+    absent, the others share what they have together. Keeps one number for every task and shared parameter. A step with
+    one task alone changes nothing.
 
     Args:
         lr: of the weights; 0.01 and less are usual.
@@ -63,6 +64,8 @@ class ExcessMTL(RemembersTasks):
         """See `Aggregator.combine`."""
         self._check(J, tasks)
         positions = self._positions(tasks, len(J))
+        if len(J) == 1:  # Alone, a task shares no parameters, and is not to be compared with any other.
+            return J[0].clone(), {self.tasks[positions[0]]: J.new_ones(())}
         shares = self._follow(self._excess_risks(J, positions), positions)
         weights = (len(J) * shares).to(J)
         return weights @ J, {self.tasks[position]: weight for position, weight in zip(positions, weights, strict=True)}
