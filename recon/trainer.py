@@ -67,7 +67,8 @@ def train(
         loader: yields `(inputs, {task name: target})`; a task whose target is missing or None is skipped in that step.
         losses: `{task name: (output, target) -> scalar}`; a single entry trains a single-task baseline.
         optimizer: of the model's parameters. A method that learns (uw) gets a group of its own there.
-        method: a name (`recon.methods.names()`), a name with options (`"cagrad:c=0.5"`), or a method.
+        method: a name (`recon.methods.names()`), a name with options (`"cagrad:c=0.5"`), or a method, also
+            one of TorchJD's (see `recon.methods.wrap`).
         epochs: passes over the loader.
         scheduler: stepped after every optimizer step; or what makes one of the optimizer, which a method that learns
             needs: a scheduler must know all parameter groups from the start.
@@ -115,7 +116,7 @@ def train(
             "The optimizer holds no parameter of this model: it was made for another one (recon.convert and recon.load "
             "return new models). Make it of model.parameters() anew."
         )
-    method = methods.parse(method) if isinstance(method, str) else method
+    method = methods.parse(method) if isinstance(method, str) else methods.wrap(method)
     device = model_device(model)
     precision = Precision(amp, device)
     method.setup(tuple(losses))

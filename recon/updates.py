@@ -33,6 +33,7 @@ from recon.methods import (
     Method,
     NormWeighting,
     Weighting,
+    wrap,
 )
 from recon.reach import find_reach
 
@@ -57,7 +58,8 @@ def backward(
     Args:
         losses: `{task name: scalar loss}` of this step; a task whose target is missing is left out.
         model: plain or branched.
-        method: from `recon.methods.get`; joint training (the sum of the losses) when not given.
+        method: from `recon.methods.get`, or one of TorchJD's (see `recon.methods.wrap`); joint training (the sum of the
+            losses) when not given.
         profiler: records this step's conflicts from the same gradients.
 
     Returns:
@@ -109,12 +111,7 @@ def _full_precision(device: torch.device) -> torch.autocast:
 
 
 def _checked(method: Method | None, losses: Mapping[str, Tensor], profiler: Profiler | None) -> Method:
-    method = Joint() if method is None else method
-    if not isinstance(method, Method):
-        raise UsageError(
-            f"method is a {type(method).__name__}, not a method. Make it once, before the loop: "
-            "method = recon.methods.get('pcgrad')."
-        )
+    method = Joint() if method is None else wrap(method)
     if not isinstance(losses, Mapping):
         raise UsageError(f"losses is a {type(losses).__name__}. Pass a dict: {{task name: scalar loss}}.")
     if not losses and world_size() == 1:
@@ -205,7 +202,8 @@ def _apply_aggregator(method: Aggregator, jacobian: TaskJacobian) -> dict[str, T
         weights = dict(zip(jacobian.tasks, vector, strict=True))
         write_combination(jacobian, vector)
     else:
-        write_update(jacobian, method(jacobian.matrix))
+        update, weights = method.combine(jacobian.matrix, jacobian.tasks)
+        write_update(jacobian, update)
     write_own(jacobian)
     return weights
 
@@ -215,7 +213,6 @@ def _apply_composition(method: Composition, losses: Mapping[str, Tensor], jacobi
     scales = _weigh(method.weighting, losses, jacobian.tasks, jacobian.matrix.device)
     if not scales:
         return {}
-    weights: dict[str, Tensor] = {}
     scale = torch.stack([scales[task] for task in jacobian.tasks])
     if isinstance(method.aggregator, GramianAggregator):
         vector = method.gramian_weights(gramian(jacobian), scale, jacobian.tasks)
@@ -223,6 +220,8 @@ def _apply_composition(method: Composition, losses: Mapping[str, Tensor], jacobi
         write_combination(jacobian, vector)
     else:
         rows = jacobian.matrix.mul_(scale.to(jacobian.matrix)[:, None])  # what was recorded of them is recorded
-        write_update(jacobian, method.aggregator(rows))
+        update, further = method.aggregator.combine(rows, jacobian.tasks)
+        weights = {task: scales[task] * weight for task, weight in further.items()}
+        write_update(jacobian, update)
     write_own(jacobian, scales)
     return weights

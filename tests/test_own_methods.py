@@ -103,8 +103,8 @@ def test_a_module_on_the_path(own, monkeypatch):
         ("{own}x.py:longest", UnknownNameError, "Python file"),
         ("nowhere:longest", UnknownNameError, "no module named 'nowhere'"),
         ("{own}:longest:fctor=2", UsageError, "no option 'fctor'. Its options: factor=1.0, label=x"),
-        ("{own}:number", UsageError, "but a int is neither"),
-        ("{own}:torch", UsageError, "but a module is neither"),
+        ("{own}:number", UsageError, "but a int is none of these"),
+        ("{own}:torch", UsageError, "but a module is none of these"),
         ("{own}:longest:factor", UsageError, "Cannot read 'factor'"),
     ],
 )

@@ -256,7 +256,7 @@ def test_optimizers_and_schedulers_go_on(path, tmp_path, optimizer, scheduler):
 @pytest.mark.parametrize(
     "method",
     [
-        *("uw", "dwa:temperature=1.0", "pcgrad", "cagrad:c=0.5", "mgda"),
+        *("uw", "dwa:temperature=1.0", "pcgrad", "cagrad:c=0.5", "mgda", "gradvac", "graddrop", "modo", "excessmtl"),
         *("joint:weights=a:0.3/b:1.7", "gradnorm", "rlw", "stch:reference=0.1/0", "imtl-l+pcgrad"),
     ],
 )

@@ -10,6 +10,10 @@ from recon.profiler import Profiler
 from recon.updates import backward
 from tests.test_gradients import TwoHeads, losses_of
 
+FAMILY = {name: recon.methods.entry(name).family for name in recon.methods.names()}
+WEIGHTINGS = [name for name, family in FAMILY.items() if family == "weighting"]
+AGGREGATORS = [name for name, family in FAMILY.items() if family == "aggregator" and name != "graddrop"]  # it draws
+
 
 @pytest.fixture
 def model():
@@ -39,7 +43,7 @@ def shared_rows(model, gradients):
 
 
 @pytest.mark.parametrize("profiled", [False, True])
-@pytest.mark.parametrize("method", ["joint", "uw", "dwa", "pcgrad", "cagrad", "mgda"])
+@pytest.mark.parametrize("method", ["joint", "uw", "dwa", "gradnorm", *AGGREGATORS])
 def test_grad_is_the_methods_update(model, x, method, profiled):
     gradients = gradients_by_task(model, x)
     rows = shared_rows(model, gradients)
@@ -97,7 +101,7 @@ def test_a_method_that_needs_the_jacobian_itself(model, x):
     torch.testing.assert_close(stem, rows[rows.norm(dim=1).argmax()])
 
 
-@pytest.mark.parametrize("method", ["joint", "uw", "dwa", "pcgrad", "cagrad", "mgda"])
+@pytest.mark.parametrize("method", WEIGHTINGS + AGGREGATORS)
 def test_a_step_with_one_task_alone(model, x, method):
     chosen = recon.methods.get(method)
     chosen.setup(("a", "b"))

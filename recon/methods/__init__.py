@@ -6,12 +6,24 @@ from recon.methods.base import Aggregator, FeatureMethod, GramianAggregator, Met
 from recon.methods.composition import Composition
 from recon.methods.registry import MethodEntry, entry, get, names, register
 from recon.methods.parsing import parse
+from recon.methods.torchjd_adapter import wrap
 from recon.methods.weightings import DWA, UW, Joint
 from recon.methods.gradnorm import GradNorm, NormWeighting
 from recon.methods.random_weighting import RLW
 from recon.methods.scalarizations import GLS, IMTLL, STCH
 from recon.methods.famo import FAMO
-from recon.methods.aggregators import MGDA, CAGrad, PCGrad
+from recon.methods.pcgrad import PCGrad
+from recon.methods.cagrad import CAGrad
+from recon.methods.mgda import MGDA
+from recon.methods.gradvac import GradVac
+from recon.methods.graddrop import GradDrop
+from recon.methods.equal_footing import IMTLG, ConFIG
+from recon.methods.fairness import FairGrad, NashMTL
+from recon.methods.aligned_mtl import AlignedMTL
+from recon.methods.dual_cone import DualProj, UPGrad
+from recon.methods.tracked_weights import MoDo, SDMGrad
+from recon.methods.excess_mtl import ExcessMTL
+from recon.methods.pe_ltr import PELTR
 from recon.methods.rotograd import RotoGrad
 # isort: on
 
@@ -19,27 +31,41 @@ __all__ = [
     "DWA",
     "FAMO",
     "GLS",
+    "IMTLG",
     "IMTLL",
     "MGDA",
+    "PELTR",
     "RLW",
     "STCH",
     "UW",
     "Aggregator",
+    "AlignedMTL",
     "CAGrad",
     "Composition",
+    "ConFIG",
+    "DualProj",
+    "ExcessMTL",
+    "FairGrad",
     "FeatureMethod",
+    "GradDrop",
     "GradNorm",
+    "GradVac",
     "GramianAggregator",
     "Joint",
     "Method",
     "MethodEntry",
+    "MoDo",
+    "NashMTL",
     "NormWeighting",
     "PCGrad",
     "RotoGrad",
+    "SDMGrad",
+    "UPGrad",
     "Weighting",
     "entry",
     "get",
     "names",
     "parse",
     "register",
+    "wrap",
 ]

@@ -176,6 +176,47 @@ class Aggregator(Method):
     `GramianAggregator`.
     """
 
+    def combine(self, J: Tensor, tasks: Sequence[str] | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+        """The update of a step in which some tasks may be absent.
+
+        Args:
+            J: (T, P), the gradients of the tasks that took part, one per row.
+            tasks: the rows' task names; all tasks when not given.
+
+        Returns:
+            (P,), and `{task: weight}`, what each gradient was multiplied by: empty for a method that has no
+            such weights.
+
+        Raises:
+            GradientError: a gradient is not finite; the message names the tasks at fault.
+        """
+        return self(J), {}
+
+    def _positions(self, tasks: Sequence[str] | None, count: int) -> list[int]:
+        """Which of all tasks the rows belong to; before `setup`, the rows are all there is."""
+        if not self.tasks:
+            return list(range(count))
+        for task in tasks or ():
+            if task not in self.tasks:
+                raise UnknownNameError("task", task, self.tasks)
+        named = self.tasks if tasks is None else tasks
+        if len(named) != count:
+            raise UsageError(
+                f"Method {self.name!r} needs one gradient for each of the tasks {list(named)}, but got {count} rows."
+            )
+        return [self.tasks.index(task) for task in named]
+
+    def _check(self, J: Tensor, tasks: Sequence[str] | None) -> None:
+        """Refuses what is no (T, P), and gradients that are not finite, in one pass over the memory if they are."""
+        check_rows(J)
+        if not J.sum(dim=1).isfinite().all() and not (finite := J.isfinite().all(dim=1)).all():
+            raise GradientError(_non_finite((~finite).nonzero().flatten().tolist(), self._names(tasks, len(J))))
+
+    def _names(self, tasks: Sequence[str] | None, count: int) -> Sequence[str]:
+        """The rows' task names, if they are known."""
+        names = self.tasks if tasks is None else tasks
+        return names if len(names) == count else ()
+
 
 class GramianAggregator(Aggregator):
     """An aggregator whose update is `weights(J Jᵀ) @ J`: it never sees more than T² numbers."""
@@ -210,8 +251,10 @@ class GramianAggregator(Aggregator):
             raise UsageError(f"Expected a Gramian of shape (T, T), but got {tuple(gramian.shape)}.")
         G = gramian.detach().cpu().double()
         if not G.isfinite().all():
-            names = tasks if tasks is not None else self.tasks
-            raise GradientError(_name_non_finite(G, names if len(names) == len(G) else ()))
+            # One bad gradient spoils its whole row and column; only the diagonal tells whose it was.
+            bad = (~G.diagonal().isfinite()).nonzero().flatten().tolist()
+            bad = bad or (~G.isfinite()).any(dim=1).nonzero().flatten().tolist()
+            raise GradientError(_non_finite(bad, self._names(tasks, len(G))))
         return G
 
 
@@ -238,10 +281,7 @@ class FeatureMethod(Method):
         """
 
 
-def _name_non_finite(G: Tensor, tasks: Sequence[str]) -> str:
-    # One bad gradient spoils its whole row and column; only the diagonal tells whose it was.
-    bad = (~G.diagonal().isfinite()).nonzero().flatten().tolist()
-    bad = bad or (~G.isfinite()).any(dim=1).nonzero().flatten().tolist()
+def _non_finite(bad: Sequence[int], tasks: Sequence[str]) -> str:
     named = ", ".join(f"{i} ({tasks[i]!r})" if tasks else f"{i}" for i in bad)
     return (
         f"The gradient of task {named} is not finite, so there is no update that is right for all tasks. "

@@ -1,0 +1,53 @@
+"""SolvedAggregator: aggregators whose weights solve a small problem in the Gramian."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from recon.methods.base import GramianAggregator
+
+Array = NDArray[np.float64]
+
+
+class SolvedAggregator(GramianAggregator):
+    """An aggregator whose weights stay the same when all gradients are multiplied by one number.
+
+    What it solves is small, so it is done on the CPU in float64, with the gradients counted in units of their
+    root mean square norm: no solver meets a scale that it was not made for.
+
+    Attributes:
+        ignores_zero: a task whose gradient is zero is left out, as if it were absent, because the method divides
+            by the gradients' norms.
+    """
+
+    ignores_zero = False
+
+    def weights(self, gramian: Tensor, tasks: Sequence[str] | None = None) -> Tensor:
+        """See `GramianAggregator.weights`."""
+        G = self._finite(gramian, tasks)
+        positions = self._positions(tasks, len(G))
+        weights = torch.ones(len(G), dtype=torch.float64)
+        squares = G.diagonal()
+        kept = [i for i, square in enumerate(squares.tolist()) if square > 0 or not self.ignores_zero]
+        if squares.any():
+            units = G[kept][:, kept] / squares[kept].mean()
+            weights[kept] = torch.from_numpy(self._solve(units.numpy(), [positions[i] for i in kept]))
+        return weights.to(gramian)
+
+    @abstractmethod
+    def _solve(self, G: Array, positions: Sequence[int]) -> Array:
+        """The weights.
+
+        Args:
+            G: (T, T), the Gramian, with a diagonal whose mean is 1.
+            positions: which of `self.tasks` the rows are, for a method that keeps something by task.
+
+        Returns:
+            (T,), in sum scale.
+        """
