@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import softplus
 from torch.utils._pytree import tree_map
 
 import recon
@@ -16,13 +17,13 @@ from recon.batches import call
 from recon.conflict_map import ConflictMap, LayerConflicts
 from recon.errors import UsageError
 from recon.layers import find_layers
-from recon.methods import Weighting
 from recon.planning import Mode
 from tests import oracle
 from tests.zoo import TASKS, ZOO
 
-AGGREGATORS = ["pcgrad", "cagrad", "mgda", "graddrop", "excessmtl"]  # the others take the same ways
-WEIGHTINGS = [name for name in methods.names() if isinstance(methods.get(name), Weighting)]
+# The others take the same ways.
+AGGREGATORS = ["pcgrad", "graddrop", "excessmtl"]
+WEIGHTINGS = ["joint", "uw", "dwa", "gradnorm"]
 
 Gradients = dict[str, Tensor]
 """What one task's backward left in `.grad`, by parameter; what it did not reach is missing."""
@@ -275,6 +276,7 @@ def test_a_loss_weighting_trains_as_without_a_profiler(name, method):
         optimizer = torch.optim.SGD([*one.parameters(), *solver.double().parameters()], lr=0.05)
         for step in range(4):
             losses = losses_of(one, make_inputs(name, step), seed=step)
+            losses = {task: softplus(loss) for task, loss in losses.items()}  # some weightings want them positive
             optimizer.zero_grad()
             weights.append(recon.backward(losses, one, solver, profiler=profile))
             optimizer.step()

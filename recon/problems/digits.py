@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 
 import numpy as np
 import torch
@@ -11,6 +12,7 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
+from recon.errors import UsageError
 from recon.models import SmallResNet
 from recon.problem import Batch, Problem, Task
 from recon.problems import descriptions
@@ -20,10 +22,11 @@ from recon.problems.metrics import accuracy
 TASKS = ("top_left", "bottom_right")
 CLASSES = 10
 TRAIN_PAIRS, TEST_PAIRS = 20_000, 4_000
+BATCH = 128
 CANVAS, DIGIT, WHITE = 12, 8, 16.0  # sides in pixels; the data's largest grey value
 
 
-def digits() -> Problem:
+def digits(train_samples: int | None = None) -> Problem:
     """Two overlaid digits, one task for each.
 
     MultiMNIST's idea (Sabour et al., "Dynamic Routing Between Capsules", NeurIPS 2017, section 6; as a
@@ -35,12 +38,23 @@ def digits() -> Problem:
     Inputs are `(N, 1, 12, 12)`, float32 with mean 0 and variance 1; targets are `(N,)` class indices. No
     digit is in both a training and a test pair. The data are the same for every seed, which only shuffles the
     batches.
+
+    Args:
+        train_samples: train on the first so many pairs only; they are in random order. All if not given.
+
+    Raises:
+        UsageError: `train_samples` is below a batch or above what there is.
     """
+    if train_samples is not None and not BATCH <= train_samples <= TRAIN_PAIRS:
+        raise UsageError(
+            f"digits has {TRAIN_PAIRS} training samples, in batches of {BATCH}; {train_samples} of them cannot be had. "
+            f"Take {BATCH} to {TRAIN_PAIRS}."
+        )
     return Problem(
         name="digits",
         tasks=[Task(name, F.cross_entropy, [accuracy(CLASSES)]) for name in TASKS],
         make_model=lambda: SmallResNet(dict.fromkeys(TASKS, CLASSES)),
-        make_loaders=_loaders,
+        make_loaders=partial(_loaders, train_samples=train_samples),
         make_optimizer=lambda parameters: torch.optim.Adam(parameters, lr=3e-3),
         # At a constant rate, one epoch's accuracy can lie points away from the next one's.
         make_scheduler=CosineAnnealingLR,
@@ -49,9 +63,11 @@ def digits() -> Problem:
     )
 
 
-def _loaders(seed: int) -> tuple[Iterable[Batch], Iterable[Batch]]:
+def _loaders(seed: int, train_samples: int | None) -> tuple[Iterable[Batch], Iterable[Batch]]:
     train, test = _data()
-    return shuffled(train, 128, seed), in_order(test, 1000)
+    if train_samples is not None:
+        train = TensorBatches(*train[list(range(train_samples))])
+    return shuffled(train, BATCH, seed), in_order(test, 1000)
 
 
 def _data() -> tuple[TensorBatches, TensorBatches]:
