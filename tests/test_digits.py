@@ -75,3 +75,13 @@ def test_profiling_twice_gives_the_same_scores():
         cmap = recon.profile(model, train, problem.losses, optimizer=optimizer, epochs=1)
         scores.append([layer.histogram.tolist() for layer in cmap.layers])
     assert scores[0] == scores[1]
+
+
+def test_a_few_samples_are_the_first_of_all():
+    (all_of_them, test), (few, same_test) = (
+        get("digits", **options).make_loaders(0) for options in ({}, {"train_samples": 256})
+    )
+    assert len(few) == 2
+    for whole, part in ((all_of_them.dataset, few.dataset), (test.dataset, same_test.dataset)):
+        assert torch.equal(part.inputs, whole.inputs[: len(part)])
+        assert all(torch.equal(target, whole.targets[task][: len(part)]) for task, target in part.targets.items())

@@ -81,6 +81,7 @@ def test_given_initial_losses_and_measured_ones():
         ("4/8", [4.0, 8.0]),
         ({"b": math.log(10)}, [1.0, math.log(10)]),
         ("a:0", [1.0, 2.0]),
+        ("log(13)/1.5", [math.log(13), 1.5]),
     ]:
         method = methods.get("gradnorm", initial=initial)
         method.setup(TASKS)

@@ -322,7 +322,13 @@ def test_a_function_of_any_options(write):
         ),
         ("reads", {}, r"reads needs data_root \(--data-root DIR\)"),
         ("made", {"train_samples": 3}, r"made does not take train_samples \(--train-samples N\)"),
-        ("digits", {"train_samples": 3}, r"digits does not take train_samples \(--train-samples N\)"),
+        (
+            "digits",
+            {"data_root": "here"},
+            r"digits does not take data_root .* It takes train_samples \(--train-samples N\)",
+        ),
+        ("digits", {"train_samples": 3}, r"batches of 128; 3 of them cannot be had. Take 128 to 20000"),
+        ("digits", {"train_samples": 20_001}, r"20001 of them cannot be had"),
     ],
 )
 def test_options_that_do_not_fit_the_function(name, options, message, write):

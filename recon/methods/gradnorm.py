@@ -60,7 +60,7 @@ class GradNorm(NormWeighting):
         alpha: how strongly tasks that learn slowly are pulled up. The paper uses 1.5 on NYUv2 and 0.12 on its toy.
         lr: of Adam on the weights.
         layer: where the norms are measured: a layer's name, or the last layer that all tasks share.
-        initial: the losses L_i(0), in the order of the tasks or by name as in `"seg:2.56/depth:1.2"`: log C for a
+        initial: the losses L_i(0), in the order of the tasks or by name as in `"seg:log(13)/depth:1.2"`: log C for a
             cross-entropy over C classes, says the paper. Those not given, or 0, are measured: a task's first loss
             above 0.
 

@@ -1,8 +1,12 @@
-"""An option that holds a number for each task: `0.3/1.7` or `seg:0.3/depth:1.7`; in Python a sequence or a dict too."""
+"""An option that holds a number for each task: `0.3/1.7` or `seg:0.3/depth:1.7`; in Python a sequence or a dict too.
+
+A number may be a logarithm: `log(10)` is the first loss of a classifier that knows nothing of its ten classes.
+"""
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 
 from recon.errors import UnknownNameError, UsageError
@@ -60,8 +64,9 @@ def _parse(text: str, option: str) -> dict[str, str] | list[str]:
 
 
 def _number(value: object, option: str, least: float) -> float:
+    logarithm = re.fullmatch(r"log\((\d+)\)", value.strip()) if isinstance(value, str) else None
     try:
-        number = float(value)  # type: ignore[arg-type]
+        number = math.log(int(logarithm[1])) if logarithm else float(value)  # type: ignore[arg-type]
     except (TypeError, ValueError):
         number = math.nan
     if not (math.isfinite(number) and number >= least):
