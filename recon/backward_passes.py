@@ -52,7 +52,7 @@ def _pass(number: int, loss: Tensor, leaves: list[Tensor], retain_graph: bool, r
     finally:
         for handle in handles:
             handle.remove()
-    small = [(leaf, _dense(g)) for leaf, g in zip(leaves, found, strict=True) if g is not None and leaf not in large]
+    small = [(leaf, dense(g)) for leaf, g in zip(leaves, found, strict=True) if g is not None and leaf not in large]
     receive(number, [leaf for leaf, _ in small], [gradient for _, gradient in small])
 
 
@@ -60,12 +60,13 @@ def _hand_over(number: int, leaf: Tensor, receive: Receive) -> Callable[[Tensor 
     def hook(gradient: Tensor | None) -> Tensor | None:
         if gradient is None:
             return None
-        receive(number, [leaf], [_dense(gradient)])
+        receive(number, [leaf], [dense(gradient)])
         # autograd holds what it will return until the pass is over: this takes no memory.
         return None if gradient.is_sparse else gradient.new_empty(()).expand(gradient.shape)
 
     return hook
 
 
-def _dense(gradient: Tensor) -> Tensor:
+def dense(gradient: Tensor) -> Tensor:
+    """The gradient with its zeros."""
     return gradient.to_dense() if gradient.is_sparse else gradient

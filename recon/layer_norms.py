@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from recon.backward_passes import dense
 from recon.distributed import agree_on_reach, average_, gather, world_size
 from recon.errors import GradientError, UsageError
 from recon.gradients import as_real
@@ -88,17 +89,13 @@ def _norm(loss: Tensor | None, parameters: Sequence[nn.Parameter]) -> Tensor:
     found: Sequence[Tensor | None] = [None] * len(parameters)
     if loss is not None:
         found = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
-    gradients = [torch.zeros_like(p) if g is None else _dense(g) for p, g in zip(parameters, found, strict=True)]
+    gradients = [torch.zeros_like(p) if g is None else dense(g) for p, g in zip(parameters, found, strict=True)]
     if world_size() > 1:
         gradients = [g.clone() for g in gradients]
         average_(gradients)
     # Squared norms of float32 gradients leave float32 at norms of 1e-23 and 1e19.
     dtype = torch.float32 if gradients[0].device.type == "mps" else torch.float64
     return torch.linalg.vector_norm(torch.cat([as_real(g).to(dtype).flatten() for g in gradients]))
-
-
-def _dense(gradient: Tensor) -> Tensor:
-    return gradient.to_dense() if gradient.is_sparse else gradient
 
 
 @contextmanager
