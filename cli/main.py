@@ -108,7 +108,7 @@ def _message(error: BaseException) -> str:
     if frame is None:
         return f"{what}\nThis was not expected; rerun with --debug for the traceback."
     where = f"{frame.filename}:{frame.lineno}, in {frame.name}"
-    return f"The problem's code raised {what} ({where}). Rerun with --debug for the traceback."
+    return f"Your code raised {what} ({where}). Rerun with --debug for the traceback."
 
 
 if __name__ == "__main__":

@@ -65,6 +65,8 @@ def make_scheduler(
     """
     recipe = recipe or Recipe()
     if not depends_on_length(problem, recipe):
+        if recipe.warm_up is not None and isinstance(loader, Sized):
+            _warm_up_steps(recipe, epochs * _steps_per_epoch(problem, loader, recipe))
         return None if recipe.warm_up is None else partial(_rising, steps=int(recipe.warm_up))
     per_epoch = _steps_per_epoch(problem, loader, recipe)
     total = epochs * per_epoch

@@ -49,6 +49,7 @@ class Training:
         evaluations: when, and what is best.
         tensorboard: whether TensorBoard's events are written.
         resume: go on from the checkpoints.
+        home: the file or module that the problem comes from.
     """
 
     problem: Problem
@@ -64,6 +65,7 @@ class Training:
     evaluations: Evaluations = field(default_factory=Evaluations)
     tensorboard: bool = False
     resume: bool = False
+    home: str = ""
 
     @property
     def folders(self) -> dict[str, Path]:
@@ -80,6 +82,7 @@ class Training:
     def settings(self) -> dict[str, Any]:
         """What must be the same at a resume, by option."""
         return {
+            "PROBLEM": self.home,
             "--method": self.method,
             "--model": self.backbone or (None if self.source is None else str(self.source)),
             "--train-samples": self.train_samples,
@@ -92,6 +95,9 @@ class Training:
     def run(self) -> Run:
         """Train, evaluate, save."""
         problem = with_backbone(self.problem, self.backbone)
+        if not self.resume:
+            for folder in self.folders.values():
+                (folder / PICTURE_FILE).unlink(missing_ok=True)  # of an older run, whose weights changed
         return self._single_tasks(problem) if self.method == SINGLE_TASK else self._together(problem)
 
     def left(self) -> str:

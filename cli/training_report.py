@@ -24,7 +24,8 @@ def report(job: Training, run: Run) -> Report:
     best = _best_records(job, run)
     weights, picture = ({}, None) if run.is_single_task or ranks.number() else _weights(job, run)
     other = "joint" if run.is_single_task else "single"
-    option = f"joint:weights={'/'.join(f'{weight:.4g}' for weight in weights.values())}" if weights else None
+    listed = "/".join(f"{weight:.4g}" for weight in weights.values())
+    option = f"joint:weights={listed}" if weights and min(weights.values()) >= 0 else None
     text = [
         f"{run.label}: epochs {run.epochs}, seed {run.seed}",
         "",
@@ -34,7 +35,9 @@ def report(job: Training, run: Run) -> Report:
         f"{1000 * run.seconds_per_step:.1f} ms a step.",
     ]
     if picture:
-        text += [f"The tasks' weights, step by step: {picture}. Their mean, as static weights:", f"  --method {option}"]
+        text += [f"The tasks' weights, step by step: {picture}."]
+    if picture and option:
+        text += ["Their mean, as static weights:", f"  --method {option}"]
     text += [
         f"Saved {job.folder}; the best epoch's model is in {' and '.join(_best_folders(job))}. "
         "Next, compare it with other runs, as in:",

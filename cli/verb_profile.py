@@ -141,6 +141,7 @@ def _profile(args: argparse.Namespace, problem: Problem, device: torch.device, c
     }
     settings = {
         "problem": problem.name,
+        "PROBLEM": problems.home_of(args.problem),
         **{f"--{name}": getattr(args, name.replace("-", "_")) for name in ("train-samples", "seed", "lr", "method")},
         "--device": device.type,
     }

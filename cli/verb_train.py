@@ -85,7 +85,7 @@ def run(args: argparse.Namespace) -> Report:
         args.parser.error("--single-task keeps the best model of each task, so it does not go with --best-by")
     check_folder(args.out, RUN_MARKS)
     problem = problems.get(args.problem, **problem_options(args))
-    recon.methods.parse(args.method or "joint")
+    recon.methods.parse("joint" if args.method is None else args.method)
     job = _job(args, problem)
     from recon_cli.resuming import check_resume, resumable  # late: these import torch
     from recon_cli.training_report import report
@@ -93,6 +93,8 @@ def run(args: argparse.Namespace) -> Report:
     check_resume(args)
     _refuse_other_checkpoints(job)
     finished = _finished(args, job)
+    if finished is None and ranks.number() == 0 and (args.out / RUN_FILE).exists() and not args.resume:
+        print(f"note: the run in {args.out} will be replaced.", file=sys.stderr)
     if finished is not None:
         print(f"{args.out} is finished; there is nothing to resume.", file=sys.stderr)
         return report(job, finished)
@@ -128,6 +130,7 @@ def _job(args: argparse.Namespace, problem: Problem) -> Training:
         evaluations=evaluations,
         tensorboard=args.tensorboard,
         resume=args.resume,
+        home=problems.home_of(args.problem),
     )
 
 

@@ -88,6 +88,10 @@ _HOME = {
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("recon-mtl")
     if name in ("errors", "methods"):
         return importlib.import_module(f"recon.{name}")
     if name not in _HOME:

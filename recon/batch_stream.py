@@ -170,7 +170,7 @@ def _loader_error(error: Exception, number: int, epoch: int) -> LoaderError:
     lines = str(error).strip().splitlines() or [""]
     what = f"{type(error).__name__}: {lines[0]}" if len(lines) == 1 else lines[-1]
     return LoaderError(
-        f"The problem's code raised {what}{user_line(error)}, asked by the data loader for batch {number + 1} of epoch "
+        f"Your code raised {what}{user_line(error)}, asked by the data loader for batch {number + 1} of epoch "
         f"{epoch}. Mend it, or leave that sample out."
     )
 

@@ -165,6 +165,11 @@ class Meter:
         everyone = gather(self._totals())
         counts, *others = (_added_up(tables, tasks) for tables in zip(*everyone, strict=True))
         never = [task for task in tasks if task not in counts]
+        if never and not counts and self.number > 1:
+            raise ProblemError(
+                f"The loader gave no batch in epoch {self.number}. What can be gone through once only, a generator "
+                "say, serves one epoch: pass a DataLoader or a list."
+            )
         if never:
             raise ProblemError(
                 f"No batch of epoch {self.number} had a target for {never}. The loader yields (inputs, {{task name: "

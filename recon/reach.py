@@ -67,12 +67,17 @@ def find_reach(losses: Mapping[str, Tensor], parameters: Iterable[nn.Parameter])
         reached[task] = {leaf for leaf in leaves if isinstance(leaf, nn.Parameter) and leaf in trainable}
         outside[task] = [leaf for leaf in leaves if leaf not in trainable]
         if not reached[task]:
-            raise GradientError(
-                f"The loss of task {task!r} depends on no trainable parameter of the model, so it has no gradient. "
-                "Check that it uses the model's output for this task, without detach() or no_grad(), and that not "
-                "all of its layers are frozen."
-            )
+            raise GradientError(no_gradient(task))
     return Reach.of_tasks(reached, trainable, outside)
+
+
+def no_gradient(task: str) -> str:
+    """What to say of a task whose loss has no gradient."""
+    return (
+        f"The loss of task {task!r} depends on no trainable parameter of the model, so it has no gradient. Check that "
+        "it uses the model's output for this task, without detach() or no_grad(), and that not all of its layers are "
+        "frozen."
+    )
 
 
 def reached_leaves(values: Sequence[Tensor]) -> set[Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,8 @@ from recon.random_states import global_states_kept
 from recon.recorder import Recorder, Step
 from recon.training_run import TrainingRun
 from recon.undisturbed import undisturbed
+
+logger = logging.getLogger(__name__)
 
 Scalars = Mapping[str, Tensor]
 
@@ -77,6 +80,8 @@ class Stepper:
         """Accumulate a batch's update into `.grad`; none for a batch without targets."""
         run = self.run
         batch = to_device(unpack(batch), run.device)
+        if run.position[:2] == (1, 0):
+            _warn_of_other_names(batch[1], self.losses)
         losses = task_losses(run.model, *batch, self.losses, run.precision)
         if not losses and world_size() == 1:  # other ranks may have some
             return []
@@ -137,6 +142,19 @@ def task_losses(
                 f"The loss of task {task!r} must be a scalar tensor, but is {got}. Reduce it, e.g. mean()."
             )
     return step_losses
+
+
+def _warn_of_other_names(targets: Mapping[str, Any], tasks: Iterable[str]) -> None:
+    """A misspelt name looks like a missing target, which is no error before the epoch's end."""
+    missing = [task for task in tasks if targets.get(task) is None]
+    others = [name for name in targets if name not in tasks]
+    if missing and others:
+        logger.warning(
+            "The first batch has no target for %s, but has some for %s, which are no tasks. If they are the same by "
+            "another name, call them alike.",
+            missing,
+            others,
+        )
 
 
 def _detached(scalars: Scalars) -> dict[str, Tensor]:

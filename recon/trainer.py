@@ -111,6 +111,9 @@ def train(
         raise UsageError(f"accumulate is {accumulate}; a step needs at least 1 batch.")
     if clip is not None and not 0 < clip < math.inf:
         raise UsageError(f"clip is {clip}; give a norm above 0, or None to leave updates as they are.")
+    check_optimizer(optimizer)
+    if recorder is not None and not isinstance(recorder, Recorder):
+        raise UsageError(f"recorder is {recorder!r}. Make it of a path: recon.Recorder('metrics.jsonl').")
     if {p for group in optimizer.param_groups for p in group["params"]}.isdisjoint(model.parameters()):
         raise UsageError(
             "The optimizer holds no parameter of this model: it was made for another one (recon.convert and recon.load "
@@ -155,6 +158,16 @@ def train(
             with checkpoints.step():
                 method.end_epoch()
                 run.end_epoch(run.meter.epoch() if run.stopped else run.meter.whole_epoch(tuple(losses)))
+
+
+def check_optimizer(optimizer: Optimizer) -> None:
+    """See that it is one.
+
+    Raises:
+        UsageError: it is not.
+    """
+    if not isinstance(optimizer, Optimizer):
+        raise UsageError(f"optimizer is {optimizer!r}. Make one of the parameters, torch.optim.Adam(...) say.")
 
 
 def _add_parameters(

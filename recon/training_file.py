@@ -65,12 +65,16 @@ def check_same(path: Path, saved: Mapping[str, Any], present: Mapping[str, Any])
         CheckpointError: a field differs.
     """
     for field in [*present, *(field for field in saved if field not in present)]:
-        then, now = (str(known[field]) if field in known else "not there" for known in (saved, present))
+        then, now = (_text(known[field]) if field in known else "not there" for known in (saved, present))
         if then != now:
             raise CheckpointError(
                 f"{path} belongs to another training: {field} is {now} now, but was {then}. Resume with what it was, "
                 "or delete the file to start over."
             )
+
+
+def _text(value: Any) -> str:
+    return "not given" if value is None else str(value)
 
 
 def _check_sums(path: Path) -> None:

@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from recon.batches import model_device
 from recon.distributed import agree_on_reach, average_, average_losses, world_size
-from recon.errors import UsageError
+from recon.errors import GradientError, UsageError
 from recon.gradients import (
     TaskJacobian,
     Workspace,
@@ -35,7 +35,7 @@ from recon.methods import (
     Weighting,
     wrap,
 )
-from recon.reach import find_reach
+from recon.reach import find_reach, no_gradient
 
 if TYPE_CHECKING:
     from recon.profiler import Profiler
@@ -119,6 +119,14 @@ def _checked(method: Method | None, losses: Mapping[str, Tensor], profiler: Prof
     odd = [task for task in losses if not isinstance(task, str)]
     if odd:
         raise UsageError(f"The losses are of the tasks {list(losses)}. Name tasks by strings, not by {odd[0]!r}.")
+    for task, loss in losses.items():
+        if not isinstance(loss, Tensor) or loss.ndim:
+            got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else repr(loss)
+            raise UsageError(
+                f"The loss of task {task!r} must be a scalar tensor, but is {got}. Reduce it: mean(), say."
+            )
+        if not loss.requires_grad:
+            raise GradientError(no_gradient(task))
     if profiler is not None and isinstance(method, FeatureMethod):
         raise UsageError(
             f"Method {method.name!r} changes the gradients inside the model, so there are none of the shared "

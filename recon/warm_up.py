@@ -18,7 +18,7 @@ from recon.errors import GradientError, UsageError
 from recon.methods import Method
 from recon.problem import Batch, Loss
 from recon.profiler import Memory, Profiler
-from recon.trainer import Epoch, History, train
+from recon.trainer import Epoch, History, check_optimizer, train
 
 logger = logging.getLogger(__name__)
 
@@ -91,6 +91,7 @@ def profile(
     logger.info("Task gradients: one backward pass a task, %s.", _MEMORIES[memory])
     count = batch_count(loader)
     planned = None if count is None else -(-epochs * count // every)
+    check_optimizer(optimizer)
     group = optimizer.param_groups[0]
     learning_rate = group.get("initial_lr", group.get("lr"))  # where the schedule begins, if there is one
 

@@ -654,7 +654,7 @@ def test_an_error_in_the_problem_s_code_names_its_line(files, command, tmp_path,
     what, where = USER_ERRORS[function]
     code, out, err = command(f"train tiny.py:{function} --out", tmp_path / "run")
     assert (code, out) == (1, "")
-    assert what in err and "The problem's code" in err and "Traceback" not in err
+    assert what in err and "Your code" in err and "Traceback" not in err
     line = int(re.search(rf"{re.escape(str(files / 'tiny.py'))}:(\d+), in {where}\b", err)[1])
     assert re.search(r"raise \w+", PROBLEM.splitlines()[line - 1])
     code, out, err = command(f"train tiny.py:{function} --debug --json --out", tmp_path / "again")

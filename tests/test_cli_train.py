@@ -228,8 +228,8 @@ def test_control_c_loses_nothing(files, crash, command):
     assert code == 2 and "stopped/training.checkpoint is of another training" in err
     for options, words in (
         ("--seed 1", "--seed is 1 now, but was 0"),
-        ("--lr 0.5", "--lr is 0.5 now, but was None"),
-        ("--clip 2", "clip is 2.0 now, but was None"),
+        ("--lr 0.5", "--lr is 0.5 now, but was not given"),
+        ("--clip 2", "clip is 2.0 now, but was not given"),
         ("--method uw", "method is uw now, but was joint"),
         ("--single-task", "is of another training"),
     ):

@@ -172,3 +172,20 @@ def test_the_example_runs(scratch_registry, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 4 and all("top_left" in line for line in lines)
     assert "clipped-sum" in methods.names()
+
+
+def test_a_function_is_named_or_registered():
+    def mine(J):
+        return J.sum(dim=0)
+
+    with pytest.raises(UsageError, match=r"method is the function mine\. Register it"):
+        methods.wrap(mine)
+
+
+def test_numbers_that_are_not_finite_are_the_functions_own_fault(scratch_registry):
+    @methods.register("bad-one")
+    def bad_one(J):
+        return J.sum(dim=0) * float("nan")
+
+    with pytest.raises(UsageError, match="'bad-one' returned numbers that are not finite"):
+        methods.get("bad-one")(torch.ones(2, 3))

@@ -31,11 +31,23 @@ def test_the_python_example_runs_as_written(tmp_path, monkeypatch):
 
 def test_the_python_example_of_the_page_on_training_runs_as_written(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "training.md").read_text(), re.DOTALL)
+    _, example = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "training.md").read_text(), re.DOTALL)
     namespace = {}
     exec(example.replace("epochs=2", "epochs=1"), namespace)
     assert namespace["history"].epochs[0].results["top_left"]["accuracy"] > 0.1
     assert (tmp_path / "metrics.jsonl").exists() and (tmp_path / "run.checkpoint").exists()
+
+
+@pytest.mark.parametrize("method", ["uw", "dwa", "famo", "rotograd", "excessmtl", "imtl-l+pcgrad"])
+def test_the_loop_of_ones_own_serves_every_method(method):
+    loop, _ = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "training.md").read_text(), re.DOTALL)
+    assert loop.count('get("uw")') == 1
+    namespace = {}
+    exec(loop.replace('get("uw")', f'get("{method}")').replace("range(2)", "range(3)"), namespace)
+    if method != "excessmtl":  # a weight has moved, if only from the third epoch on
+        losses = namespace["losses_of"](*next(iter(namespace["train"])))
+        weights = recon.backward(losses, namespace["model"], namespace["method"])
+        assert all(abs(weight - 1) > 1e-6 for weight in weights.values())
 
 
 def test_every_verb_is_in_the_readme():

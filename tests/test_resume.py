@@ -451,7 +451,7 @@ def test_another_training_is_refused(begun, path):
     begun.scheduler = lambda optimizer: torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 36)
     refused(r"scheduler\.T_max is 36 now, but was 18")
     begun.scheduler = None
-    refused("scheduler is None now, but was CosineAnnealingLR")
+    refused("scheduler is not given now, but was CosineAnnealingLR")
     begun.scheduler = SCHEDULERS["cosine"]
     begun.loader = lambda: shuffled(TensorBatches(*tensors()), 12, seed=2)
     refused("number of batches is 4 now, but was 6")

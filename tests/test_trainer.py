@@ -385,3 +385,44 @@ def test_the_bar_shows_throughput_and_losses(model, monkeypatch, capsys):
     recon.train(model, data, LOSSES | {"a": slow}, optimizer=sgd(model), progress=True, accumulate=2)
     shown = capsys.readouterr().err
     assert "epoch 1/1" in shown and "batch" in shown and re.search(r"a=\d+\.\d+, b=\d+\.\d+", shown)
+
+
+def test_an_optimizer_or_a_recorder_that_is_none_is_refused():
+    model = nn.Linear(2, 1)
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(UsageError, match=r"optimizer is None\. Make one"):
+        recon.train(model, [], {"a": torch.nn.functional.mse_loss}, optimizer=None)
+    with pytest.raises(UsageError, match=r"optimizer is None\. Make one"):
+        recon.profile(model, [], {"a": torch.nn.functional.mse_loss}, optimizer=None)
+    with pytest.raises(UsageError, match=r"recorder is 'x.jsonl'. Make it of a path: recon.Recorder"):
+        recon.train(model, [], {"a": torch.nn.functional.mse_loss}, optimizer=sgd, recorder="x.jsonl")
+
+
+class _TwoOutputs(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Linear(2, 2)
+
+    def forward(self, x):
+        a, b = self.stem(x).unbind(dim=1)
+        return {"a": a, "b": b}
+
+
+def _train_two(loader, **options):
+    model = _TwoOutputs()
+    losses = dict.fromkeys("ab", torch.nn.functional.mse_loss)
+    return recon.train(model, loader, losses, optimizer=torch.optim.SGD(model.parameters(), lr=0.1), **options)
+
+
+def test_a_misspelt_target_is_told_in_the_first_batch(caplog):
+    batch = (torch.ones(3, 2), {"a": torch.ones(3), "B": torch.ones(3)})
+    with pytest.raises(ProblemError, match=r"No batch of epoch 1 had a target for \['b'\]"):
+        _train_two([batch] * 3)
+    (warning,) = caplog.messages
+    assert "no target for ['b'], but has some for ['B'], which are no tasks" in warning
+
+
+def test_a_generator_serves_one_epoch():
+    batches = ((torch.ones(3, 2), {"a": torch.ones(3), "b": torch.ones(3)}) for _ in range(3))
+    with pytest.raises(ProblemError, match=r"gave no batch in epoch 2\. What can be gone through once only"):
+        _train_two(batches, epochs=2)

@@ -157,3 +157,20 @@ def test_no_losses(model):
     for method in ("joint", "pcgrad"):
         with pytest.raises(UsageError):
             backward({}, model, recon.methods.get(method))
+
+
+@pytest.mark.parametrize("method", ["joint", "uw", "pcgrad"])
+def test_losses_that_cannot_be_differentiated_are_refused(model, x, method):
+    losses = losses_of(model, x)
+    with pytest.raises(GradientError, match="task 'b' depends on no trainable parameter"):
+        backward({**losses, "b": losses["b"].detach()}, model, recon.methods.get(method))
+    with pytest.raises(UsageError, match=r"task 'b' must be a scalar tensor, but is a tensor of shape \(2,\)"):
+        backward({**losses, "b": losses["b"].expand(2)}, model, recon.methods.get(method))
+
+
+@pytest.mark.parametrize("method", ["uw", "gradnorm", "sdmgrad", "uw+pcgrad"])
+def test_a_task_that_the_first_batch_lacked(model, x, method):
+    chosen = recon.methods.get(method)
+    backward({"a": losses_of(model, x)["a"]}, model, chosen)
+    with pytest.raises(UsageError, match=r"no task named 'b'.* name all tasks before the first step: method.setup"):
+        backward(losses_of(model, x), model, chosen)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -61,6 +61,15 @@ class Method(nn.Module, ABC):
         """The options it was made with, as plain values: what must be the same where a training goes on."""
         options = {option: getattr(self, option, None) for option in inspect.signature(type(self)).parameters}
         return {o: value for o, value in options.items() if value is None or isinstance(value, (bool, int, float, str))}
+
+    def _indices(self, tasks: Iterable[str]) -> list[int]:
+        """Where these are in `tasks`."""
+        tasks = list(tasks)
+        for task in tasks:
+            if task not in self.tasks:
+                hint = "If the first batch lacked it, name all tasks before the first step: method.setup([...])."
+                raise UnknownNameError("task", task, self.tasks, hint)
+        return [self.tasks.index(task) for task in tasks]
 
     def attach(self, model: nn.Module) -> None:
         """Called once, before the first forward pass: a method that lives inside the model takes its place there."""
@@ -155,10 +164,7 @@ class Weighting(Method):
             raise UsageError(
                 f"Method {self.name!r} keeps a state per task: call setup(task names) before the first step."
             )
-        for task in losses:
-            if task not in self.tasks:
-                raise UnknownNameError("task", task, self.tasks)
-        return [self.tasks.index(task) for task in losses]
+        return self._indices(losses)
 
     def _refuse(self, wrong: Tensor, positions: Sequence[int], why: str) -> None:
         """Name the tasks whose losses are wrong, if there are any."""
@@ -196,15 +202,13 @@ class Aggregator(Method):
         """Which of all tasks the rows belong to; before `setup`, the rows are all there is."""
         if not self.tasks:
             return list(range(count))
-        for task in tasks or ():
-            if task not in self.tasks:
-                raise UnknownNameError("task", task, self.tasks)
         named = self.tasks if tasks is None else tasks
+        indices = self._indices(named)
         if len(named) != count:
             raise UsageError(
                 f"Method {self.name!r} needs one gradient for each of the tasks {list(named)}, but got {count} rows."
             )
-        return [self.tasks.index(task) for task in named]
+        return indices
 
     def _check(self, J: Tensor, tasks: Sequence[str] | None) -> None:
         """Refuses what is no (T, P), and gradients that are not finite, in one pass over the memory if they are."""

@@ -96,7 +96,12 @@ def compose(parts: Sequence[Method]) -> Composition:
 
 
 def _check(parts: Sequence[Method]) -> None:
-    families = ["weighting" if isinstance(part, Weighting) else "aggregator" for part in parts]
+    families = [_family(part) for part in parts]
     if families != ["weighting", "aggregator"] or isinstance(parts[1], Composition):
         got = ", ".join(f"{part.name!r} ({family})" for part, family in zip(parts, families, strict=True))
         raise UsageError(f"A composition is a weighting and then an aggregator, as in 'uw+pcgrad', but got {got}.")
+
+
+def _family(part: Method) -> str:
+    kinds = {Weighting: "weighting", Aggregator: "aggregator"}
+    return next((name for kind, name in kinds.items() if isinstance(part, kind)), "neither")

@@ -36,6 +36,11 @@ class _OfFunction(Method):
                 f"Method {self.name!r} was called with a tensor of shape {tuple(argument.shape)} and must return a "
                 f"tensor of shape ({length},), but returned {got}."
             )
+        if result.device.type == "cpu" and not result.isfinite().all():  # elsewhere, asking would wait for it
+            raise UsageError(
+                f"Method {self.name!r} returned numbers that are not finite, for a finite tensor of shape "
+                f"{tuple(argument.shape)}. Look for a division by zero, or a logarithm or root of too small a number."
+            )
         return result.detach().to(argument)
 
 

@@ -112,7 +112,8 @@ def find(name: str) -> Known:
         UnknownNameError: there is no such method.
     """
     if name not in _methods:
-        raise UnknownNameError("method", name, _methods)
+        hint = "Options go to parse('name:option=value') or get('name', option=value)." if ":" in name else ""
+        raise UnknownNameError("method", name, _methods, hint)
     return _methods[name]
 
 

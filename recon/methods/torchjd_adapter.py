@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, get_args
 
@@ -39,6 +40,11 @@ def wrap(method: Any) -> Method:
     if isinstance(method, Method):
         return method
     kind = _kind(method)
+    if kind is None and inspect.isfunction(method):
+        raise UsageError(
+            f"method is the function {method.__name__}. Register it with @recon.methods.register('a-name'), then pass "
+            "recon.methods.get('a-name')."
+        )
     if kind is None:
         raise UsageError(
             f"method is a {type(method).__name__}, not a method. Make it once, before the loop: "

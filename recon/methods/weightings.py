@@ -70,6 +70,8 @@ class Joint(Weighting):
         missing = [task for task in self.tasks if task not in weights]
         if missing:
             raise UsageError(f"The weights {self.static} lack the tasks {missing}. Give every task one.")
+        if not any(weights.values()):
+            raise UsageError(f"The weights {self.static} are all 0: nothing would be trained.")
         return torch.tensor([weights[task] for task in self.tasks], dtype=torch.float64)
 
 

@@ -6,6 +6,7 @@ Importing this package does not import torch, so listing the problems is instant
 from __future__ import annotations
 
 import importlib
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from recon.errors import ProblemError, UnknownNameError, UsageError
@@ -15,7 +16,7 @@ from recon.problems._options import check_options
 if TYPE_CHECKING:
     from recon.problem import Problem
 
-__all__ = ["call_function", "descriptions", "get", "names"]
+__all__ = ["call_function", "descriptions", "get", "home_of", "names"]
 
 _BUILT_IN = {
     "digits": (
@@ -79,6 +80,12 @@ def get(spec: str, **options: Any) -> Problem:
     if not isinstance(made, Problem):
         raise ProblemError(f"{spec} must return a recon.Problem, but it gave {type(made).__name__}.")
     return made
+
+
+def home_of(spec: str) -> str:
+    """The file without its folders, or the module, that a problem comes from; a built-in one's name."""
+    target, colon, _ = spec.rpartition(":")
+    return Path(target).name if colon else spec
 
 
 def call_function(spec: str, **options: Any) -> Any:
