@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from recon.branch_plan import BranchPlan
 from recon.counting import count_activation_bytes, count_macs, count_parameters
 from recon.dataflow import Dataflow, trace
 from recon.errors import PlanError, ProblemError, ReconError
 from recon.fan_out import SHARED, FanOut
 from recon.layers import canonical_name, find_layers
 from recon.partition import Partition
-from recon.planning import BranchPlan
 from recon.surgery import convert, plan_of
 
 if TYPE_CHECKING:
@@ -124,6 +124,16 @@ class CostModel:
                     f"{list(self.tasks)}."
                 )
         return self._costs(layers, self._base)
+
+    def operation_macs(self, layers: Mapping[str, Partition]) -> list[int]:
+        """The multiply-adds of each operation that has any, with these layers branched; they add up to `of`'s.
+
+        Nothing is known of single operations, and the list is empty, where the forward could not be traced.
+        """
+        if not self.traced:
+            return []
+        _, evaluation = self._fan_out.fans(self._fan_out.parameters(layers))
+        return [count * self._fan_out.partitions.sizes[evaluation[value]] for value, count in self._macs]
 
     def _costs(self, layers: Mapping[str, Partition], base: PlanCosts | None) -> PlanCosts:
         parameters, macs, size, runs = self._count(layers) if self.traced else self._measure(layers)

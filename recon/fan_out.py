@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from recon.dataflow import Call, Dataflow, Operation
+from recon.dataflow import Dataflow, Operation
 from recon.layers import find_layers, places
 from recon.partition import Group, Partition, refine
 
