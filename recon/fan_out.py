@@ -124,9 +124,7 @@ class FanOut:
             for place in places(model)
             if isinstance(place.owner, nn.Module)
         }
-        self._serves = {
-            path: tuple(task for task in tasks if task in served) for path, served in _serves(model, training)
-        }
+        self._serves = _served_in_part(model, tasks, training.served)
 
     def parameters(self, layers: Mapping[str, Partition]) -> list[int]:
         """The partition of each parameter."""
@@ -214,9 +212,7 @@ class FanOut:
         )
 
 
-def _served_in_part(
-    model: nn.Module, tasks: Group, served: Mapping[Tensor, frozenset[str]]
-) -> dict[str, Group]:
+def _served_in_part(model: nn.Module, tasks: Group, served: Mapping[Tensor, frozenset[str]]) -> dict[str, Group]:
     """The modules whose parameters serve some of the tasks only, and these tasks; outer modules first."""
     found = {}
     for path, module in model.named_modules():
