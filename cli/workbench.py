@@ -184,9 +184,7 @@ def single_task_costs(model: nn.Module, tasks: tuple[str, ...], inputs: Any) -> 
 
 def _per_sample(costs: Costs, samples: int) -> Costs:
     size = costs.activation_bytes
-    return replace(
-        costs, macs=costs.macs // samples, activation_bytes=None if size is None else size // samples
-    )
+    return replace(costs, macs=costs.macs // samples, activation_bytes=None if size is None else size // samples)
 
 
 class TrainingStep:

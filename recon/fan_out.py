@@ -124,9 +124,7 @@ class FanOut:
             for place in places(model)
             if isinstance(place.owner, nn.Module)
         }
-        self._serves = {
-            path: tuple(task for task in tasks if task in served) for path, served in _serves(model, training)
-        }
+        self._serves = _served_in_part(model, tasks, training.served)
 
     def parameters(self, layers: Mapping[str, Partition]) -> list[int]:
         """The partition of each parameter."""
