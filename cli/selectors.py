@@ -45,7 +45,7 @@ def add_selection_options(parser: Parser) -> None:
         "--max-params",
         type=positive_number,
         metavar="RATIO",
-        help="the most conflict within so many times the parameters",
+        help="the most conflict at so many times the parameters",
     )
     ways.add_argument(
         "--max-macs",

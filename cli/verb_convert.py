@@ -46,6 +46,7 @@ _ROUNDS = 7  # of timing; each takes a step of either model
 _COSTS = {
     "parameters": "parameters",
     "macs": "multiply-adds, forward, per sample",
+    "activation_bytes": "bytes of activations, per sample",
     "seconds_per_step": "training step, joint",
 }
 
@@ -124,8 +125,13 @@ def run(args: argparse.Namespace) -> Report:
     print("Timing training steps of both models ...", file=sys.stderr)
     steps = {name: workbench.TrainingStep(problem, model, batch) for name, model in models.items()}
     seconds = step_seconds(steps, rounds=_ROUNDS)
-    table = {
-        name: {"parameters": counted[name].parameters, "macs": counted[name].macs, "seconds_per_step": seconds[name]}
+    table: dict[str, dict[str, float | None]] = {
+        name: {
+            "parameters": counted[name].parameters,
+            "macs": counted[name].macs,
+            "activation_bytes": counted[name].activation_bytes,
+            "seconds_per_step": seconds[name],
+        }
         for name in models
     }
     return _report(args, problem, choice, plan_of(branched), table, verified, found)
@@ -159,7 +165,7 @@ def _report(
     problem: Problem,
     choice: Choice,
     plan: BranchPlan,
-    costs: dict[str, dict[str, float]],
+    costs: dict[str, dict[str, float | None]],
     verified: Verification | None,
     found: Match | None,
 ) -> Report:
@@ -198,15 +204,21 @@ def _report(
     return Report("\n".join(text), data)
 
 
-def _cost_table(costs: dict[str, dict[str, float]]) -> str:
+def _cost_table(costs: dict[str, dict[str, float | None]]) -> str:
     rows = []
     for what, title in _COSTS.items():
-        values = [costs["plain"][what], costs["branched"][what]]
-        texts = [f"{1000 * v:.1f} ms" if what == "seconds_per_step" else short_number(v) for v in values]
+        texts = [_text(what, costs[name][what]) for name in ("plain", "branched")]
         ratio = _ratio(costs, what)
         rows.append([title, *texts, "-" if ratio is None else f"{ratio:.2f}x"])
     return text_table(["cost", "plain", "branched", "ratio"], rows)
 
 
-def _ratio(costs: dict[str, dict[str, float]], what: str) -> float | None:
-    return costs["branched"][what] / costs["plain"][what] if costs["plain"][what] else None
+def _text(what: str, value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{1000 * value:.1f} ms" if what == "seconds_per_step" else short_number(value)
+
+
+def _ratio(costs: dict[str, dict[str, float | None]], what: str) -> float | None:
+    plain, branched = costs["plain"][what], costs["branched"][what]
+    return branched / plain if plain and branched is not None else None
