@@ -4,7 +4,7 @@ import networkx as nx
 import numpy as np
 import pytest
 
-from recon.conflict_map import ConflictMap, LayerConflicts
+from recon.conflict_map import BINS, ConflictMap, LayerConflicts
 from recon.errors import PlanError
 from recon.grouping import by_conflict, conflict_graph, fewest_conflicts, hierarchy, partitions, separated
 from recon.partition import Partition, refine
@@ -22,7 +22,9 @@ def pair_map(layers, tasks=TASKS, observed=100):
         by_pair = np.array([counts.get(pair, 0) for pair in pairs])
         quarters = np.stack([by_pair - 3 * (by_pair // 4), *[by_pair // 4] * 3])
         seen = np.full((4, len(pairs)), observed // 4)
-        records.append(LayerConflicts(name, "Linear", {}, None, quarters, seen, score=int(by_pair.sum())))
+        histogram = np.zeros(BINS, dtype=np.int64)
+        histogram[[0, -1]] = by_pair.sum(), seen.sum() - by_pair.sum()
+        records.append(LayerConflicts(name, "Linear", {"weight": [1]}, histogram, quarters, seen))
     return ConflictMap(tuple(tasks), -0.1, observed, 0, (observed // 4,) * 4, records)
 
 
