@@ -62,7 +62,7 @@ class Dataflow:
         outputs: `{task: values in its output}`.
         writes: the modules whose buffers are written or assigned anew, with the value that is written.
         served: the tasks whose outputs each parameter gets gradient from.
-        unsupported: what ran past Python, and so is not among the steps.
+        unsupported: kernels that ran outside of any torch function, and so are not among the steps.
     """
 
     parameters: tuple[nn.Parameter, ...]

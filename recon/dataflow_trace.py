@@ -102,23 +102,25 @@ class _Recorder(TorchFunctionMode):
         known = {id(tensor) for tensor in given}
         new = [tensor for tensor in tensors_in(result) if id(tensor) not in known]
         if new or written or macs or size:
-            # Statistics are kept by group: they are never copied first.
-            into = [(self.value_of(t), byte_size(t)) for t in written if storage_of(t) not in self.buffers]
-            value = self._count
-            self._count += 1
-            self.steps.append(
-                Operation(
-                    getattr(func, "__name__", str(func)),
-                    value,
-                    self._within,
-                    inputs,
-                    macs,
-                    size,
-                    tuple((old, held) for old, held in into if old is not None),
-                )
+            operation = Operation(
+                name=getattr(func, "__name__", str(func)),
+                value=self._count,
+                within=self._within,
+                inputs=inputs,
+                macs=macs,
+                bytes=size,
+                written=tuple(self._overwritten(written)),
             )
-            self._hold(value, new, written, {storage_of(tensor) for tensor in given})
+            self._count += 1
+            self.steps.append(operation)
+            self._hold(operation.value, new, written, {storage_of(tensor) for tensor in given})
         return result
+
+    def _overwritten(self, tensors: Iterable[Tensor]) -> Iterator[tuple[int, int]]:
+        for tensor in tensors:
+            value = self.value_of(tensor)
+            if value is not None and storage_of(tensor) not in self.buffers:  # statistics are kept by group anyway
+                yield value, byte_size(tensor)
 
     def _hold(self, value: int, new: list[Tensor], written: list[Tensor], given: set[int]) -> None:
         for tensor in (*new, *written):
@@ -172,7 +174,7 @@ class _Recorder(TorchFunctionMode):
 
 
 class _WatchedMeter(Meter):
-    """Tells the recorder about kernels that no Python function was called for: those of scripted modules, say."""
+    """Tells the recorder about kernels that no torch function was called for, where `DisableTorchFunction` hides it, say."""
 
     def __init__(self, recorder: _Recorder) -> None:
         super().__init__()
