@@ -64,7 +64,7 @@ class CostModel:
 
     Attributes:
         layers: the names of all layers, in model order.
-        unsupported: the kernels that ran hidden from `__torch_function__`, or the error that stopped the trace.
+        unsupported: the kernels that ran past Python (a scripted module's), or the error that stopped the trace.
 
     Raises:
         PlanError: the model is branched already.

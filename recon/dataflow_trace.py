@@ -174,7 +174,7 @@ class _Recorder(TorchFunctionMode):
 
 
 class _WatchedMeter(Meter):
-    """Tells the recorder about kernels that no torch function was called for, where `DisableTorchFunction` hides it, say."""
+    """Tells the recorder about kernels that no torch function was called for: those of a scripted module, say."""
 
     def __init__(self, recorder: _Recorder) -> None:
         super().__init__()
@@ -182,7 +182,8 @@ class _WatchedMeter(Meter):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run a kernel, and count."""
-        result = super().__torch_dispatch__(func, types, args, kwargs)
+        with torch._C.DisableTorchFunction():  # the kernel would be taken for a function that the forward calls
+            result = super().__torch_dispatch__(func, types, args, kwargs)
         if not self.recorder.running:
             self.recorder.note_kernel(func, tensors_in((args, kwargs)), tensors_in(result))
         return result

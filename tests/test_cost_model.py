@@ -283,6 +283,18 @@ class PastPython(nn.Module):
         return {task: head(x) for task, head in self.heads.items()}
 
 
+class Scripted(PastPython):
+    """A part of it is TorchScript, whose kernels Python does not see called."""
+
+    def __init__(self):
+        super().__init__()
+        self.hidden = torch.jit.script(nn.Sequential(nn.Linear(4, 4), nn.Tanh()))
+
+    def forward(self, x):
+        x = self.last(self.hidden(self.first(x)))
+        return {task: head(x) for task, head in self.heads.items()}
+
+
 class Guarded(PastPython):
     """Does not let itself be traced."""
 
@@ -292,7 +304,10 @@ class Guarded(PastPython):
         return super().forward(x)
 
 
-@pytest.mark.parametrize(("cls", "said"), [(PastPython, "aten.mm"), (Guarded, "no tracing here")])
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:")
+@pytest.mark.parametrize(
+    ("cls", "said"), [(PastPython, "aten.mm"), (Scripted, "aten.addmm"), (Guarded, "no tracing here")]
+)
 def test_what_cannot_be_traced_is_measured(cls, said):
     model, inputs = cls(), torch.randn(4, 6)
     cost_model = CostModel(model, TASKS, inputs)
@@ -306,8 +321,11 @@ def test_what_cannot_be_traced_is_measured(cls, said):
     assert found.runs == {"last": PER_TASK}
     whole = costs(model, plan, inputs)
     assert whole.measured and whole.macs == found.macs
-    with pytest.raises(FanError):
-        branched(cost_model, "first")
+    if cls is Scripted:
+        assert branched(cost_model, "first").macs - plain.macs == 2 * 4 * (24 + 16 + 16)
+    else:
+        with pytest.raises(FanError):  # as convert says
+            branched(cost_model, "first")
 
 
 def test_a_forward_that_is_traced_is_not_measured():
