@@ -13,7 +13,7 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_array
 
 from recon.cost_model import CostModel, PlanCosts
-from recon.errors import FanError, PlanError, UsageError
+from recon.errors import FanError, PlanError
 from recon.partition import Partition
 
 _ENUMERATED = 10  # layers
@@ -87,7 +87,10 @@ class Chooser:
 
     def __init__(self, costs: CostModel, partitions: Mapping[str, Partition], values: Mapping[str, int]) -> None:
         self.costs, self.partitions, self.values = costs, partitions, values
-        self._candidates = {name: partitions[name] for name in costs.layers if values.get(name)}
+        worthwhile = [name for name in costs.layers if values.get(name)]
+        if costs.traced:
+            worthwhile = [name for name in worthwhile if self._cost([name]) is not None]
+        self._candidates = {name: partitions[name] for name in worthwhile}
         program = _Program(costs, self._candidates, values) if costs.traced and self._candidates else None
         self._program = program if program is not None and program.holds else None
         self._enumerates = costs.traced and self._program is None and len(self._candidates) <= _ENUMERATED
@@ -140,24 +143,26 @@ class Chooser:
     @cached_property
     def _all_plans(self) -> list[tuple[list[str], PlanCosts]]:
         sets = [list(names) for k in range(len(self._candidates)) for names in combinations(self._candidates, k + 1)]
-        return [(names, self._cost(names)) for names in sets]
+        return [(names, costs) for names in sets if (costs := self._cost(names)) is not None]
 
     def _worth(self, names: Sequence[str]) -> int:
         return sum(self.values[name] for name in names)
 
     def _fits(self, names: Iterable[str], budget: Budget) -> bool:
-        try:
-            return budget.allows(self._cost(names))
-        except FanError:  # measured by converting the model, which these layers do not allow
-            return False
+        costs = self._cost(names)
+        return costs is not None and budget.allows(costs)
 
-    def _cost(self, names: Iterable[str]) -> PlanCosts:
-        return self.costs.of({name: self.partitions[name] for name in names})
+    def _cost(self, names: Iterable[str]) -> PlanCosts | None:
+        """What these layers cost; None where the model cannot be branched there."""
+        try:
+            return self.costs.of({name: self.partitions[name] for name in names})
+        except FanError:
+            return None
 
     def _refuse(self, names: Sequence[str], budget: Budget) -> None:
-        if not names:
-            raise PlanError("No layer of the map has a conflict, so there is nothing that a plan could cover.")
-        alone = {name: self._cost([name]) for name in names}
+        alone = {name: costs for name in names if (costs := self._cost([name])) is not None}
+        if not alone:
+            raise PlanError("No layer that can be branched has a conflict, so there is nothing to cover.")
         cheapest = min(alone, key=lambda name: budget.overrun(alone[name]))
         parameters, macs = _up(alone[cheapest].parameters_ratio), _up(alone[cheapest].macs_ratio)
         raise PlanError(
@@ -203,7 +208,8 @@ class _Program:
         columns = np.array([(len(self.names) + step, layer) for step, layer in takes], dtype=int).ravel()
         signs = np.tile([1.0, -1.0], len(takes))
         shape = len(takes), len(self._macs)
-        self._order = LinearConstraint(csr_array((signs, (rows, columns)), shape=shape), lb=0)
+        order = LinearConstraint(csr_array((signs, (rows, columns)), shape=shape), lb=0)
+        self._order = [order] if takes else []
         # Values are whole numbers, so that half of one decides between equals alone.
         ties = sum(part / max(part.sum(), 1e-12) for part in (self._parameters, self._macs)) / 4
         self._objective = ties - np.concatenate([[values[name] for name in self.names], free])
@@ -218,11 +224,10 @@ class _Program:
             self._objective,
             integrality=self._integrality,
             bounds=Bounds(0, 1),
-            constraints=[self._order, *constraints],
+            constraints=[*self._order, *constraints],
             options={"mip_rel_gap": 0.0},
         )
-        if found.x is None:  # cannot be: branching nothing is a solution
-            raise UsageError(f"HiGHS found no plan: {found.message}")
+        assert found.x is not None, found.message  # branching nothing is a solution
         return [name for name, x in zip(self.names, found.x, strict=False) if x > 0.5]
 
     def _indicator(self, names: Sequence[str]) -> NDArray[np.float64]:
@@ -236,7 +241,10 @@ def _is_largest(costs: CostModel, partitions: Mapping[str, Partition], macs_alon
     for left_out in (None, *partitions) if len(partitions) > 1 else ():
         some = {name: partition for name, partition in partitions.items() if name != left_out}
         largest = macs_alone[[name in some for name in partitions]].max(axis=0)
-        if costs.operation_macs(some) != largest.tolist():
+        try:
+            if costs.operation_macs(some) != largest.tolist():
+                return False
+        except FanError:  # they can be branched one by one, but not together
             return False
     return True
 

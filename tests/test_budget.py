@@ -6,7 +6,7 @@ import torch
 
 from recon.budget import Budget, Chooser
 from recon.cost_model import CostModel
-from recon.errors import PlanError
+from recon.errors import FanError, PlanError
 from recon.partition import Partition
 from tests.cost_double import TASKS, chain, random_dag
 from tests.zoo import ZOO
@@ -173,9 +173,30 @@ def test_a_budget_that_no_layer_fits_names_the_cheapest():
         chooser.best(Budget(max_params=1.2))
 
 
+def test_a_layer_without_multiply_adds_behind_it():
+    costs = chain([(10, 100), (10, 0)])
+    assert Chooser(costs, {"l1": PER_TASK}, {"l1": 3}).best(Budget(max_macs=1)) == ["l1"]
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_layers_that_cannot_be_branched_are_left_out(together):
+    costs = chain([(10, 100), (10, 50), (10, 10)])
+    of, operation_macs = costs.of, costs.operation_macs
+
+    def refuse(layers):
+        if {"l1", "l2"} <= set(layers) if together else "l1" in layers:
+            raise FanError("no")
+
+    costs.of = lambda layers: refuse(layers) or of(layers)
+    costs.operation_macs = lambda layers: refuse(layers) or operation_macs(layers)
+    values = {"l0": 1, "l1": 9, "l2": 5}
+    best = Chooser(costs, dict.fromkeys(values, PER_TASK), values).best(Budget(max_macs=9))
+    assert best == (["l0", "l1"] if together else ["l0", "l2"])
+
+
 def test_layers_without_a_conflict_are_no_plan():
     costs = chain([(10, 100), (10, 30)])
-    with pytest.raises(PlanError, match="No layer of the map has a conflict"):
+    with pytest.raises(PlanError, match="No layer that can be branched has a conflict"):
         Chooser(costs, {"l0": PER_TASK}, {"l0": 0}).best(Budget(max_macs=9))
 
 

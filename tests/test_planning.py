@@ -8,8 +8,9 @@ from torch import nn
 
 import recon
 from recon.branch_plan import BranchPlan
+from recon.checkpoint import load_plan
 from recon.conflict_map import ConflictMap, LayerConflicts
-from recon.errors import MapMismatchError, PlanError, UnknownNameError, UsageError
+from recon.errors import CheckpointError, MapMismatchError, PlanError, UnknownNameError, UsageError
 from recon.matching import match
 from recon.partition import Partition
 from recon.planning import choose
@@ -413,3 +414,12 @@ def test_a_choice_tells_what_it_covers():
     assert choice().covered == 9 / 13
     assert choice(groups=[["a", "c"], ["b"]]).covered == 7 / 13
     assert str(choice()) == "1 of 2 shared layers: named"
+
+
+def test_the_plan_of_a_saved_model(tmp_path):
+    model, plan = Chain(), BranchPlan.per_task(["norm", "fc"], TASKS)
+    recon.save(recon.convert(model, plan, INPUTS), tmp_path / "branched")
+    assert load_plan(tmp_path / "branched").layers == plan.layers
+    recon.save(model, tmp_path / "plain")
+    with pytest.raises(CheckpointError, match="holds a plain model, which has no plan"):
+        load_plan(tmp_path / "plain")
