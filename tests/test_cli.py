@@ -309,6 +309,7 @@ def test_convert_says_what_it_costs(ask, tmp_path):
     assert plain["macs"] == 16 * 4 * 9 + 4 * 6 + 2 * 6  # per sample
     assert branched["macs"] - plain["macs"] == 4 * 6
     assert out["costs"]["ratio"]["macs"] == branched["macs"] / plain["macs"]
+    assert branched["activation_bytes"] - plain["activation_bytes"] >= 6 * 4  # what mix gives, once more
     assert branched["seconds_per_step"] > 0
     assert out["statistics"] == []
 
