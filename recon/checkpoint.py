@@ -12,10 +12,10 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
+from recon.branch_plan import BranchPlan, checked_mode
 from recon.errors import CheckpointError, ReconError, UsageError
 from recon.files import make_folder, write_text
 from recon.partition import Partition
-from recon.planning import BranchPlan, checked_mode
 from recon.rotations import NAME, attach_rotations
 from recon.surgery import convert
 from recon.weights import WEIGHTS_FILE, load_weights, read_metadata, read_weights, save_weights
@@ -80,6 +80,19 @@ def load(folder: str | Path, model: nn.Module) -> nn.Module:
             "architecture it was saved from."
         ) from error
     return loaded
+
+
+def load_plan(folder: str | Path) -> BranchPlan:
+    """The plan of the branched model that `save` wrote.
+
+    Raises:
+        CheckpointError: files are missing, damaged or of two different saves, or the model is not branched.
+    """
+    folder = Path(folder)
+    text = _metadata(folder).get("plan", "")
+    if not text:
+        raise CheckpointError(f"{folder} holds a plain model, which has no plan. Pass the folder of a branched one.")
+    return plan_from_json(_read_plan(folder, text), str(folder / PLAN_FILE))
 
 
 def plan_to_json(plan: BranchPlan) -> str:

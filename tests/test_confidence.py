@@ -5,6 +5,7 @@ import pytest
 
 from recon.confidence import (
     StableRanking,
+    above_mean_probability,
     block_length,
     expected_overlap,
     intervals,
@@ -273,3 +274,18 @@ def test_other_arguments_out_of_range():
     for change in ({"overlap": 0.0}, {"overlap": 1.5}, {"top_k": 0}):
         with pytest.raises(UsageError):
             replace(StableRanking(), **change)
+
+
+def test_noise_that_all_layers_share_does_not_blur_which_is_above_the_mean():
+    shared = np.random.default_rng(0).poisson(20, size=(120, 1))
+    series = shared + np.array([[1, 0, 0, 0]])
+    low_high = intervals(series)
+    assert low_high[0, 0] < low_high[1, 1]  # by their own intervals, the first could be below the others
+    assert above_mean_probability(series).tolist() == [1, 0, 0, 0]
+
+
+def test_a_layer_at_the_mean_is_above_it_half_of_the_time():
+    rng = np.random.default_rng(0)
+    found = [above_mean_probability(rng.poisson([12, 6, 9], size=(120, 3)))[2] for _ in range(40)]
+    assert 0.35 < np.mean(found) < 0.65
+    assert np.mean(np.array(found) >= 0.95) <= 0.15  # about one in twenty
