@@ -136,20 +136,22 @@ def conflict_covered(cmap: ConflictMap, layers: Mapping[str, Partition], thresho
 
 
 def frontier_table(points: Sequence[Point]) -> str:
-    """The points as text; `*` marks the Pareto-optimal ones, `<` the chosen one."""
+    """The points as text, the optimal ones and the chosen one marked."""
     rows = [
         [
+            (">" if p.chosen else " ") + ("*" if p.optimal else ""),
             p.selector,
             f"{len(p.layers)}",
             f"{100 * p.covered:.1f} %",
             f"{p.parameters_ratio:.3f}x",
             f"{p.macs_ratio:.3f}x",
-            ("*" if p.optimal else " ") + ("  < chosen" if p.chosen else ""),
         ]
         for p in points
     ]
-    header = ["plan", "layers", "conflict covered", "parameters", "multiply-adds", ""]
-    return f"{text_table(header, rows)}\n* no other plan here covers as much for as little."
+    header = ["", "plan", "layers", "conflict covered", "parameters", "multiply-adds"]
+    notes = "* no other plan here covers as much for as little"
+    notes += "; > the plan that was chosen" if any(p.chosen for p in points) else ""
+    return f"{text_table(header, rows, left=2)}\n{notes}."
 
 
 def _separated(cmap: ConflictMap, name: str, split: Partition) -> float:

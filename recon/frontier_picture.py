@@ -45,7 +45,7 @@ def frontier_figure(points: Sequence[Point]) -> Figure:
     panels = figure.subplots(1, 2, sharey=True)
     costs: tuple[Cost, Cost] = (lambda point: point.parameters_ratio), (lambda point: point.macs_ratio)
     for axes, cost, what in zip(panels, costs, ("parameters", "multiply-adds"), strict=True):
-        _marks(axes, points, cost)
+        _mark(axes, points, cost)
         axes.set_xlabel(f"{what}, ratio to the unbranched network", fontsize=8.5)
         _scale(axes, [cost(point) for point in points])
     panels[0].set_ylabel("% of the conflicts covered", fontsize=8.5)
@@ -53,23 +53,25 @@ def frontier_figure(points: Sequence[Point]) -> Figure:
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), fontsize=7.5, frameon=False)
     figure.draw_without_rendering()  # settles where things are, which the labels must know
-    for axes, cost in zip(panels, costs, strict=True):
-        _name(axes, points, cost)
+    for axes, cost, budget in zip(panels, costs, ("max_params", "max_macs"), strict=True):
+        _name(axes, points, cost, budget)
     return figure
 
 
-def _marks(axes: Axes, points: Sequence[Point], cost: Cost) -> None:
+def _mark(axes: Axes, points: Sequence[Point], cost: Cost) -> None:
     by_cost = sorted(points, key=cost)
     most = accumulate((100 * point.covered for point in by_cost), max)
     steps = [1.0, *map(cost, by_cost)], [0.0, *most]
-    axes.step(*steps, where="post", color=_MOST, linewidth=6, zorder=1, label="the most that is covered")
-    ranking = [point for point in points if point.selector.startswith("top_k=")]
-    axes.plot(*_places(ranking, cost), color=_RANKING, linewidth=0.7, zorder=2)
-    budgeted = [point for point in points if point.budgeted]
-    for kind, marker, size, colour, label in (
-        (ranking, "o", 16, _RANKING, "the first K of the ranking"),
-        (budgeted, "D", 24, _BUDGET, "within a budget"),
+    axes.step(*steps, where="post", color=_MOST, linewidth=6, zorder=1, label="most covered")
+    axes.plot(*_places(_of("top_k", points), cost), color=_RANKING, linewidth=0.7, zorder=2)
+    for selector, marker, size, colour, label in (
+        ("top_k", "o", 16, _RANKING, "the first K of the ranking"),
+        ("max_params", "s", 22, _BUDGET, "best within parameters"),
+        ("max_macs", "D", 24, _BUDGET, "best within multiply-adds"),
     ):
+        kind = _of(selector, points)
+        if not kind:
+            continue
         faces = [colour if point.optimal else "white" for point in kind]
         marks = axes.scatter(*_places(kind, cost), s=size, c=faces, edgecolors=colour, marker=marker, zorder=3)
         marks.set(linewidth=0.9, gid=label)
@@ -91,11 +93,13 @@ def _scale(axes: Axes, ratios: Sequence[float]) -> None:
     axes.set_axisbelow(True)
 
 
-def _name(axes: Axes, points: Sequence[Point], cost: Cost) -> None:
-    """Name as many plans as there is room for: the chosen one, then the budgets, then some K."""
+def _name(axes: Axes, points: Sequence[Point], cost: Cost, budget: str) -> None:
+    """Name as many plans as there is room for: the chosen one, then this cost's budgets, then some K."""
     taken = [_box(axes, place, 0, 0, 6, 6) for place in zip(*_places(points, cost), strict=True)]
-    for point in sorted(points, key=lambda point: (not point.chosen, not point.budgeted)):
-        if point.chosen or point.budgeted or len(point.layers) == 1 or len(point.layers) % 5 == 0:
+    named = [point for point in points if point.chosen] + _of(budget, points)
+    named += [point for point in _of("top_k", points) if len(point.layers) == 1 or len(point.layers) % 5 == 0]
+    for number, point in enumerate(named):
+        if point not in named[:number]:
             _label(axes, point, cost, taken)
 
 
@@ -131,6 +135,10 @@ def _text(point: Point) -> str:
     return point.selector.replace("top_k=", "").replace("max_params=", "≤").replace("max_macs=", "≤")
 
 
+def _of(selector: str, points: Iterable[Point]) -> list[Point]:
+    return [point for point in points if point.selector.startswith(f"{selector}=")]
+
+
 def _places(points: Iterable[Point], cost: Cost) -> tuple[list[float], list[float]]:
     points = list(points)
     return [cost(point) for point in points], [100 * point.covered for point in points]
@@ -146,4 +154,5 @@ def _box(axes: Axes, place: tuple[float, float], right: float, up: float, width:
 
 
 def _inside(box: Bbox, around: Bbox) -> bool:
+    around = around.padded(-4)
     return around.x0 <= box.x0 and box.x1 <= around.x1 and around.y0 <= box.y0 and box.y1 <= around.y1

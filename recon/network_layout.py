@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import groupby
 from typing import TYPE_CHECKING, Literal
 
@@ -132,13 +133,13 @@ def _lanes(
 def _stages(lanes: Mapping[str, Sequence[Lane]]) -> list[tuple[str, list[str]]]:
     """Neighbouring layers of one module, by the shortest paths that leave no stage with too many rows."""
     for depth in range(1, 1 + max(name.count(".") for name in lanes)):
-        stages = [(stage, list(names)) for stage, names in groupby(lanes, lambda name: _module(name, depth))]
+        stages = [(stage, list(names)) for stage, names in groupby(lanes, partial(_module, depth))]
         if all(len(_packed([Row((n,), tuple(lanes[n])) for n in names])) <= _STAGE_ROWS for _, names in stages):
             return stages
     return [(stage, list(names)) for stage, names in groupby(lanes, lambda name: name.rpartition(".")[0])]
 
 
-def _module(name: str, depth: int) -> str:
+def _module(depth: int, name: str) -> str:
     return ".".join(name.split(".")[:-1][:depth])
 
 

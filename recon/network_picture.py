@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
-from os.path import commonprefix
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -60,9 +59,7 @@ def draw_network(
     save_picture(network_figure(cost_model, layers, title, samples), path)
 
 
-def network_figure(
-    cost_model: CostModel, layers: Mapping[str, Partition], title: str, samples: int = 1
-) -> Figure:
+def network_figure(cost_model: CostModel, layers: Mapping[str, Partition], title: str, samples: int = 1) -> Figure:
     """What `draw_network` saves."""
     layout = network_layout(cost_model, layers)
     costs = cost_model.of(layers)
@@ -256,9 +253,8 @@ def _row_label(stage: Stage, row: Row) -> str:
     local = [name[len(stage.name) + 1 :] if stage.name else name for name in row.names]
     if len(local) == 1:
         return _shortened(local[0], 18)
-    if len(", ".join(local)) <= 18:
-        return ", ".join(local)
-    return f"{len(local)} layers" if not commonprefix(local) else f"{len(local)} x {commonprefix(local)}"
+    together = ", ".join(local)
+    return together if len(together) <= 18 else f"{len(local)} layers"
 
 
 def _short_name(group: Group) -> str:
