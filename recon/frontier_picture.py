@@ -51,7 +51,7 @@ def frontier_figure(points: Sequence[Point]) -> Figure:
     panels[0].set_ylabel("% of the conflicts covered", fontsize=8.5)
     panels[0].set_ylim(-4, 106)
     handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), fontsize=7.5, frameon=False)
+    figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), fontsize=7.5, columnspacing=1.3, frameon=False)
     figure.draw_without_rendering()  # settles where things are, which the labels must know
     for axes, cost, budget in zip(panels, costs, ("max_params", "max_macs"), strict=True):
         _name(axes, points, cost, budget)
@@ -65,9 +65,9 @@ def _mark(axes: Axes, points: Sequence[Point], cost: Cost) -> None:
     axes.step(*steps, where="post", color=_MOST, linewidth=6, zorder=1, label="most covered")
     axes.plot(*_places(_of("top_k", points), cost), color=_RANKING, linewidth=0.7, zorder=2)
     for selector, marker, size, colour, label in (
-        ("top_k", "o", 16, _RANKING, "the first K of the ranking"),
-        ("max_params", "s", 22, _BUDGET, "best within parameters"),
-        ("max_macs", "D", 24, _BUDGET, "best within multiply-adds"),
+        ("top_k", "o", 16, _RANKING, "first K layers"),
+        ("max_params", "s", 22, _BUDGET, "a limit on parameters"),
+        ("max_macs", "D", 24, _BUDGET, "a limit on multiply-adds"),
     ):
         kind = _of(selector, points)
         if not kind:

@@ -220,10 +220,10 @@ class _Drawing:
 
     def _runs(self, tasks: Group) -> list[tuple[float, float]]:
         """Where a group's tasks are side by side: left and right ends, a gap between neighbours left free."""
-        gap = min(0.03, 0.12 * self.unit)
         places = sorted(self.layout.order.index(task) for task in tasks)
         starts = [p for p in places if p - 1 not in places]
         ends = [p + 1 for p in places if p + 1 not in places]
+        gap = min(0.03, 0.12 * self.unit * min(end - start for start, end in zip(starts, ends, strict=True)))
         return [
             (_LEFT + start * self.unit + gap, _LEFT + end * self.unit - gap)
             for start, end in zip(starts, ends, strict=True)
