@@ -50,7 +50,7 @@ def find_statistics(branched: nn.Module, example_inputs: Any) -> dict[str, Parti
         return path is not None
 
     with undisturbed(branched), watch_writes(Writes(is_statistics)):
-        _move_statistics(branched)
+        move_statistics(branched)
         before = {path: buffer_values(module) for path, module in branched.named_modules()}
         run(branched.train(), example_inputs)
         for path, module in branched.named_modules():
@@ -70,7 +70,7 @@ def find_statistics(branched: nn.Module, example_inputs: Any) -> dict[str, Parti
 
 
 @torch.no_grad()
-def _move_statistics(model: nn.Module) -> None:
+def move_statistics(model: nn.Module) -> None:
     # Statistics that are the example's already would not change, and look as if they were never written.
     for buffer in model.buffers():
         if buffer.is_floating_point() and buffer.layout == torch.strided and buffer.is_contiguous():
