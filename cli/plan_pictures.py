@@ -10,9 +10,13 @@ from recon.errors import UsageError
 from recon_cli.outputs import check_file
 
 if TYPE_CHECKING:
-    from recon import BranchPlan, ConflictMap
+    from torch import nn
+
+    from recon import BranchPlan
     from recon.cost_model import CostModel
-    from recon.frontier import Select
+    from recon.grouping import Groups
+    from recon.matching import Match
+    from recon.planning import Choice
     from recon_cli.parsing import Parser
 
 _PNG = b"PNG"
@@ -50,19 +54,14 @@ def check_pictures(args: argparse.Namespace) -> None:
 
 
 def show_frontier(
-    args: argparse.Namespace,
-    cmap: ConflictMap,
-    cost_model: CostModel,
-    select: Select,
-    plan: BranchPlan,
-    chosen_by: str,
+    args: argparse.Namespace, found: Match, model: nn.Module, costs: CostModel, groups: Groups, chosen: Choice
 ) -> tuple[list[str], dict[str, Any]]:
     """The frontier as lines of text and as plain values, drawn if a file is named; nothing without --frontier."""
     if args.frontier is None:
         return [], {}
     from recon.frontier import frontier, frontier_table
 
-    points = frontier(cmap, cost_model, select, threshold=args.threshold, chosen=plan, chosen_by=chosen_by)
+    points = frontier(found, model, costs, groups=groups, threshold=args.threshold, chosen=chosen)
     lines = ["", frontier_table(points)]
     if args.frontier != _TABLE_ALONE:
         from recon.frontier_picture import draw_frontier  # late: it imports matplotlib
@@ -73,12 +72,12 @@ def show_frontier(
 
 
 def show_network(
-    args: argparse.Namespace, cost_model: CostModel, plan: BranchPlan, title: str, samples: int
+    args: argparse.Namespace, costs: CostModel, plan: BranchPlan, title: str, samples: int
 ) -> tuple[list[str], dict[str, Any]]:
     """Draw the network if --picture asks for it, and say so."""
     if args.picture is None:
         return [], {}
     from recon.network_picture import draw_network  # late: it imports matplotlib
 
-    draw_network(cost_model, plan.layers, args.picture, title, samples)
+    draw_network(costs, plan.layers, args.picture, title, samples)
     return [f"Saved {args.picture}."], {"picture": str(args.picture)}

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from recon.errors import PlanError, UsageError
-from recon.planning import BranchPlan
+from torch import nn
+
+from recon.errors import PlanError
+from recon.grouping import Groups
+from recon.planning import Choice, choose
+from recon.selectors import Selection
 from recon.tables import text_table
 
 if TYPE_CHECKING:
-    from recon.conflict_map import ConflictMap
     from recon.cost_model import CostModel
+    from recon.matching import Match
     from recon.partition import Partition
-
-Select = Callable[..., BranchPlan]
-"""`recon.plan` with all but the selector filled in: takes `top_k=K`, `max_params=R` or `max_macs=R`."""
 
 BUDGETS = (1.05, 1.1, 1.25, 1.5, 1.75, 2.0, 3.0, 5.0, 10.0, 20.0)
 """Ratios to the unbranched model at which budgeted plans are made, as far as any plan costs as much."""
@@ -27,9 +28,9 @@ class Point:
     """One plan, what it covers and what it costs.
 
     Args:
-        selector: how its layers were chosen: `top_k=3`, `max_macs=1.25`, or what the caller says of its own plan.
+        selector: how its layers were chosen: `top_k=3`, `max_params=1.05`, `max_macs=1.25`, or `chosen` otherwise.
         layers: `{layer name: partition of the tasks}`, in model order.
-        covered: the part of all conflicts that its branched layers hold, in [0, 1].
+        covered: the conflicts that it parts, as a share of all; see `recon.planning.Choice`.
         parameters_ratio: parameters, divided by those of the unbranched model.
         macs_ratio: forward multiply-adds, likewise.
         optimal: whether no other point covers as much at no more parameters and no more multiply-adds, one of the
@@ -64,75 +65,57 @@ class Point:
 
 
 def frontier(
-    cmap: ConflictMap,
-    cost_model: CostModel,
-    select: Select,
+    found: Match,
+    model: nn.Module,
+    costs: CostModel,
     *,
-    budgets: Sequence[float] = BUDGETS,
+    groups: Groups = "per-task",
     threshold: float | None = None,
-    chosen: BranchPlan | None = None,
-    chosen_by: str = "chosen",
+    budgets: Sequence[float] = BUDGETS,
+    chosen: Choice | None = None,
 ) -> list[Point]:
-    """The plans of every K of the ranking, and those that are best under a series of budgets.
+    """The plans of every K of the ranking, and those that cover the most within a series of budgets.
 
     Args:
-        cmap: the conflict map, under the model's names, as `recon.matching.match` gives it.
-        cost_model: of the unbranched model.
-        select: makes each plan.
-        budgets: ratios, each taken once for the parameters and once for the multiply-adds; those that even the
-            dearest of the other plans keep are left out, and so are those that no plan keeps.
+        found: the conflict map, matched to the model.
+        model: the unbranched model.
+        costs: of the model.
+        groups: as in `recon.plan`.
         threshold: S of the scores; the map's own when not given.
-        chosen: a plan to mark; it becomes a point of its own if it is none of the others.
-        chosen_by: what to call it then.
+        budgets: ratios, each taken once for the parameters and once for the multiply-adds. Left out are those within
+            which no layer can be branched, and those that no K exceeds.
+        chosen: what to mark; it becomes a point of its own if it is none of the others.
 
     Returns:
         The points: by K, then by budget, then `chosen`.
 
     Raises:
-        PlanError, UsageError: as `select` for the plans of every K, and as `conflict_covered`.
+        PlanError, UsageError: as `recon.plan`.
     """
 
-    def point(selector: str, plan: BranchPlan) -> Point:
-        costs = cost_model.of(plan.layers)
-        covered = conflict_covered(cmap, plan.layers, threshold)
-        return Point(selector, plan.layers, covered, costs.parameters_ratio, costs.macs_ratio)
+    def point(selector: str, choice: Choice) -> Point:
+        cost = costs.of(choice.plan.layers)
+        return Point(selector, choice.plan.layers, choice.covered, cost.parameters_ratio, cost.macs_ratio)
 
-    points = [point(f"top_k={k}", select(top_k=k)) for k in range(1, len(cmap.layers) + 1)]
-    for limit, dearest in (
-        ("max_params", max(p.parameters_ratio for p in points)),
-        ("max_macs", max(p.macs_ratio for p in points)),
-    ):
-        for budget in (budget for budget in budgets if budget < dearest):
-            try:
-                points.append(point(f"{limit}={budget:g}", select(**{limit: budget})))
-            except PlanError:  # no layer fits
-                continue
-    if chosen is not None and all(p.layers != chosen.layers for p in points):
-        points.append(point(chosen_by, chosen))
+    def choice(**how: Any) -> Choice:
+        return choose(found, model, Selection(**how), costs.tasks, groups=groups, threshold=threshold, costs=costs)
+
+    points = [point(f"top_k={k}", choice(top_k=k)) for k in range(1, len(found.matched) + 1)]
+    dearest = {
+        "max_params": max(point.parameters_ratio for point in points),
+        "max_macs": max(point.macs_ratio for point in points),
+    }
+    for limit, budget in ((limit, budget) for limit in dearest for budget in budgets if budget < dearest[limit]):
+        try:
+            points.append(point(f"{limit}={budget:g}", choice(**{limit: budget})))
+        except PlanError:  # no layer fits; whatever else is wrong, the plans by K have run into
+            continue
+    if chosen is not None and all(p.layers != chosen.plan.layers for p in points):
+        points.append(point("chosen", chosen))
     return [
-        replace(p, optimal=_is_optimal(p, points), chosen=chosen is not None and p.layers == chosen.layers)
+        replace(p, optimal=_is_optimal(p, points), chosen=chosen is not None and p.layers == chosen.plan.layers)
         for p in points
     ]
-
-
-def conflict_covered(cmap: ConflictMap, layers: Mapping[str, Partition], threshold: float | None = None) -> float:
-    """The part of the conflicts in all shared layers that is between tasks whom `layers` gives different copies.
-
-    Args:
-        cmap: the conflict map.
-        layers: `{layer name: partition of the tasks}`; a layer that is not in the map covers nothing.
-        threshold: S of the scores. Between which tasks a layer's conflicts are is known at the map's own S alone, and
-            taken to be the same at others.
-
-    Raises:
-        UsageError: the map has no scores at this threshold, or a partition has groups of several tasks and the map
-            does not know which tasks conflict.
-    """
-    scores = cmap.scores(threshold)
-    total = sum(scores.values())
-    return sum(scores[name] * _separated(cmap, name, split) for name, split in layers.items() if name in scores) / (
-        total or 1
-    )
 
 
 def frontier_table(points: Sequence[Point]) -> str:
@@ -152,21 +135,6 @@ def frontier_table(points: Sequence[Point]) -> str:
     notes = "* no other plan here covers as much for as little"
     notes += "; > the plan that was chosen" if any(p.chosen for p in points) else ""
     return f"{text_table(header, rows, left=2)}\n{notes}."
-
-
-def _separated(cmap: ConflictMap, name: str, split: Partition) -> float:
-    """The part of a layer's conflicts that is between tasks in different groups."""
-    if len(split.groups) == len(split.tasks):
-        return 1.0
-    counts = next(layer.conflicts for layer in cmap.layers if layer.name == name)
-    if counts is None or set(split.tasks) != set(cmap.tasks):
-        raise UsageError(
-            f"Layer {name!r} is branched into groups of several tasks, but the map does not know which of these tasks "
-            "conflict there. Profile them with recon, or branch with one group per task."
-        )
-    by_pair = counts.sum(axis=0)
-    apart = [split.label_of[one] != split.label_of[other] for one, other in cmap.pairs]
-    return float(by_pair[apart].sum() / max(1, by_pair.sum()))
 
 
 def _is_optimal(point: Point, points: Sequence[Point]) -> bool:

@@ -51,7 +51,9 @@ def frontier_figure(points: Sequence[Point]) -> Figure:
     panels[0].set_ylabel("% of the conflicts covered", fontsize=8.5)
     panels[0].set_ylim(-4, 106)
     handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), fontsize=7.5, columnspacing=1.3, frameon=False)
+    figure.legend(
+        handles, labels, loc="outside upper center", ncols=len(labels), fontsize=7.5, columnspacing=1.3, frameon=False
+    )
     figure.draw_without_rendering()  # settles where things are, which the labels must know
     for axes, cost, budget in zip(panels, costs, ("max_params", "max_macs"), strict=True):
         _name(axes, points, cost, budget)
