@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from recon import errors, methods
     from recon.batches import inputs
+    from recon.branch_plan import BranchPlan
     from recon.checkpoint import load, save
     from recon.conflict_map import ConflictMap
     from recon.costs import Costs, costs
     from recon.evaluation import delta_m, evaluate
     from recon.lowering import lower
-    from recon.planning import BranchPlan, plan
+    from recon.planning import plan
     from recon.problem import Metric, Problem, Task
     from recon.profiler import Profiler
     from recon.recorder import Recorder
@@ -59,7 +60,7 @@ __all__ = [
 ]
 
 _HOME = {
-    "BranchPlan": "planning",
+    "BranchPlan": "branch_plan",
     "ConflictMap": "conflict_map",
     "Costs": "costs",
     "Epoch": "trainer",

@@ -12,10 +12,10 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
+from recon.branch_plan import BranchPlan, checked_mode
 from recon.errors import CheckpointError, ReconError, UsageError
 from recon.files import make_folder, write_text
 from recon.partition import Partition
-from recon.planning import BranchPlan, checked_mode
 from recon.rotations import NAME, attach_rotations
 from recon.surgery import convert
 from recon.weights import WEIGHTS_FILE, load_weights, read_metadata, read_weights, save_weights

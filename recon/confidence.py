@@ -117,6 +117,18 @@ def top_k_probability(series: Series, k: int) -> Floats:
     return (above + tied * places / tied.sum(axis=1, keepdims=True)).mean(axis=0)
 
 
+def above_mean_probability(series: Series) -> Floats:
+    """(L,): how often each layer's resampled score is above the mean of all layers' in the same draw.
+
+    Noise that the layers share cancels, as it does not in `intervals`.
+
+    Raises:
+        UsageError: `series` is no table of counts with two bins or more.
+    """
+    scores = resample(series)
+    return (scores > scores.mean(axis=1, keepdims=True)).mean(axis=0)
+
+
 def expected_overlap(series: Series, k: int, future: float | None = None, draws: int = 500) -> float:
     """The expected Jaccard overlap, |A and B| / |A or B|, of today's top k layers with those of a longer run.
 

@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from recon.batches import call
-from recon.planning import BranchPlan
+from recon.branch_plan import BranchPlan
 from recon.surgery import convert
 from recon.undisturbed import undisturbed
 

@@ -1,160 +1,230 @@
-"""BranchPlan, and the selectors that make one from a conflict map."""
+"""From a conflict map to a branch plan."""
 
 from __future__ import annotations
 
 import logging
-import random
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Literal, cast, get_args
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
+from recon.branch_plan import BranchPlan, Mode
+from recon.budget import Chooser
 from recon.conflict_map import ConflictMap
-from recon.errors import PlanError, some
-from recon.layers import canonical_name, find_layers
+from recon.cost_model import CostModel
+from recon.errors import PlanError
+from recon.grouping import Groups, partitions, separated
+from recon.layers import find_layers
 from recon.matching import Match, match
 from recon.partition import Partition
+from recon.selectors import Select, Selection, checked_k, holding_share, matching, sure_layers
+
+__all__ = ["BranchPlan", "Choice", "Mode", "choose", "plan"]
 
 logger = logging.getLogger(__name__)
 
-Mode = Literal["fan", "per-task"]
-
 
 @dataclass(frozen=True)
-class BranchPlan:
-    """Which layers are branched, and into which groups of tasks.
+class Choice:
+    """A plan, and what led to it.
 
     Args:
-        tasks: all the tasks of the model.
-        layers: `{layer name: partition of the tasks}`.
-        statistics: `{module path: partition}`, the modules whose running statistics are kept per group because
-            fanned values reach them; `None` until `recon.convert` has found them.
-        task_modules: `{module path: tasks}`, the modules that serve only some of the tasks, and so run for those
-            alone; `None` until `recon.convert` has found them.
-        mode: how the branched model runs, as `recon.convert` was told.
+        plan: the plan.
+        reason: how its layers were chosen.
+        scores: `{shared layer: score}`, of all that the map has, in model order.
+        parted: `{shared layer: conflicts between its groups}`, were it branched; its score with one group a task.
     """
 
-    tasks: tuple[str, ...]
-    layers: Mapping[str, Partition]
-    statistics: Mapping[str, Partition] | None = None
-    task_modules: Mapping[str, tuple[str, ...]] | None = None
-    mode: Mode = "fan"
+    plan: BranchPlan
+    reason: str
+    scores: Mapping[str, int]
+    parted: Mapping[str, int]
 
-    def __post_init__(self) -> None:
-        if len(self.tasks) < 2 or len(set(self.tasks)) < len(self.tasks):
-            raise PlanError(f"A branch plan needs at least two different tasks, but got {list(self.tasks)}.")
-        if not self.layers:
-            raise PlanError("The branch plan names no layer. Choose at least one (top_k=1, or layers=[...]).")
-        for name, partition in self.layers.items():
-            if partition.tasks != self.tasks:
-                raise PlanError(
-                    f"Layer {name!r} is split over tasks {list(partition.tasks)}, but the plan is for "
-                    f"{list(self.tasks)}."
-                )
-
-    @classmethod
-    def per_task(cls, layer_names: Iterable[str], tasks: Sequence[str]) -> BranchPlan:
-        """Recon's plan (Shi et al. 2023, sec. 3.3): a copy of each named layer for every task.
-
-        Raises:
-            PlanError: no layer, a layer named twice, or fewer than two different tasks.
-        """
-        return cls.grouped({name: list(tasks) for name in _once(layer_names)}, tasks)
-
-    @classmethod
-    def grouped(cls, groups: Mapping[str, Sequence[str | Sequence[str]]], tasks: Sequence[str]) -> BranchPlan:
-        """A plan by hand: `{layer name: groups of tasks}`; a bare task name is a group of one.
-
-        Raises:
-            PlanError: a layer's groups leave a task out, name one twice, or put all tasks into one group.
-        """
-        plan = {}
-        for name, split in groups.items():
-            partition = Partition.of_groups(split, tasks)
-            if len(partition.groups) < 2:
-                raise PlanError(f"Layer {name!r} has one group, so it is not branched. Leave it out of the plan.")
-            plan[name] = partition
-        return cls(tuple(tasks), plan)
-
-    def on(self, model: nn.Module) -> BranchPlan:
-        """The same plan with each layer under its first path in `model`.
-
-        Raises:
-            UnknownNameError: the model has no such layer; the message gives the nearest names.
-        """
-        layers = find_layers(model)
-        named = {canonical_name(layers, name): partition for name, partition in self.layers.items()}
-        return replace(self, layers={layer.name: named[layer.name] for layer in layers if layer.name in named})
+    @property
+    def covered(self) -> float:
+        """The conflicts that the plan parts, as a share of all; 0 if there is none."""
+        return sum(self.parted.get(name, 0) for name in self.plan.layers) / max(1, sum(self.scores.values()))
 
 
 def plan(
     cmap: ConflictMap | Match,
     model: nn.Module,
+    example_inputs: Any = None,
     *,
     top_k: int | None = None,
+    share: float | None = None,
+    max_params: float | None = None,
+    max_macs: float | None = None,
+    auto: bool = False,
+    layers: Sequence[str] | str | None = None,
+    like: BranchPlan | None = None,
+    select: Select = "top",
+    groups: Groups = "per-task",
     threshold: float | None = None,
-    select: Literal["top", "random"] = "top",
     seed: int = 0,
-    layers: Sequence[str] | None = None,
     tasks: Sequence[str] | None = None,
     rename: Mapping[str, str] | None = None,
 ) -> BranchPlan:
-    """Choose which layers of `model` to branch, one copy per task (Shi et al. 2023, algorithm 1).
+    """Choose which layers of `model` to branch, and which tasks share a copy.
+
+    One of `top_k`, `share`, the budgets `max_params` and `max_macs` (alone or together), `auto`, `like` and `layers`
+    chooses the layers. With none but `groups="per-task"` and `top_k`, this is Recon (Shi et al. 2023, algorithm 1).
 
     The map may come from another data set, other tasks or a variant of the architecture: those of its layers that are
-    in the model are ranked, the others are left out with a warning (see `recon.matching.match`).
+    in the model are ranked, the others are left out with a warning (see `recon.matching.match`). Why the layers
+    were chosen is logged (INFO).
 
     Args:
         cmap: the conflict map; or what `recon.matching.match` made of it, which is then taken as it is.
         model: the unbranched model.
+        example_inputs: a batch of inputs, as the model's forward takes it; budgets are counted on it.
         top_k: how many layers to branch.
+        share: branch the fewest layers that hold this share of all conflict, in (0, 1].
+        max_params: cover the most conflict with at most so many times the model's parameters.
+        max_macs: cover the most conflict with at most so many times its forward multiply-adds.
+        auto: branch the layers that conflict more than the mean layer beyond the noise of the map
+            (`recon.selectors.sure_layers`).
+        layers: names the layers; or one regular expression, which must match the whole name of a shared layer.
+        like: choose as many parameters as this plan adds, by `select`: a control for it.
+        select: the order in which layers are taken. `top` is by score. The others are controls: `random`; the `first`
+            or the `last` in model order; the `norms` by score, all of them if nothing else is said. With a budget or
+            `like`, each layer in this order that still fits is taken.
+        groups: `"per-task"`, one copy a task; a number of groups, the same in every layer; `"conflict"`, tasks that
+            rarely conflict in a layer share it; or a list of groups. They nest: see `recon.grouping.partitions`.
         threshold: S of the scores; the map's own when not given.
-        select: `top` takes the highest scores; `random` is the control, `top_k` shared layers at random.
-        seed: of the random control.
-        layers: names the layers, instead of `top_k`.
+        seed: of `select="random"`.
         tasks: the tasks of the model, if they are not the map's.
         rename: `{old prefix: new prefix}` of the map's layer names, where the model has others.
 
     Raises:
         MapMismatchError: none of the map's layers is in the model.
-        PlanError: both or neither of `top_k` and `layers`, `top_k` out of range, or tasks that the map does not name.
-        UnknownNameError: a layer in `layers` does not exist, or a rename changes no name.
-        UsageError: the map has no scores at this threshold.
+        PlanError: no or several ways to choose, one that is out of range, a budget below 1 or one that no layer fits, a
+            budget without example inputs, groups that are no partition of the tasks, or tasks that the map does not
+            name.
+        UnknownNameError: a layer in `layers` does not exist, a regular expression matches none, or a rename changes
+            no name.
+        UsageError: the map has no scores at this threshold, or none over time for `auto`; the forward fails.
     """
-    if (top_k is None) == (layers is None):
-        raise PlanError("Choose the layers either by top_k=... or by layers=[...], one of the two.")
+    selection = Selection(top_k, share, max_params, max_macs, auto, layers, like, select, seed)
     if rename and isinstance(cmap, Match):
         raise PlanError("The map was matched already. Pass rename=... to match().")
     found = cmap if isinstance(cmap, Match) else _match(cmap, model, rename)
     tasks = tuple(tasks or found.cmap.tasks)
     if not tasks:
         raise PlanError("The map does not name the tasks it was made for. Pass the model's: tasks=(...).")
-    if layers is not None:
-        return BranchPlan.per_task(layers, tasks).on(model)
-    shared = list(found.matched)
-    if top_k is None or not 1 <= top_k <= len(shared):
-        raise PlanError(
-            f"top_k is {top_k}, but the map has {len(shared)} shared layers"
-            f"{' of this model' if found.missing else ''}. Choose between 1 and {len(shared)}."
-        )
-    chosen = found.cmap.ranking(threshold)
-    if select == "random":
-        chosen = random.Random(seed).sample(shared, len(shared))
-    elif select != "top":
-        raise PlanError(f"select is {select!r}. Choose 'top' or 'random'.")
-    return BranchPlan.per_task(chosen[:top_k], tasks).on(model)
+    budget = selection.budget
+    if budget is not None and example_inputs is None:
+        raise PlanError(f"The costs in {budget} are counted on a batch of inputs. Pass it: example_inputs=...")
+    costs = None if budget is None else CostModel(model, tasks, example_inputs)
+    choice = choose(found, model, selection, tasks, groups=groups, threshold=threshold, costs=costs)
+    logger.info("Branched layers: %s.", choice.reason)
+    return choice.plan
 
 
-def checked_mode(mode: str) -> Mode:
-    """`mode`, if there is such a one.
+def choose(
+    found: Match,
+    model: nn.Module,
+    selection: Selection,
+    tasks: Sequence[str],
+    *,
+    groups: Groups = "per-task",
+    threshold: float | None = None,
+    costs: CostModel | None = None,
+) -> Choice:
+    """As `plan`, and tells why.
+
+    Args:
+        found: the map, matched to the model.
+        model: the unbranched model.
+        selection: how to choose.
+        tasks: the model's.
+        groups: as in `plan`.
+        threshold: as in `plan`.
+        costs: of the model; needed for a budget.
 
     Raises:
-        PlanError: there is not.
+        PlanError, UnknownNameError, UsageError: as `plan`.
     """
-    if mode not in get_args(Mode):
-        raise PlanError(f"mode is {mode!r}. Choose {' or '.join(map(repr, get_args(Mode)))}.")
-    return cast(Mode, mode)
+    cmap = found.cmap
+    split = partitions(cmap, tasks, groups)
+    parted = separated(cmap, split, threshold)
+    names, reason = _names(found, model, selection, split, parted, threshold, costs)
+    names = list(BranchPlan.per_task(names, tasks).on(model).layers)
+    of_all = _with_unscored(names, split, groups)
+    chosen = BranchPlan(tuple(tasks), {name: of_all[name] for name in names})
+    return Choice(chosen, reason, cmap.scores(threshold), parted)
+
+
+def _names(
+    found: Match,
+    model: nn.Module,
+    selection: Selection,
+    split: Mapping[str, Partition],
+    parted: Mapping[str, int],
+    threshold: float | None,
+    costs: CostModel | None,
+) -> tuple[list[str], str]:
+    """The chosen layers, and why those."""
+    cmap, reason = found.cmap, selection.describe()
+    if isinstance(selection.layers, str):
+        return matching(selection.layers, found.matched), reason
+    if selection.layers is not None:
+        return list(selection.layers), reason
+    if selection.auto:
+        if threshold not in (None, cmap.threshold):
+            raise PlanError(
+                f"auto=True resamples the conflicts at the map's own S={cmap.threshold:g}, the only ones that it "
+                "knows over time. Leave the threshold out."
+            )
+        return sure_layers(cmap)
+    if selection.share is not None:
+        return holding_share(cmap, selection.share, threshold), reason
+    order = selection.order(cmap, model, threshold)
+    if selection.like is not None:
+        return _at_parameters_of(selection.like, order, split, model), reason
+    if selection.budget is not None:
+        assert costs is not None
+        chooser = Chooser(costs, split, parted)
+        if selection.select != "top":
+            return chooser.fill(order, selection.budget), reason
+        greedy = "" if chooser.is_exact else ", as far as found greedily: the model's forward could not be traced"
+        return chooser.best(selection.budget), reason + greedy
+    if selection.top_k is None:
+        return order, reason
+    what = "norms among its shared layers" if selection.select == "norms" else "shared layers"
+    return order[: checked_k(selection.top_k, order, what + " of this model" * bool(found.missing))], reason
+
+
+def _at_parameters_of(
+    like: BranchPlan, order: Sequence[str], split: Mapping[str, Partition], model: nn.Module
+) -> list[str]:
+    """Each layer of `order` that adds no more parameters than are left of what `like` adds."""
+    sizes = {layer.name: layer.size for layer in find_layers(model)}
+    left = sum(sizes[name] * (len(partition.groups) - 1) for name, partition in like.on(model).layers.items())
+    chosen = []
+    for name in order:
+        added = sizes[name] * (len(split[name].groups) - 1)
+        if added <= left:
+            chosen.append(name)
+            left -= added
+    if not chosen:
+        raise PlanError(
+            "Every layer that could be chosen has more parameters than the plan in like=... adds. Choose by another "
+            "select, or by top_k."
+        )
+    return chosen
+
+
+def _with_unscored(names: Sequence[str], split: Mapping[str, Partition], groups: Groups) -> Mapping[str, Partition]:
+    """The partitions of the named layers too that the map does not score, where all layers have the same."""
+    unscored = [name for name in names if name not in split]
+    if unscored and groups == "conflict":
+        raise PlanError(
+            f"groups='conflict' looks into the map, which has no layer {unscored[0]!r}. Choose among its shared "
+            "layers, or take other groups."
+        )
+    return {**split, **dict.fromkeys(unscored, next(iter(split.values())))}
 
 
 def _match(cmap: ConflictMap, model: nn.Module, rename: Mapping[str, str] | None) -> Match:
@@ -162,13 +232,3 @@ def _match(cmap: ConflictMap, model: nn.Module, rename: Mapping[str, str] | None
     for warning in found.warnings():
         logger.warning("%s", warning)
     return found
-
-
-def _once(names: Iterable[str]) -> list[str]:
-    if isinstance(names, str):
-        raise PlanError(f"The layers are the string {names!r}. Pass a list of names: [{names!r}].")
-    names = list(names)
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise PlanError(f"The plan names {some(twice)} twice. Name each layer once.")
-    return names

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from recon.branch_plan import BranchPlan, Mode, checked_mode
 from recon.branches import LoadBareParameter
 from recon.copies import branch_layers, copy_model, module_at, split_statistics
 from recon.dry_run import find_statistics, find_task_modules, refuse_foreign, run
@@ -18,7 +19,6 @@ from recon.fan_trees import value_for
 from recon.hooks import SplitOutputs, TasksOnly
 from recon.initial import Init, draw_copies, initialise
 from recon.per_task import PerTaskForward, find_statistics_by_value
-from recon.planning import BranchPlan, Mode, checked_mode
 from recon.references import STRUCTURE
 from recon.rotations import NAME, Rotations
 from recon.trees import leaves_of, map_tree

@@ -13,10 +13,10 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils.checkpoint import checkpoint
 
 import recon
+from recon.branch_plan import BranchPlan, Mode
 from recon.errors import FanError
 from recon.fan import TaskFan
 from recon.fan_trees import partition_of, value_for
-from recon.planning import BranchPlan, Mode
 from recon.reach import reached_leaves
 from recon.surgery import convert, plan_of
 from tests import oracle

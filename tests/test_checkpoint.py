@@ -8,9 +8,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from recon.batches import call
+from recon.branch_plan import BranchPlan
 from recon.checkpoint import FORMAT, PLAN_FILE, VERSION, load, plan_from_json, plan_to_json, save
 from recon.errors import CheckpointError, UsageError
-from recon.planning import BranchPlan
 from recon.surgery import convert, plan_of
 from recon.weights import WEIGHTS_FILE
 from tests import oracle

@@ -3,9 +3,9 @@ import torch
 import torchvision
 from torch import nn
 
+from recon.branch_plan import BranchPlan
 from recon.costs import costs
 from recon.layers import find_layers
-from recon.planning import BranchPlan
 from recon.surgery import convert
 from tests import oracle
 from tests.zoo import ZOO

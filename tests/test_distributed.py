@@ -8,9 +8,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from recon.branch_plan import BranchPlan, Mode
 from recon.errors import UsageError
 from recon.layers import find_layers
-from recon.planning import BranchPlan, Mode
 from recon.surgery import convert, plan_of
 from tests import oracle
 from tests.ranks import WORLD, Ranks, needs_gloo

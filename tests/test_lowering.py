@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from recon.batches import call, inputs
+from recon.branch_plan import BranchPlan
 from recon.errors import PlanError, UsageError
 from recon.lowering import lower
-from recon.planning import BranchPlan
 from recon.surgery import convert
 from tests import oracle
 from tests.zoo import TASKS, ZOO, Entry, Heads, PlainConv, image, sequence, vector

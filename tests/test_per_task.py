@@ -6,9 +6,9 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from recon.batches import call
+from recon.branch_plan import BranchPlan
 from recon.checkpoint import load, save
 from recon.errors import PlanError
-from recon.planning import BranchPlan
 from recon.surgery import convert, extract_task, plan_of
 from recon.views import ByTask
 from tests import oracle

@@ -14,10 +14,10 @@ from torch.utils._pytree import tree_map
 import recon
 from recon import methods
 from recon.batches import call
+from recon.branch_plan import Mode
 from recon.conflict_map import ConflictMap, LayerConflicts
 from recon.errors import UsageError
 from recon.layers import find_layers
-from recon.planning import Mode
 from tests import oracle
 from tests.zoo import TASKS, ZOO
 

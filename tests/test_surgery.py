@@ -7,10 +7,10 @@ import torch
 from torch import nn
 
 from recon.batches import call
+from recon.branch_plan import BranchPlan
 from recon.errors import FanError, PlanError, UnknownNameError, UsageError
 from recon.fan_trees import fans_in, partition_of
 from recon.partition import Partition
-from recon.planning import BranchPlan
 from recon.surgery import convert, extract_task, plan_of
 from recon.verification import verify
 from tests import oracle

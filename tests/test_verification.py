@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import nn
 
+from recon.branch_plan import BranchPlan
 from recon.branches import Branched, BranchedStatistics
 from recon.errors import PlanError, UsageError, VerificationError
 from recon.fan import merge
-from recon.planning import BranchPlan
 from recon.surgery import convert
 from recon.verification import verify
 from tests import oracle
