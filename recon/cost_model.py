@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from recon.branch_plan import BranchPlan
 from recon.counting import count_activation_bytes, count_macs, count_parameters
 from recon.dataflow import Dataflow, trace
 from recon.errors import PlanError, ProblemError, ReconError
 from recon.fan_out import SHARED, FanOut
 from recon.layers import canonical_name, find_layers
 from recon.partition import Partition
-from recon.planning import BranchPlan
 from recon.surgery import convert, plan_of
 
 if TYPE_CHECKING:
