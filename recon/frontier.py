@@ -82,8 +82,8 @@ def frontier(
         costs: of the model.
         groups: as in `recon.plan`.
         threshold: S of the scores; the map's own when not given.
-        budgets: ratios, each taken once for the parameters and once for the multiply-adds. Left out are those within
-            which no layer can be branched, and those that no K exceeds.
+        budgets: ratios, each taken once for the parameters and once for the multiply-adds. Left out are those that no
+            K exceeds, those within which no layer can be branched, and those whose plan is there already.
         chosen: what to mark; it becomes a point of its own if it is none of the others.
 
     Returns:
@@ -105,13 +105,15 @@ def frontier(
         "max_params": max(point.parameters_ratio for point in points),
         "max_macs": max(point.macs_ratio for point in points),
     }
+    more: list[tuple[str, Choice]] = []
     for limit, budget in ((limit, budget) for limit in dearest for budget in budgets if budget < dearest[limit]):
         try:
-            points.append(point(f"{limit}={budget:g}", choice(**{limit: budget})))
+            more.append((f"{limit}={budget:g}", choice(**{limit: budget})))
         except PlanError:  # no layer fits; whatever else is wrong, the plans by K have run into
             continue
-    if chosen is not None and all(p.layers != chosen.plan.layers for p in points):
-        points.append(point("chosen", chosen))
+    for selector, made in more + ([("chosen", chosen)] if chosen else []):
+        if all(p.layers != made.plan.layers for p in points):
+            points.append(point(selector, made))
     return [
         replace(p, optimal=_is_optimal(p, points), chosen=chosen is not None and p.layers == chosen.plan.layers)
         for p in points

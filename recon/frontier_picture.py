@@ -106,23 +106,25 @@ def _name(axes: Axes, points: Sequence[Point], cost: Cost, budget: str) -> None:
 
 
 def _label(axes: Axes, point: Point, cost: Cost, taken: list[Bbox]) -> None:
-    text = _text(point)
-    size = 8 if point.chosen else 6.5
-    place = cost(point), 100 * point.covered
-    for right, up in _OFFSETS:
-        width = 0.62 * size * len(text)
-        box = _box(axes, place, right + (width if right > 0 else -width) / 2, up, width, size)
-        if point.chosen or (_inside(box, axes.bbox) and not any(box.overlaps(other) for other in taken)):
-            break
-    else:
+    """Name a plan where there is room beside its mark; the chosen one wherever it stays within the plot."""
+    text, size = _text(point), 8.0 if point.chosen else 6.5
+    place, width = (cost(point), 100 * point.covered), 0.62 * size * len(text)
+    boxes = {
+        (right, up): _box(axes, place, right + (width if right > 0 else -width) / 2, up, width, size)
+        for right, up in _OFFSETS
+    }
+    inside = [offset for offset, box in boxes.items() if _inside(box, axes.bbox)]
+    free = [offset for offset in inside if not any(boxes[offset].overlaps(other) for other in taken)]
+    offset = next(iter([*free, *(inside if point.chosen else [])]), None)
+    if offset is None:
         return
-    taken.append(box)
+    taken.append(boxes[offset])
     axes.annotate(
         text,
         place,
-        (right, up),
+        offset,
         textcoords="offset points",
-        ha="left" if right > 0 else "right",
+        ha="left" if offset[0] > 0 else "right",
         va="center",
         fontsize=size,
         color=_CHOSEN if point.chosen else _BUDGET if point.budgeted else _RANKING,

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 _WIDTH, _HEAD, _FOOT = 7.7, 1.0, 0.25
 _STAGE, _LABEL = 1.22, 2.18  # where the names of stages and layers end
 _LEFT, _RIGHT = 2.28, 5.75  # of the lanes
-_BARS, _COUNT, _LARGEST = 5.95, 6.75, 0.75  # of the multiply-adds: where bars and numbers start, the longest bar
+_BARS, _COUNT, _LARGEST = 5.95, 6.75, 0.7  # of the multiply-adds: where bars and numbers start, the longest bar
 _ROW, _GAP, _FORK = 0.135, 0.09, 0.3
 
 _ONCE, _ADDED, _INK = "#9aa0a8", "#111111", "#30343a"
