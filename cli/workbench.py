@@ -6,6 +6,7 @@ import inspect
 import random
 import sys
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -148,14 +149,13 @@ def few_samples(inputs: Any) -> tuple[Any, int]:
 
 
 def costs_per_sample(model: nn.Module, inputs: Any) -> Costs:
-    """What a model costs, its multiply-adds for one sample."""
+    """What a model costs, its multiply-adds and activations for one sample."""
     inputs, samples = few_samples(inputs)
-    costs = recon.costs(model, None, inputs)
-    return Costs(costs.parameters, costs.macs // samples)
+    return _per_sample(recon.costs(model, None, inputs), samples)
 
 
 def single_task_costs(model: nn.Module, tasks: tuple[str, ...], inputs: Any) -> Costs:
-    """What one model for each task costs, all together, its multiply-adds for one sample.
+    """What one model for each task costs, all together, its multiply-adds and activations for one sample.
 
     A single-task model is the backbone and its own head, without the other tasks' heads. T of those are what is left
     when every shared layer is branched, so that is what is counted.
@@ -175,8 +175,16 @@ def single_task_costs(model: nn.Module, tasks: tuple[str, ...], inputs: Any) -> 
     except FanError as error:
         print(f"Cannot leave the other tasks' heads out of the single-task costs: {error}", file=sys.stderr)
         costs = recon.costs(model, None, inputs)
-        costs = Costs(len(tasks) * costs.parameters, len(tasks) * costs.macs)
-    return Costs(costs.parameters, costs.macs // samples)
+        size = costs.activation_bytes
+        costs = Costs(
+            len(tasks) * costs.parameters, len(tasks) * costs.macs, None if size is None else len(tasks) * size
+        )
+    return _per_sample(costs, samples)
+
+
+def _per_sample(costs: Costs, samples: int) -> Costs:
+    size = costs.activation_bytes
+    return replace(costs, macs=costs.macs // samples, activation_bytes=None if size is None else size // samples)
 
 
 class TrainingStep:

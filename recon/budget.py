@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from functools import cached_property
+from itertools import combinations, pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,8 +14,9 @@ from scipy.sparse import csr_array
 
 from recon.cost_model import CostModel, PlanCosts
 from recon.errors import PlanError, UsageError
-from recon.partition import Partition, refine
+from recon.partition import Partition
 
+_ENUMERATED = 10  # layers
 _CUTS = 50  # answers of the program that the cost model may refuse before we settle for a plan that is not the best
 
 
@@ -64,39 +66,49 @@ class Budget:
 class Chooser:
     """Chooses layers of one model under any budget.
 
-    Whether a layer is branched is a binary variable x_l. An operation runs once per group as soon as a value that
-    reaches it has fanned out, so that r_n >= x_l for the operations n of layer l and r_n >= r_m along every edge m -> n
-    of the dataflow graph. The parameters are linear in x and the multiply-adds in r: inside what runs per group anyway,
-    branching is free of multiply-adds. r needs no integrality: the least r that an integer x allows is integer. With
-    partitions that nest, r_n is kept for each of them, from the coarsest on.
+    An operation runs once per group as soon as a value that reaches it has fanned out, so whatever lies below a fan is
+    branched at no further multiply-adds. Of partitions that nest, the finest that reaches an operation decides how
+    often it runs: its cost is the largest that any of the branched layers would cause alone. So the multiply-adds of a
+    plan are a sum over steps, each a set of layers of which the first one pays and the others take it for nothing; the
+    parameters are a sum over layers. With x_l = 1 for a branched layer and r_s = 1 for a step that is paid, the most
+    conflict within a budget is the mixed-integer program
 
-    HiGHS (through `scipy.optimize.milp`) solves this to optimality. Every answer is checked by the cost model itself;
-    one that it refuses is excluded along with all larger ones, since more branching never costs less.
+        maximise sum values_l x_l   subject to   r_s >= x_l (l takes s),
+        sum parameters_l x_l <= (max_params - 1) parameters,   sum macs_s r_s <= (max_macs - 1) macs,
+
+    which HiGHS (`scipy.optimize.milp`) solves to optimality. Every answer is checked by the cost model; one that it
+    refuses is excluded along with all larger ones, since more branching never costs less.
 
     Args:
         costs: of the unbranched model.
-        partitions: `{layer: how it splits the tasks}`; where they do not nest, or the model could not be traced, plans
-            are not optimal: see `best`.
+        partitions: `{layer: how it splits the tasks}`.
         values: `{layer: conflicts that branching it parts}`; a layer without any is left alone.
     """
 
     def __init__(self, costs: CostModel, partitions: Mapping[str, Partition], values: Mapping[str, int]) -> None:
         self.costs, self.partitions, self.values = costs, partitions, values
         self._candidates = {name: partitions[name] for name in costs.layers if values.get(name)}
-        levels = sorted(set(self._candidates.values()), key=lambda partition: len(partition.groups))
-        self.is_exact = costs.traced and all(refine(one, finer) == finer for one, finer in pairwise(levels))
-        solvable = self.is_exact and self._candidates
-        self._program = _Program(costs, self._candidates, levels, values) if solvable else None
+        program = _Program(costs, self._candidates, values) if costs.traced and self._candidates else None
+        self._program = program if program is not None and program.holds else None
+        self._enumerates = costs.traced and self._program is None and len(self._candidates) <= _ENUMERATED
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether `best` is the best there is."""
+        return self._program is not None or self._enumerates
 
     def best(self, budget: Budget) -> list[str]:
         """The layers that cover the most conflict within the budget; of several such sets, the cheapest.
 
-        If the program cannot be stated (`is_exact`), the better of two greedy plans: by score, and from the last
-        layers on. Neither is worse than the longest beginning of the ranking that fits.
+        Where the program does not hold, all sets of up to ten layers are compared. Of more, or where the model could
+        not be traced, it is the better of two greedy plans, by score and from the last layers on. The former is never
+        worse than the longest beginning of the ranking that fits.
 
         Raises:
             PlanError: no layer with a conflict fits; the message names the cheapest.
         """
+        if self._enumerates and (fitting := [names for names, costs in self._all_plans if budget.allows(costs)]):
+            return max(fitting, key=self._worth)
         excluded: list[list[str]] = []
         while self._program is not None and len(excluded) < _CUTS:
             chosen = self._program.solve(budget, excluded)
@@ -107,7 +119,7 @@ class Chooser:
             excluded.append(chosen)
         by_score = sorted(self._candidates, key=lambda name: -self.values[name])
         plans = [self.fill(order, budget) for order in (by_score, [*self._candidates][::-1])]
-        return max(plans, key=lambda names: sum(self.values[name] for name in names))
+        return max(plans, key=self._worth)
 
     def fill(self, order: Sequence[str], budget: Budget) -> list[str]:
         """The layers of `order`, each of which is taken if it fits beside those taken before it.
@@ -122,6 +134,14 @@ class Chooser:
         if not chosen:
             self._refuse(order, budget)
         return chosen
+
+    @cached_property
+    def _all_plans(self) -> list[tuple[list[str], PlanCosts]]:
+        sets = [list(names) for k in range(len(self._candidates)) for names in combinations(self._candidates, k + 1)]
+        return [(names, self._cost(names)) for names in sets]
+
+    def _worth(self, names: Sequence[str]) -> int:
+        return sum(self.values[name] for name in names)
 
     def _fits(self, names: Iterable[str], budget: Budget) -> bool:
         return budget.allows(self._cost(names))
@@ -142,47 +162,36 @@ class Chooser:
 
 
 class _Program:
-    """The variables x of the layers, then r of the operations, level by level."""
+    """The variables x of the layers, then r of the steps in which operations run more often.
 
-    def __init__(
-        self,
-        costs: CostModel,
-        partitions: Mapping[str, Partition],
-        levels: Sequence[Partition],
-        values: Mapping[str, int],
-    ) -> None:
+    Attributes:
+        holds: whether an operation's cost is the largest that one layer causes alone, as seen with all of them
+            branched, and with all but one. It is not where partitions cross, or where what one layer serves shows only
+            once another is branched.
+    """
+
+    def __init__(self, costs: CostModel, partitions: Mapping[str, Partition], values: Mapping[str, int]) -> None:
         self.names = list(partitions)
-        graph, nodes = costs.graph, list(costs.graph)
-        column = {name: i for i, name in enumerate(self.names)}
-        place = {node: len(self.names) + i for i, node in enumerate(nodes)}
-        size = len(self.names) + len(levels) * len(nodes)
-        plain = costs.of({})
-        self._parameters, self._macs = np.zeros((2, size))
-        for name, partition in partitions.items():
-            added = costs.of({name: partition}).parameters - plain.parameters
-            self._parameters[column[name]] = added / plain.parameters
-        larger, smaller = [], []  # of pairs of variables
-        for number, level in enumerate(levels):
-            coarser, shift = levels[number - 1] if number else None, number * len(nodes)
-            for node, data in graph.nodes(data=True):
-                layer = data["layer"]
-                if layer in column and len(partitions[layer].groups) >= len(level.groups):
-                    larger.append(place[node] + shift)
-                    smaller.append(column[layer])
-                runs = _groups(level, data["tasks"]) - (_groups(coarser, data["tasks"]) if coarser else 1)
-                self._macs[place[node] + shift] = data["macs"] * runs / max(1, plain.macs)
-            larger += [place[node] + shift for _, node in graph.edges]
-            smaller += [place[node] + shift for node, _ in graph.edges]
-        row = np.arange(len(larger))
-        rows, columns = np.tile(row, 2), np.array(larger + smaller, dtype=int)
-        signs = np.repeat([1.0, -1.0], len(row))
-        self._order = LinearConstraint(csr_array((signs, (rows, columns)), shape=(len(row), size)), lb=0)
-        worth = np.zeros(size)
-        worth[: len(self.names)] = [values[name] for name in self.names]
-        # Values are whole, so that half of one decides between equals alone.
-        tie = [costs / max(costs.sum(), 1e-12) for costs in (self._parameters, self._macs)]
-        self._objective = -worth + 0.25 * (tie[0] + tie[1])
-        self._integrality = np.arange(size) < len(self.names)
+        plain, macs = costs.of({}), np.array(costs.operation_macs({}))
+        alone = [{name: partition} for name, partition in partitions.items()]
+        macs_alone = np.array([costs.operation_macs(layer) for layer in alone])
+        self.holds = _is_largest(costs, partitions, macs_alone)
+        added = np.array([costs.of(layer).parameters for layer in alone]) - plain.parameters
+        steps = _steps(macs_alone - macs)
+        free, none = np.zeros(len(steps)), np.zeros(len(self.names))
+        self._parameters = np.concatenate([added / max(1, plain.parameters), free])
+        self._macs = np.concatenate([none, np.array([*steps.values()]) / max(1, plain.macs)])
+        # r_s - x_l >= 0 for each layer l that takes the step s.
+        takes = [(step, layer) for step, layers in enumerate(steps) for layer in layers]
+        rows = np.repeat(np.arange(len(takes)), 2)
+        columns = np.array([(len(self.names) + step, layer) for step, layer in takes], dtype=int).ravel()
+        signs = np.tile([1.0, -1.0], len(takes))
+        shape = len(takes), len(self._macs)
+        self._order = LinearConstraint(csr_array((signs, (rows, columns)), shape=shape), lb=0)
+        # Values are whole numbers, so that half of one decides between equals alone.
+        ties = sum(part / max(part.sum(), 1e-12) for part in (self._parameters, self._macs)) / 4
+        self._objective = ties - np.concatenate([[values[name] for name in self.names], free])
+        self._integrality = np.concatenate([none + 1, free])
 
     def solve(self, budget: Budget, excluded: Sequence[Sequence[str]]) -> list[str]:
         """The best layers, none of `excluded` wholly among them."""
@@ -206,8 +215,30 @@ class _Program:
         return indicator
 
 
-def _groups(partition: Partition, tasks: Sequence[str]) -> int:
-    return len(partition.restrict(tuple(tasks)).groups)
+def _is_largest(costs: CostModel, partitions: Mapping[str, Partition], macs_alone: NDArray[np.int64]) -> bool:
+    """Whether each operation's multiply-adds are the largest that a layer causes alone."""
+    for left_out in (None, *partitions) if len(partitions) > 1 else ():
+        some = {name: partition for name, partition in partitions.items() if name != left_out}
+        largest = macs_alone[[name in some for name in partitions]].max(axis=0)
+        if costs.operation_macs(some) != largest.tolist():
+            return False
+    return True
+
+
+def _steps(added: NDArray[np.int64]) -> dict[tuple[int, ...], int]:
+    """What branching adds as steps: `{layers: multiply-adds that they add, however many of them are branched}`.
+
+    Args:
+        added: (layers, operations) multiply-adds that each layer adds alone. Of several, the largest is added, so that
+            an operation's numbers, in order, are steps that are taken by all layers with a number as large.
+    """
+    steps: dict[tuple[int, ...], int] = {}
+    for operation in added.clip(min=0).T:
+        levels = np.unique(np.append(operation, 0))
+        for below, level in pairwise(levels.tolist()):
+            layers = tuple(np.flatnonzero(operation >= level).tolist())
+            steps[layers] = steps.get(layers, 0) + level - below
+    return steps
 
 
 def _up(ratio: float) -> str:

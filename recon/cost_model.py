@@ -11,12 +11,12 @@ from torch import nn
 
 from recon.branch_plan import BranchPlan
 from recon.counting import count_activation_bytes, count_macs, count_parameters
-from recon.dataflow import Dataflow, trace
+from recon.dataflow_trace import trace
 from recon.errors import PlanError, ProblemError, ReconError
 from recon.fan_out import SHARED, FanOut
 from recon.layers import canonical_name, find_layers
 from recon.partition import Partition
-from recon.surgery import convert, plan_of
+from recon.surgery import convert, plan_of, refuse_model
 
 if TYPE_CHECKING:
     from networkx import DiGraph
@@ -67,11 +67,13 @@ class CostModel:
         unsupported: the kernels that ran past Python (a scripted module's), or the error that stopped the trace.
 
     Raises:
-        UsageError: the forward fails on the example inputs.
+        PlanError: the model is branched already.
+        UsageError: the model is wrapped (DDP, compiled, scripted), or its forward fails on the example inputs.
         ProblemError: its output lacks a task.
     """
 
     def __init__(self, model: nn.Module, tasks: Sequence[str], example_inputs: Any) -> None:
+        refuse_model(model)
         self.tasks = tuple(tasks)
         self._model, self._inputs = model, example_inputs
         self._layers = find_layers(model)
@@ -125,11 +127,19 @@ class CostModel:
                 )
         return self._costs(layers, self._base)
 
+    def operation_macs(self, layers: Mapping[str, Partition]) -> list[int]:
+        """The multiply-adds of each operation that has any, with these layers branched; they add up to `of`'s.
+
+        Nothing is known of single operations, and the list is empty, where the forward could not be traced.
+        """
+        if not self.traced:
+            return []
+        _, evaluation = self._fan_out.fans(self._fan_out.parameters(layers))
+        return [count * self._fan_out.partitions.sizes[evaluation[value]] for value, count in self._macs]
+
     def _costs(self, layers: Mapping[str, Partition], base: PlanCosts | None) -> PlanCosts:
         parameters, macs, size, runs = self._count(layers) if self.traced else self._measure(layers)
-        ratios = (
-            (_ratio(parameters, base.parameters), _ratio(macs, base.macs)) if base is not None else (1.0, 1.0)
-        )
+        ratios = (_ratio(parameters, base.parameters), _ratio(macs, base.macs)) if base is not None else (1.0, 1.0)
         return PlanCosts(parameters, macs, size, runs, *ratios)
 
     def _count(self, layers: Mapping[str, Partition]) -> tuple[int, int, int, dict[str, Partition]]:
@@ -137,9 +147,7 @@ class CostModel:
         sizes, split = partitions.sizes, partitions.split
         own = self._fan_out.parameters(layers)
         training, evaluation = self._fan_out.fans(own)
-        parameters = sum(
-            p.numel() * sizes[number] for p, number in zip(self._flow.parameters, own, strict=True)
-        )
+        parameters = sum(p.numel() * sizes[number] for p, number in zip(self._flow.parameters, own, strict=True))
         macs = sum(count * sizes[evaluation[value]] for value, count in self._macs)
         made = 0
         for value, size, written in self._made:
@@ -176,39 +184,11 @@ class CostModel:
         `name` of the torch function, `module` (path) that it is run in, `layer` whose parameters it reads (`None`: no
         layer's), `macs`, `activation_bytes`, and `tasks`, those whose outputs depend on it.
         """
-        from networkx import DiGraph  # late: most who count costs draw nothing
+        if not self.traced:
+            from networkx import DiGraph
 
-        graph = DiGraph()
-        if self.traced:
-            _fill(graph, self._flow, self._layer_by_parameter(self._flow))
-        return graph
-
-    def _layer_by_parameter(self, flow: Dataflow) -> dict[int, str]:
-        names = {p: layer.name for layer in self._layers for p in layer.parameters.values()}
-        return {value: names[p] for value, p in enumerate(flow.parameters) if p in names}
-
-
-def _fill(graph: DiGraph, flow: Dataflow, layer_of: Mapping[int, str]) -> None:
-    calls, operations = flow.calls, flow.operations
-    first = operations[0].value if operations else 0
-    serves: dict[int, set[str]] = {operation.value: set() for operation in operations}
-    for task, outputs in flow.outputs.items():
-        for value in outputs:
-            serves.get(value, set()).add(task)
-    for operation in reversed(operations):
-        for value in operation.inputs:
-            serves.get(value, set()).update(serves[operation.value])
-    for operation in operations:
-        graph.add_node(
-            operation.value - first,
-            name=operation.name,
-            module=calls[operation.within].path,
-            layer=next((layer_of[value] for value in operation.inputs if value in layer_of), None),
-            macs=operation.macs,
-            activation_bytes=operation.bytes,
-            tasks=tuple(task for task in flow.outputs if task in serves[operation.value]),
-        )
-        graph.add_edges_from((v - first, operation.value - first) for v in operation.inputs if v >= first)
+            return DiGraph()
+        return self._flow.to_graph({p: layer.name for layer in self._layers for p in layer.parameters.values()})
 
 
 def _ratio(value: int, base: int) -> float:

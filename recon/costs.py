@@ -1,21 +1,17 @@
-"""What a model costs: parameters and multiply-adds."""
+"""What a model costs: parameters, multiply-adds and activation memory."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
-from recon.batches import call
 from recon.branch_plan import BranchPlan
+from recon.cost_model import CostModel
+from recon.counting import count_activation_bytes, count_macs, count_parameters
+from recon.errors import UsageError
 from recon.surgery import convert
-from recon.undisturbed import undisturbed
 
 
 @dataclass(frozen=True)
@@ -25,42 +21,42 @@ class Costs:
     Args:
         parameters: how many scalars the parameters hold, tied ones once.
         macs: forward multiply-adds of convolutions and matrix products, for the whole batch of example inputs.
+        activation_bytes: of the tensors that a forward in training mode makes for this batch, as
+            `recon.cost_model.PlanCosts` defines it; `None` where that forward fails (batch norm on a single sample).
+        measured: whether they were counted while the very model ran; if not, they follow from the dataflow of the
+            unbranched one.
     """
 
     parameters: int
     macs: int
+    activation_bytes: int | None = None
+    measured: bool = field(default=True, compare=False)
 
 
 def costs(model: nn.Module, plan: BranchPlan | None, example_inputs: Any) -> Costs:
-    """The costs of `model` branched by `plan`, counted by a dry run of the converted model in evaluation mode.
+    """The costs of `model` branched by `plan`; multiply-adds in evaluation mode.
+
+    They follow from the model's dataflow (`recon.cost_model.CostModel`, which is also the quick way to the costs of
+    many plans). Where it can't be traced, and for a plan of mode `per-task`, the converted model is run and measured.
 
     Args:
-        model: the unbranched model; with `plan=None`, any model, branched or not.
+        model: the unbranched model; with `plan=None`, any model, branched or not, is run and measured.
         plan: what would be branched.
         example_inputs: a batch of inputs, as the model's forward takes it.
 
     Raises:
-        UnknownNameError, UsageError, FanError: as `recon.convert`.
+        UnknownNameError, PlanError, UsageError: as `recon.convert`.
+        FanError: as `recon.convert`, where the model can't be traced.
     """
+    if isinstance(plan, BranchPlan) and plan.mode == "fan":
+        model_costs = CostModel(model, plan.tasks, example_inputs)
+        found = model_costs.of(plan.on(model).layers)
+        return Costs(found.parameters, found.macs, found.activation_bytes, measured=not model_costs.traced)
     if plan is not None:
         model = convert(model, plan, example_inputs)
-    counter = FlopCounterMode(display=False)
-    with undisturbed(model), torch.no_grad(), _unfused_kernels():
-        model.eval()
-        with counter:
-            call(model, example_inputs)
-    return Costs(sum(p.numel() for p in model.parameters()), counter.get_total_flops() // 2)
-
-
-@contextmanager
-def _unfused_kernels() -> Iterator[None]:
-    # The fused kernels of attention, transformer layers and LSTMs are opaque to the counter: they count as nothing.
-    transformer, onednn = torch.backends.mha.get_fastpath_enabled(), torch.backends.mkldnn.enabled
-    torch.backends.mha.set_fastpath_enabled(False)
-    torch.backends.mkldnn.enabled = False  # type: ignore[assignment]
+    macs = count_macs(model, example_inputs)
     try:
-        with sdpa_kernel(SDPBackend.MATH), torch.backends.cudnn.flags(enabled=False):
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(transformer)
-        torch.backends.mkldnn.enabled = onednn  # a property, whatever its declared type
+        activation_bytes = count_activation_bytes(model, example_inputs)
+    except UsageError:
+        activation_bytes = None
+    return Costs(count_parameters(model.parameters()), macs, activation_bytes)

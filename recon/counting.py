@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
-from recon.batches import call
+from recon.dry_run import run
 from recon.undisturbed import undisturbed
 from recon.watch import storage_of
 
@@ -54,21 +54,29 @@ def byte_size(tensor: Tensor) -> int:
 
 
 def count_macs(model: nn.Module, inputs: Any) -> int:
-    """The multiply-adds of convolutions and matrix products in one forward in evaluation mode."""
+    """The multiply-adds of convolutions and matrix products in one forward in evaluation mode.
+
+    Raises:
+        UsageError: it fails.
+    """
     counter = FlopCounterMode(display=False)
     with undisturbed(model), torch.no_grad(), unfused_kernels():
         model.eval()
         with counter:
-            call(model, inputs)
+            run(model, inputs)
     return counter.get_total_flops() // 2
 
 
 def count_activation_bytes(model: nn.Module, inputs: Any) -> int:
-    """The bytes of all tensors that one forward in training mode makes."""
+    """The bytes of all tensors that one forward in training mode makes.
+
+    Raises:
+        UsageError: it fails.
+    """
     with undisturbed(model), torch.enable_grad(), unfused_kernels():
         model.train()
         with Meter() as meter:
-            call(model, inputs)
+            run(model, inputs)
     return meter.bytes
 
 

@@ -1,27 +1,16 @@
-"""The dataflow of one forward pass: which operation reads what, within which module, and what it costs.
-
-Operations are recorded at the level of `__torch_function__`, where task fans map: what is one operation here is run
-as a whole, once per group, in a branched model.
-"""
+"""The dataflow of one forward pass: which operation reads what, within which module, and what it costs."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
+from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
-from recon.batches import check_outputs
-from recon.counting import Meter, byte_size, tensors_in, unfused_kernels
-from recon.dry_run import move_statistics, run
-from recon.reach import reached_leaves
-from recon.trees import leaves_of
-from recon.undisturbed import undisturbed
-from recon.watch import SharedTensor, storage_of
+if TYPE_CHECKING:
+    from networkx import DiGraph
 
 
 @dataclass(frozen=True)
@@ -84,221 +73,47 @@ class Dataflow:
     served: Mapping[Tensor, frozenset[str]]
     unsupported: tuple[str, ...]
 
-    @property
+    @cached_property
     def calls(self) -> list[Call]:
         """The module calls, by number."""
         return [step for step in self.steps if isinstance(step, Call)]
 
-    @property
+    @cached_property
     def operations(self) -> list[Operation]:
         """The operations, in order."""
         return [step for step in self.steps if isinstance(step, Operation)]
 
+    def tasks_served(self) -> dict[int, tuple[str, ...]]:
+        """The tasks whose outputs depend on each operation's value."""
+        serves: dict[int, set[str]] = {operation.value: set() for operation in self.operations}
+        for task, outputs in self.outputs.items():
+            for value in outputs:
+                serves.get(value, set()).add(task)
+        for operation in reversed(self.operations):
+            for value in operation.inputs:
+                serves.get(value, set()).update(serves[operation.value])
+        return {value: tuple(task for task in self.outputs if task in found) for value, found in serves.items()}
 
-def trace(model: nn.Module, tasks: Sequence[str], example_inputs: Any, *, training: bool) -> Dataflow:
-    """Record one forward pass, in training mode (with gradients) or in evaluation mode (without).
+    def to_graph(self, layer_names: Mapping[Tensor, str]) -> DiGraph:
+        """A node per operation, numbered in order; an edge to each that uses its value.
 
-    Raises:
-        UsageError: the forward fails on the example inputs.
-        ProblemError: its output lacks a task.
-    """
-    with undisturbed(model), torch.set_grad_enabled(training), unfused_kernels():
-        move_statistics(model)
-        recorder = _Recorder(model)
-        # The model is entered before its own hooks run, and left after them.
-        with _watch_calls(model, recorder), recorder.meter, recorder:
-            outputs = check_outputs(run(model.train(training), example_inputs), tasks)
-        leaves = {task: [v for v in leaves_of(outputs[task]) if isinstance(v, Tensor)] for task in tasks}
-        served: dict[Tensor, set[str]] = {}
-        for task, values in leaves.items():
-            for leaf in reached_leaves(values):
-                served.setdefault(leaf, set()).add(task)
-        return recorder.dataflow(
-            {task: recorder.values_of(values) for task, values in leaves.items()},
-            {leaf: frozenset(reached) for leaf, reached in served.items()},
-        )
+        Args:
+            layer_names: `{parameter: name of its layer}`.
+        """
+        from networkx import DiGraph  # late: it takes a while, and most who count costs draw nothing
 
-
-class _Recorder(TorchFunctionMode):
-    """Knows every tensor of the pass by the value that it holds, and keeps it, so that none takes another's place."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-        self.parameters = tuple(model.parameters())
-        held = [
-            (path, buffer)
-            for path, module in model.named_modules()
-            for buffer in module._buffers.values()
-            if buffer is not None
-        ]
-        self.owners = tuple(path for path, _ in held)
-        self.buffers = {storage_of(buffer): len(self.parameters) + i for i, (_, buffer) in enumerate(held)}
-        self.meter = _WatchedMeter(self)
-        self.steps: list[Call | Operation] = []
-        self.open: list[int] = []
-        self.running = False
-        self.writes: dict[tuple[str, int], None] = {}
-        self.unsupported: dict[str, None] = {}
-        self._count = len(self.parameters) + len(held)
-        self._calls = 0
-        self._kept: list[Any] = []
-        # A tensor's value is the last one that was written into its memory, or made as this very view of it.
-        self._by_tensor: dict[int, int] = {}
-        self._by_storage: dict[int, int] = {}
-        for value, parameter in enumerate(self.parameters):
-            self._by_tensor[id(parameter)] = value
-            self._by_storage.setdefault(storage_of(parameter), value)
-
-    def value_of(self, tensor: Tensor) -> int | None:
-        """The value that a tensor holds; none for what comes from outside: inputs, constants."""
-        storage = storage_of(tensor)
-        here, there = self._by_tensor.get(id(tensor)), self._by_storage.get(storage)
-        if here is not None and there is not None and there >= len(self.parameters):
-            return max(here, there)
-        if here is not None:
-            return here
-        return self.buffers.get(storage) if there is None else there
-
-    def values_of(self, tensors: Iterable[Tensor]) -> tuple[int, ...]:
-        """The values that tensors hold, each once."""
-        values = [self.value_of(tensor) for tensor in tensors]
-        return tuple(dict.fromkeys(value for value in values if value is not None))
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run a function, and record it if it makes or writes a value."""
-        self.running = True
-        try:
-            return self._record(func, args, kwargs or {})
-        finally:
-            self.running = False
-
-    def _record(self, func: Any, args: Any, kwargs: Any) -> Any:
-        given = list(tensors_in((args, kwargs)))
-        inputs = self.values_of(given)
-        watched = [_Watched(tensor, storage_of(tensor) in self.buffers) for tensor in given]
-        macs, size = self.meter.macs, self.meter.bytes
-        result = func(*args, **kwargs)
-        macs, size = self.meter.macs - macs, self.meter.bytes - size
-        written = [one.tensor for one in watched if one.changed]
-        known = {id(tensor) for tensor in given}
-        new = [tensor for tensor in tensors_in(result) if id(tensor) not in known]
-        if new or written or macs or size:
-            into = [(self.value_of(tensor), byte_size(tensor)) for tensor in written]
-            value = self._count
-            self._count += 1
-            self.steps.append(
-                Operation(
-                    getattr(func, "__name__", str(func)),
-                    value,
-                    self.open[-1] if self.open else 0,
-                    inputs,
-                    macs,
-                    size,
-                    tuple((old, held) for old, held in into if old is not None),
-                )
+        graph = DiGraph()
+        first, serves = len(self.parameters) + len(self.owners), self.tasks_served()
+        for operation in self.operations:
+            read = [self.parameters[value] for value in operation.inputs if value < len(self.parameters)]
+            graph.add_node(
+                operation.value - first,
+                name=operation.name,
+                module=self.calls[operation.within].path,
+                layer=next((layer_names[p] for p in read if p in layer_names), None),
+                macs=operation.macs,
+                activation_bytes=operation.bytes,
+                tasks=serves[operation.value],
             )
-            self._hold(value, new, written, {storage_of(tensor) for tensor in given})
-        return result
-
-    def _hold(self, value: int, new: list[Tensor], written: list[Tensor], given: set[int]) -> None:
-        for tensor in (*new, *written):
-            self._kept.append(tensor)
-            self._by_tensor[id(tensor)] = value
-        for tensor in new:
-            if storage_of(tensor) not in given:
-                self._by_storage[storage_of(tensor)] = value
-        for tensor in written:
-            storage = storage_of(tensor)
-            self._by_storage[storage] = value
-            if storage in self.buffers:
-                self.writes[self.owners[self.buffers[storage] - len(self.parameters)], value] = None
-
-    def enter(self, path: str, args: Any) -> None:
-        """A module is called."""
-        inputs = self.values_of(leaf for leaf in leaves_of(args) if isinstance(leaf, Tensor))
-        self.steps.append(Call(path, self.open[-1] if self.open else 0, inputs))
-        self.open.append(self._calls)
-        self._calls += 1
-
-    def leave(self) -> None:
-        """The innermost call is over."""
-        self.open.pop()
-
-    def note_unsupported(self, kernel: Any, inputs: Iterable[Tensor], outputs: Iterable[Tensor]) -> None:
-        """A kernel was run outside any function: nobody knows how the values in its outputs came about."""
-        outputs = list(outputs)
-        if not self.values_of(inputs) or all(self.value_of(tensor) is not None for tensor in outputs):
-            return
-        path = self._path()
-        self.unsupported[f"{kernel} in {path}" if path else str(kernel)] = None
-
-    def _path(self) -> str:
-        calls = [step for step in self.steps if isinstance(step, Call)]
-        return calls[self.open[-1]].path if self.open else ""
-
-    def dataflow(
-        self, outputs: Mapping[str, tuple[int, ...]], served: Mapping[Tensor, frozenset[str]]
-    ) -> Dataflow:
-        """All that was recorded."""
-        for path, module in self.model.named_modules():
-            for buffer in module._buffers.values():
-                if buffer is not None and (value := self._by_tensor.get(id(buffer))) is not None:  # assigned anew
-                    self.writes[path, value] = None
-        return Dataflow(
-            self.parameters,
-            self.owners,
-            tuple(self.steps),
-            outputs,
-            tuple(self.writes),
-            served,
-            tuple(self.unsupported),
-        )
-
-
-class _WatchedMeter(Meter):
-    """Tells the recorder about kernels that no Python function was called for: those of scripted modules, say."""
-
-    def __init__(self, recorder: _Recorder) -> None:
-        super().__init__()
-        self.recorder = recorder
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run a kernel, and count."""
-        result = super().__torch_dispatch__(func, types, args, kwargs)
-        if not self.recorder.running:
-            self.recorder.note_unsupported(func, tensors_in((args, kwargs)), tensors_in(result))
-        return result
-
-
-class _Watched(SharedTensor):
-    """A tensor among the arguments of a function that may write into it; only buffers are compared by their value."""
-
-    def __init__(self, tensor: Tensor, by_value: bool) -> None:
-        self.tensor = tensor
-        self.version = 0 if tensor.is_inference() else tensor._version
-        self.value = tensor.detach().clone() if by_value else None
-
-    @property
-    def changed(self) -> bool:
-        """Whether it was written into since."""
-        return not self.tensor.is_inference() and super().changed
-
-
-@contextmanager
-def _watch_calls(model: nn.Module, recorder: _Recorder) -> Iterator[None]:
-    def entering(path: str) -> Any:
-        return lambda module, args, kwargs: recorder.enter(path, (args, kwargs))
-
-    handles = []
-    for path, module in model.named_modules():
-        if not isinstance(module, torch.jit.ScriptModule):  # they take no hooks
-            handles += [
-                module.register_forward_pre_hook(entering(path), prepend=True, with_kwargs=True),
-                module.register_forward_hook(lambda *_: recorder.leave(), always_call=True),
-            ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+            graph.add_edges_from((v - first, operation.value - first) for v in operation.inputs if v >= first)
+        return graph

@@ -71,6 +71,7 @@ def find_statistics(branched: nn.Module, example_inputs: Any) -> dict[str, Parti
 
 @torch.no_grad()
 def move_statistics(model: nn.Module) -> None:
+    """Change every buffer a little."""
     # Statistics that are the example's already would not change, and look as if they were never written.
     for buffer in model.buffers():
         if buffer.is_floating_point() and buffer.layout == torch.strided and buffer.is_contiguous():

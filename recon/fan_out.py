@@ -5,18 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 
-from recon.dataflow import Call, Dataflow, Operation
+from recon.dataflow import Dataflow, Operation
+from recon.errors import FanError
 from recon.layers import find_layers, places
 from recon.partition import Group, Partition, refine
 
 SHARED = 0
 """The number of the partition with all tasks in one group: what is computed once."""
-
-
-class Unmet(Exception):
-    """Values meet that no task has both of; a branched model raises a FanError there."""
 
 
 class Partitions:
@@ -38,12 +35,12 @@ class Partitions:
         """Its number.
 
         Raises:
-            Unmet: it has no task.
+            FanError: it has no task.
         """
         found = self._numbers.get(partition)
         if found is None:
             if not partition.tasks:
-                raise Unmet
+                raise FanError("Values computed for different tasks meet, but no task sees them all.")
             found = self._numbers[partition] = len(self._all)
             self._all.append(partition)
             self.sizes.append(len(partition.groups))
@@ -56,7 +53,7 @@ class Partitions:
         """The common refinement.
 
         Raises:
-            Unmet: they have no task in common.
+            FanError: they have no task in common.
         """
         for number in numbers:
             if number not in (result, SHARED):
@@ -73,7 +70,7 @@ class Partitions:
         """The groups of some tasks; what is shared stays so.
 
         Raises:
-            Unmet: it holds none of them.
+            FanError: it holds none of them.
         """
         if number == SHARED or tasks is None:
             return number
@@ -120,16 +117,14 @@ class FanOut:
         self.flows = (training, evaluation)
         self.partitions = Partitions(tasks)
         numbers = {parameter: number for number, parameter in enumerate(training.parameters)}
-        self._of_layer = {
-            layer.name: [numbers[p] for p in layer.parameters.values()] for layer in find_layers(model)
-        }
+        self._of_layer = {layer.name: [numbers[p] for p in layer.parameters.values()] for layer in find_layers(model)}
         paths = {module: path for path, module in model.named_modules()}
         self._of_module = {
             paths[place.owner]: [numbers[p] for p in place.parameters.values()]
             for place in places(model)
             if isinstance(place.owner, nn.Module)
         }
-        self._serves = {path: tuple(task for task in tasks if task in served) for path, served in _serves(model, training)}
+        self._serves = _served_in_part(model, tasks, training.served)
 
     def parameters(self, layers: Mapping[str, Partition]) -> list[int]:
         """The partition of each parameter."""
@@ -155,7 +150,7 @@ class FanOut:
                 restricted = [self._spread(flow, parameters, statistics, only) for flow in self.flows]
                 if self._nobody_misses(whole.values, restricted, only):
                     return restricted[0].values, restricted[1].values
-            except Unmet:
+            except FanError:
                 pass
         return whole.values, self._spread(evaluation, parameters, statistics, {}).values
 
@@ -217,12 +212,11 @@ class FanOut:
         )
 
 
-def _serves(model: nn.Module, training: Dataflow) -> list[tuple[str, frozenset[str]]]:
-    """The tasks that each module's parameters serve, of the modules that serve some but not all."""
-    everybody = set(training.outputs)
-    found = []
+def _served_in_part(model: nn.Module, tasks: Group, served: Mapping[Tensor, frozenset[str]]) -> dict[str, Group]:
+    """The modules whose parameters serve some of the tasks only, and these tasks; outer modules first."""
+    found = {}
     for path, module in model.named_modules():
-        served = frozenset().union(*(training.served.get(p, frozenset()) for p in module.parameters()))
-        if served and served != everybody:
-            found.append((path, served))
+        reached = frozenset().union(*(served.get(p, frozenset()) for p in module.parameters()))
+        if 0 < len(reached) < len(tasks):
+            found[path] = tuple(task for task in tasks if task in reached)
     return found

@@ -72,14 +72,11 @@ def convert(
         FanError: the forward has a statement that cannot work on values that differ between tasks.
         VerificationError: with `verify`, an output or gradient is not what it must be.
     """
-    _refuse_wrapped(model)
     if not isinstance(plan, BranchPlan):
         raise PlanError(f"The plan is a {type(plan).__name__}. The order is convert(model, plan, example_inputs).")
-    if hasattr(model, "branch_plan"):
-        raise PlanError("The model is branched already. Convert the unbranched model with a plan of all the layers.")
+    refuse_model(model)
     if (plan.statistics is None or verify) and example_inputs is None:
         raise UsageError("convert needs example_inputs: a small batch of inputs, as the model's forward takes it.")
-    _refuse_rotations(model)
     plan = plan.on(model)
     plan = replace(plan, mode=checked_mode(mode or plan.mode))
     branched = copy_model(model)
@@ -180,6 +177,19 @@ def _drop_hooks(module: nn.Module) -> None:
             if isinstance(getattr(hook, "hook", hook), (SplitOutputs, TasksOnly, LoadBareParameter)):
                 del hooks[key]
                 module._forward_pre_hooks_with_kwargs.pop(key, None)
+
+
+def refuse_model(model: nn.Module) -> None:
+    """Fail on a model that cannot be branched.
+
+    Raises:
+        PlanError: it is branched already.
+        UsageError: it is wrapped, or holds RotoGrad's rotations.
+    """
+    _refuse_wrapped(model)
+    if hasattr(model, "branch_plan"):
+        raise PlanError("The model is branched already. Convert the unbranched model with a plan of all the layers.")
+    _refuse_rotations(model)
 
 
 def _refuse_wrapped(model: nn.Module) -> None:

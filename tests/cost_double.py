@@ -27,21 +27,22 @@ class DrawnCosts:
             if layer is not None:
                 self.sizes.setdefault(layer, parameters)
         self.layers = tuple(self.sizes)
-        self.plain = self._count({})
 
     def of(self, layers):
-        parameters, macs = self._count(layers)
-        ratios = parameters / self.plain[0], macs / self.plain[1]
-        return PlanCosts(parameters, macs, 0, {}, *ratios)
+        (parameters, macs), (plain, plain_macs) = self._count(layers), self._count({})
+        return PlanCosts(parameters, sum(macs), 0, {}, parameters / plain, sum(macs) / sum(plain_macs))
+
+    def operation_macs(self, layers):
+        return self._count(layers)[1]
 
     def _count(self, layers):
-        macs, fan = 0, {}
+        macs, fan = [], {}
         for node, data in self.graph.nodes(data=True):
             around = [fan[source].restrict(data["tasks"]) for source in self.graph.predecessors(node)]
             own = [layers[data["layer"]].restrict(data["tasks"])] if data["layer"] in layers else []
             shared = Partition(data["tasks"], (0,) * len(data["tasks"]))
             fan[node] = refine(shared, *around, *own)
-            macs += data["macs"] * len(fan[node].groups)
+            macs.append(data["macs"] * len(fan[node].groups))
         copies = {name: len(layers[name].groups) if name in layers else 1 for name in self.sizes}
         return sum(size * copies[name] for name, size in self.sizes.items()), macs
 

@@ -2,11 +2,14 @@ from itertools import combinations
 
 import numpy as np
 import pytest
+import torch
 
 from recon.budget import Budget, Chooser
+from recon.cost_model import CostModel
 from recon.errors import PlanError
 from recon.partition import Partition
 from tests.cost_double import TASKS, chain, random_dag
+from tests.zoo import ZOO
 
 PER_TASK = Partition.per_task(TASKS)
 COARSE = Partition.of_groups([["a", "b"], ["c"]], TASKS)
@@ -65,6 +68,30 @@ def test_the_best_of_all_subsets(kind, nested, seed):
         assert best >= best_prefix(costs, partitions, values, budget)
 
 
+@pytest.mark.parametrize("name", ZOO)
+def test_the_best_of_all_subsets_of_a_zoo_model(name):
+    torch.manual_seed(0)
+    model, rng = ZOO[name].make(), np.random.default_rng(0)
+    costs = CostModel(model, TASKS, ZOO[name].inputs(2))
+    layers = [layer for layer in costs.layers if "heads" not in layer][:7]
+    partitions = {layer: (PER_TASK, COARSE)[int(rng.integers(2))] for layer in layers}
+    values = {layer: int(rng.integers(1, 50)) for layer in layers}
+    chooser = Chooser(costs, partitions, values)
+    subsets = [names for k in range(len(layers) + 1) for names in combinations(layers, k)]
+    if not costs.traced:  # each of the costs is a dry run
+        subsets = subsets[: len(layers) + 1]
+    found = {names: costs.of({name: partitions[name] for name in names}) for names in subsets}
+    for budget in BUDGETS:
+        best = max(worth(values, names) for names in subsets if budget.allows(found[names]))
+        if not best:
+            with pytest.raises(PlanError, match="No layer fits"):
+                chooser.best(budget)
+            continue
+        names = chooser.best(budget)
+        assert budget.allows(costs.of({name: partitions[name] for name in names}))
+        assert worth(values, names) == best if costs.traced else worth(values, names) >= best
+
+
 def test_branching_below_a_fan_is_free_of_multiply_adds():
     # The first layer alone would triple everything. Whatever comes behind l2 costs parameters only.
     costs = chain([(10, 100), (10, 100), (10, 10), (500, 5), (10, 5)])
@@ -90,11 +117,8 @@ def test_of_equal_plans_the_cheapest():
 
 
 def test_an_answer_that_the_cost_model_refuses_is_excluded():
-    costs = chain([(10, 100), (10, 30), (10, 10), (10, 10)])
-    for _, data in costs.graph.nodes(data=True):
-        data["macs"] = data["macs"] // 2  # the graph tells less than the truth
-    truth = chain([(10, 100), (10, 30), (10, 10), (10, 10)])
-    costs.of = truth.of
+    costs, truth = (chain([(10, 100), (10, 30), (10, 10), (10, 10)]) for _ in range(2))
+    costs.operation_macs = lambda layers: [macs // 2 for macs in truth.operation_macs(layers)]  # less than the truth
     values = {"l0": 9, "l1": 7, "l2": 2, "l3": 3}
     partitions = dict.fromkeys(values, PER_TASK)
     for limit in (1.3, 1.7, 2.1):
@@ -106,10 +130,10 @@ def test_an_answer_that_the_cost_model_refuses_is_excluded():
 @pytest.mark.parametrize("why", ["not traced", "partitions that cross"])
 def test_without_a_program_never_worse_than_the_best_prefix(seed, why):
     rng = np.random.default_rng(seed)
-    costs = random_dag(rng)
+    costs = random_dag(rng, layers=11)
     costs.traced = why != "not traced"
     crossing = (COARSE, Partition.of_groups([["a"], ["b", "c"]], TASKS))
-    partitions, values = drawn(rng, costs, partitions=(PER_TASK,) if why == "not traced" else crossing)
+    partitions, values = drawn(rng, costs, 11, (PER_TASK,) if why == "not traced" else crossing)
     chooser = Chooser(costs, partitions, values)
     assert not chooser.is_exact
     for budget in BUDGETS:
