@@ -100,7 +100,7 @@ def network_layout(cost_model: CostModel, layers: Mapping[str, Partition]) -> La
     stages = _forked(stages, layers, finest.tasks)
     if sum(len(rows) for _, rows in stages) > _ROWS:
         stages = [(stage, list(_merged(rows))) for stage, rows in stages]
-    macs = _macs(cost_model, runs)
+    macs = _macs(cost_model, layers)
     totals = [
         [sum(macs.get(name, (0, 0))[which] for row in rows for name in row.names) for which in (0, 1)]
         for _, rows in stages
@@ -186,16 +186,18 @@ def _merged(rows: Iterable[Row]) -> Iterator[Row]:
         yield last
 
 
-def _macs(cost_model: CostModel, runs: Mapping[str, Partition]) -> dict[str, tuple[int, int]]:
+def _macs(cost_model: CostModel, layers: Mapping[str, Partition]) -> dict[str, tuple[int, int]]:
     """`{layer name: (multiply-adds unbranched, branched)}`; those of no layer count for the one before them."""
+    operations = [node for _, node in cost_model.graph.nodes(data=True) if node["macs"]]
+    plain, branched = cost_model.operation_macs({}), cost_model.operation_macs(layers)
     macs: dict[str, tuple[int, int]] = {}
-    current = next(iter(cost_model.layers), "")
-    for _, node in cost_model.graph.nodes(data=True):
+    if len(operations) != len(plain):  # counted in evaluation mode, in which this forward does something else
+        return macs
+    current = cost_model.layers[0]
+    for node, before, after in zip(operations, plain, branched, strict=True):
         current = node["layer"] or current
-        split = runs.get(node["layer"] or node["module"])
-        times = len(split.restrict(tuple(node["tasks"])).groups) if split else 1
-        plain, branched = macs.get(current, (0, 0))
-        macs[current] = plain + node["macs"], branched + times * node["macs"]
+        known = macs.get(current, (0, 0))
+        macs[current] = known[0] + before, known[1] + after
     return macs
 
 
