@@ -32,7 +32,7 @@ _ROW, _GAP, _FORK = 0.135, 0.09, 0.3
 
 _ONCE, _ADDED, _INK = "#9aa0a8", "#111111", "#30343a"
 _SIDE_BY_SIDE = 6  # groups whose tasks are listed below their lanes; more are named upright
-_UPRIGHT = 48  # and more than this not at all
+_UPRIGHT = 40  # and more than this not at all
 _LINES = 5  # of a list of tasks
 
 
@@ -202,7 +202,7 @@ class _Drawing:
                 self._middle(group),
                 top + 0.06,
                 text,
-                size=6.5 if turn == 0 else 6,
+                size=6.5 if turn == 0 else min(6, 0.8 * 72 * (_RIGHT - _LEFT) / len(groups)),
                 ha="center",
                 va="top",
                 rotation=turn,
