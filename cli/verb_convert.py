@@ -7,7 +7,7 @@ import shlex
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import recon
 from recon import problems
@@ -20,25 +20,33 @@ from recon_cli.parsing import (
     add_device_option,
     add_problem,
     add_verb,
-    positive_integer,
     problem_arguments,
     problem_options,
     seed,
-    threshold,
 )
-from recon_cli.renames import add_rename_option, renames
+from recon_cli.renames import renames
+from recon_cli.selectors import (
+    add_selection_options,
+    check_selection,
+    choose,
+    groups_lines,
+    has_budget,
+    surgery_name,
+)
 
 if TYPE_CHECKING:
     from torch import nn
 
     from recon import BranchPlan, Costs, Problem, Verification
     from recon.matching import Match
+    from recon.planning import Choice
     from recon_cli.parsing import Verbs
 
 _ROUNDS = 7  # of timing; each takes a step of either model
 _COSTS = {
     "parameters": "parameters",
     "macs": "multiply-adds, forward, per sample",
+    "activation_bytes": "bytes of activations, per sample",
     "seconds_per_step": "training step, joint",
 }
 
@@ -52,21 +60,17 @@ def add_parser(verbs: Verbs) -> None:
         "give the tasks their own copies of layers, and show what that costs",
         """
         recon convert digits --map map.json --top-k 4 --out branched
+        recon convert digits --map map.json --max-macs 1.25 --out cheap
         recon convert digits --map map.json --top-k 4 --select random --seed 1 --out random
         recon convert digits --layers blocks.2.conv1 blocks.2.conv2 --out late
         recon convert digits --map map.json --top-k 4 --init pretrained.pt --out branched
         recon convert digits --map other.json --rename backbone=blocks --top-k 4 --out branched
         """,
-        "The weights are make_model's, unless --init says otherwise. Train the result with `recon train --model`.",
+        "`recon plan` shows what a choice would cost. The weights are make_model's, unless --init says otherwise. "
+        "Train the result with `recon train --model`.",
     )
     add_problem(parser)
-    parser.add_argument("--map", type=Path, metavar="MAP", help="the conflict map that chooses the layers")
-    which = parser.add_mutually_exclusive_group(required=True)
-    which.add_argument("--top-k", type=positive_integer, metavar="K", help="branch K layers of the map")
-    which.add_argument("--layers", nargs="+", metavar="NAME", help="branch these layers; needs no map")
-    parser.add_argument("--select", choices=("top", "random"), help="the highest scores (default), or K at random")
-    parser.add_argument("--threshold", type=threshold, metavar="S", help="score at another S (default: the map's own)")
-    add_rename_option(parser, "rename the map's layers to the model's,")
+    add_selection_options(parser)
     parser.add_argument("--seed", type=seed, default=0, help="of the weights and of --select random (default: 0)")
     parser.add_argument(
         "--mode",
@@ -99,71 +103,54 @@ def run(args: argparse.Namespace) -> Report:
     check_folder(args.out)
     cmap = recon.ConflictMap.load(args.map) if args.map else None
     problem = problems.get(args.problem, **problem_options(args))
-    from recon.surgery import plan_of  # late: these import torch
+    from recon.cost_model import CostModel  # late: these import torch
+    from recon.surgery import plan_of
     from recon.timing import step_seconds
     from recon_cli import workbench
 
     device = workbench.choose_device(args.device)
     plain = workbench.make_model(problem, args.seed).to(device)
     found = match_map(cmap, problem, plain, renames(args)) if cmap else None
-    chosen = _choose(args, problem, plain, found)
     loader, _ = workbench.make_loaders(problem, args.seed)
     batch = workbench.first_batch(problem, loader, device)
     example = workbench.few_samples(batch[0])[0]
+    costs = CostModel(plain, problem.task_names, example) if has_budget(args) else None
+    choice = choose(args, problem, plain, found, costs)
     init = problem.make_model if args.init == "scratch" else args.init
-    branched = recon.convert(plain, chosen, example, mode=args.mode, init=init, copies=args.copies)
+    branched = recon.convert(plain, choice.plan, example, mode=args.mode, init=init, copies=args.copies)
     verified = None if args.no_verify else recon.verify(plain, branched, example)
     models = {"plain": plain, "branched": branched}
-    costs = {name: workbench.costs_per_sample(model, batch[0]) for name, model in models.items()}
-    _save(args, problem, branched, plan_of(branched), costs["branched"])
+    counted = {name: workbench.costs_per_sample(model, batch[0]) for name, model in models.items()}
+    _save(args, problem, branched, plan_of(branched), counted["branched"])
     print("Timing training steps of both models ...", file=sys.stderr)
     steps = {name: workbench.TrainingStep(problem, model, batch) for name, model in models.items()}
     seconds = step_seconds(steps, rounds=_ROUNDS)
-    table = {
-        name: {"parameters": costs[name].parameters, "macs": costs[name].macs, "seconds_per_step": seconds[name]}
+    table: dict[str, dict[str, float | None]] = {
+        name: {
+            "parameters": counted[name].parameters,
+            "macs": counted[name].macs,
+            "activation_bytes": counted[name].activation_bytes,
+            "seconds_per_step": seconds[name],
+        }
         for name in models
     }
-    return _report(args, problem, plan_of(branched), table, verified, found)
+    return _report(args, problem, choice, plan_of(branched), table, verified, found)
 
 
 def _check_options(args: argparse.Namespace) -> None:
     if args.copies == "independent" and args.init != "scratch":
         args.parser.error("--copies independent needs --init scratch: other weights are the same for every copy")
-    if args.top_k and not args.map:
-        args.parser.error("--top-k needs --map MAP: `recon profile` makes one")
-    if renames(args) and not args.map:
-        args.parser.error("--rename goes with --map: it renames the map's layers")
-    for option, value in (("--select", args.select), ("--threshold", args.threshold)):
-        if args.layers and value is not None:
-            args.parser.error(f"{option} goes with --top-k, not with --layers")
-
-
-def _choose(args: argparse.Namespace, problem: Problem, model: nn.Module, found: Match | None) -> BranchPlan:
-    tasks = problem.task_names
-    if found is None:
-        return recon.BranchPlan.per_task(args.layers, tasks).on(model)
-    if args.layers:
-        return recon.plan(found, model, layers=args.layers, tasks=tasks)
-    select: Literal["top", "random"] = "random" if args.select == "random" else "top"
-    return recon.plan(
-        found, model, top_k=args.top_k, threshold=args.threshold, select=select, seed=args.seed, tasks=tasks
-    )
-
-
-def _surgery(args: argparse.Namespace) -> str:
-    if args.layers:
-        return f"K={len(args.layers)} by name"
-    return f"{'random' if args.select == 'random' else 'Recon'} K={args.top_k}"
+    check_selection(args)
 
 
 def _save(args: argparse.Namespace, problem: Problem, branched: nn.Module, plan: BranchPlan, costs: Costs) -> None:
     """Save the model, and an unfinished run from which `recon train` learns how the layers were chosen."""
     run = Run(
         problem=problem.name,
-        label=_surgery(args),
+        label=surgery_name(args, plan),
         tasks=problem.task_names,
         method="",
-        surgery=_surgery(args),
+        surgery=surgery_name(args, plan),
         branched_layers=tuple(plan.layers),
         seed=args.seed,
         parameters=costs.parameters,
@@ -176,8 +163,9 @@ def _save(args: argparse.Namespace, problem: Problem, branched: nn.Module, plan:
 def _report(
     args: argparse.Namespace,
     problem: Problem,
+    choice: Choice,
     plan: BranchPlan,
-    costs: dict[str, dict[str, float]],
+    costs: dict[str, dict[str, float | None]],
     verified: Verification | None,
     found: Match | None,
 ) -> Report:
@@ -185,8 +173,9 @@ def _report(
     next_command = ["recon", "train", *problem_arguments(args), "--model", str(args.out), "--out", "run"]
     text = [
         *([fit_line(args.map, found), ""] if found else []),
-        f"Layers branched, with a copy for each of the tasks {', '.join(plan.tasks)}: {len(plan.layers)}",
+        f"Branched are {choice}.",
         *(f"  {name}" for name in plan.layers),
+        *groups_lines(plan.layers),
         f"Shared layers that keep running statistics for each group of tasks: {len(statistics)}",
         *(f"  {path}" for path in statistics),
         "",
@@ -200,9 +189,12 @@ def _report(
     data = {
         "folder": str(args.out),
         "problem": problem.name,
-        "surgery": _surgery(args),
+        "surgery": surgery_name(args, plan),
         "map": fit_data(args.map, found) if found else None,
+        "reason": choice.reason,
+        "covered": choice.covered if choice.scores else None,
         "branched_layers": list(plan.layers),
+        "groups": {name: partition.groups for name, partition in plan.layers.items()},
         "statistics": statistics,
         "task_modules": {path: list(tasks) for path, tasks in (plan.task_modules or {}).items()},
         "mode": plan.mode,
@@ -212,15 +204,21 @@ def _report(
     return Report("\n".join(text), data)
 
 
-def _cost_table(costs: dict[str, dict[str, float]]) -> str:
+def _cost_table(costs: dict[str, dict[str, float | None]]) -> str:
     rows = []
     for what, title in _COSTS.items():
-        values = [costs["plain"][what], costs["branched"][what]]
-        texts = [f"{1000 * v:.1f} ms" if what == "seconds_per_step" else short_number(v) for v in values]
+        texts = [_text(what, costs[name][what]) for name in ("plain", "branched")]
         ratio = _ratio(costs, what)
         rows.append([title, *texts, "-" if ratio is None else f"{ratio:.2f}x"])
     return text_table(["cost", "plain", "branched", "ratio"], rows)
 
 
-def _ratio(costs: dict[str, dict[str, float]], what: str) -> float | None:
-    return costs["branched"][what] / costs["plain"][what] if costs["plain"][what] else None
+def _text(what: str, value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{1000 * value:.1f} ms" if what == "seconds_per_step" else short_number(value)
+
+
+def _ratio(costs: dict[str, dict[str, float | None]], what: str) -> float | None:
+    plain, branched = costs["plain"][what], costs["branched"][what]
+    return branched / plain if plain and branched is not None else None

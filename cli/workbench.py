@@ -135,6 +135,18 @@ def first_batch(problem: Problem, loader: Iterable[Batch], device: torch.device)
     raise ProblemError(f"The train loader of {problem.name!r} gave no batch. Check that its data set is not empty.")
 
 
+def example_inputs(problem: Problem, seed: int) -> Any:
+    """Inputs on the CPU to count costs on: the problem's own examples, or a few samples of its first batch.
+
+    Raises:
+        ProblemError: the problem has no batch.
+    """
+    if problem.example_inputs is not None:
+        return problem.example_inputs()
+    loader, _ = make_loaders(problem, seed)
+    return few_samples(first_batch(problem, loader, torch.device("cpu"))[0])[0]
+
+
 def few_samples(inputs: Any) -> tuple[Any, int]:
     """The first samples of a batch of inputs, and how many those are.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import combinations, pairwise
@@ -13,7 +13,7 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_array
 
 from recon.cost_model import CostModel, PlanCosts
-from recon.errors import PlanError, UsageError
+from recon.errors import FanError, PlanError, UsageError
 from recon.partition import Partition
 
 _ENUMERATED = 10  # layers
@@ -46,7 +46,7 @@ class Budget:
                 )
 
     def __str__(self) -> str:
-        return " and ".join(f"{name}={limit:g}" for name, limit in self._limits.items())
+        return " and ".join(f"{name}={limit:.10g}" for name, limit in self._limits.items())
 
     @property
     def _limits(self) -> dict[str, float]:
@@ -121,18 +121,20 @@ class Chooser:
         plans = [self.fill(order, budget) for order in (by_score, [*self._candidates][::-1])]
         return max(plans, key=self._worth)
 
-    def fill(self, order: Sequence[str], budget: Budget) -> list[str]:
-        """The layers of `order`, each of which is taken if it fits beside those taken before it.
+    def fill(self, order: Sequence[str], budget: Budget, skip: bool = True) -> list[str]:
+        """As many layers of `order` as fit.
+
+        Args:
+            order: layers.
+            budget: what the plan may cost.
+            skip: pass over a layer that does not fit beside those before it; otherwise it is the end.
 
         Raises:
             PlanError: none fits; the message names the cheapest.
         """
-        chosen: list[str] = []
-        for name in order:
-            if self._fits([*chosen, name], budget):
-                chosen.append(name)
+        chosen = take(order, lambda names: self._fits(names, budget), skip)
         if not chosen:
-            self._refuse(order, budget)
+            self._refuse(order if skip else order[:1], budget)
         return chosen
 
     @cached_property
@@ -144,7 +146,10 @@ class Chooser:
         return sum(self.values[name] for name in names)
 
     def _fits(self, names: Iterable[str], budget: Budget) -> bool:
-        return budget.allows(self._cost(names))
+        try:
+            return budget.allows(self._cost(names))
+        except FanError:  # measured by converting the model, which these layers do not allow
+            return False
 
     def _cost(self, names: Iterable[str]) -> PlanCosts:
         return self.costs.of({name: self.partitions[name] for name in names})
@@ -159,6 +164,17 @@ class Chooser:
             f"No layer fits {budget}. The cheapest, {cheapest!r}, would take {parameters}x the parameters and "
             f"{macs}x the multiply-adds."
         )
+
+
+def take(order: Sequence[str], fits: Callable[[list[str]], bool], skip: bool) -> list[str]:
+    """Layers of `order`, as long as they fit; one that does not is passed over with `skip`, and otherwise the end."""
+    chosen: list[str] = []
+    for name in order:
+        if fits([*chosen, name]):
+            chosen.append(name)
+        elif not skip:
+            break
+    return chosen
 
 
 class _Program:

@@ -82,6 +82,19 @@ def load(folder: str | Path, model: nn.Module) -> nn.Module:
     return loaded
 
 
+def load_plan(folder: str | Path) -> BranchPlan:
+    """The plan of the branched model that `save` wrote.
+
+    Raises:
+        CheckpointError: files are missing, damaged or of two different saves, or the model is not branched.
+    """
+    folder = Path(folder)
+    text = _metadata(folder).get("plan", "")
+    if not text:
+        raise CheckpointError(f"{folder} holds a plain model, which has no plan. Pass the folder of a branched one.")
+    return plan_from_json(_read_plan(folder, text), str(folder / PLAN_FILE))
+
+
 def plan_to_json(plan: BranchPlan) -> str:
     """A plan as readable JSON."""
     document: dict[str, Any] = {

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode, flop_registry
+from torch.utils.flop_counter import flop_registry
 
 from recon.dry_run import run
 from recon.undisturbed import undisturbed
@@ -20,6 +20,8 @@ from recon.watch import storage_of
 
 class Meter(TorchDispatchMode):
     """Adds up what kernels compute and make.
+
+    `FlopCounterMode` itself leaves hooks on parameters that a module is called with, and takes no fans there.
 
     Attributes:
         macs: multiply-adds of convolutions and matrix products, as `torch.utils.flop_counter` knows them.
@@ -59,12 +61,9 @@ def count_macs(model: nn.Module, inputs: Any) -> int:
     Raises:
         UsageError: it fails.
     """
-    counter = FlopCounterMode(display=False)
-    with undisturbed(model), torch.no_grad(), unfused_kernels():
-        model.eval()
-        with counter:
-            run(model, inputs)
-    return counter.get_total_flops() // 2
+    with undisturbed(model), torch.no_grad(), unfused_kernels(), Meter() as meter:
+        run(model.eval(), inputs)
+    return meter.macs
 
 
 def count_activation_bytes(model: nn.Module, inputs: Any) -> int:
@@ -73,10 +72,8 @@ def count_activation_bytes(model: nn.Module, inputs: Any) -> int:
     Raises:
         UsageError: it fails.
     """
-    with undisturbed(model), torch.enable_grad(), unfused_kernels():
-        model.train()
-        with Meter() as meter:
-            run(model, inputs)
+    with undisturbed(model), torch.enable_grad(), unfused_kernels(), Meter() as meter:
+        run(model.train(), inputs)
     return meter.bytes
 
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
 from recon.branch_plan import BranchPlan, Mode
-from recon.budget import Chooser
+from recon.budget import Chooser, take
 from recon.conflict_map import ConflictMap
 from recon.cost_model import CostModel
 from recon.errors import PlanError
@@ -40,6 +40,11 @@ class Choice:
     reason: str
     scores: Mapping[str, int]
     parted: Mapping[str, int]
+
+    def __str__(self) -> str:
+        chosen = self.plan.layers
+        of = f" of {len(self.scores)} shared layers" if set(chosen) <= set(self.scores) else " layers"
+        return f"{len(chosen)}{of}: {self.reason}"
 
     @property
     def covered(self) -> float:
@@ -89,7 +94,8 @@ def plan(
         like: choose as many parameters as this plan adds, by `select`: a control for it.
         select: the order in which layers are taken. `top` is by score. The others are controls: `random`; the `first`
             or the `last` in model order; the `norms` by score, all of them if nothing else is said. With a budget or
-            `like`, each layer in this order that still fits is taken.
+            `like`, as many as fit are taken: `random` and `norms` pass over a layer that does not, `first` and `last`
+            end before it.
         groups: `"per-task"`, one copy a task; a number of groups, the same in every layer; `"conflict"`, tasks that
             rarely conflict in a layer share it; or a list of groups. They nest: see `recon.grouping.partitions`.
         threshold: S of the scores; the map's own when not given.
@@ -118,7 +124,7 @@ def plan(
         raise PlanError(f"The costs in {budget} are counted on a batch of inputs. Pass it: example_inputs=...")
     costs = None if budget is None else CostModel(model, tasks, example_inputs)
     choice = choose(found, model, selection, tasks, groups=groups, threshold=threshold, costs=costs)
-    logger.info("Branched layers: %s.", choice.reason)
+    logger.info("%s.", choice)
     return choice.plan
 
 
@@ -182,12 +188,12 @@ def _names(
         return holding_share(cmap, selection.share, threshold), reason
     order = selection.order(cmap, model, threshold)
     if selection.like is not None:
-        return _at_parameters_of(selection.like, order, split, model), reason
+        return _at_parameters_of(selection.like, order, selection.skips, split, model), reason
     if selection.budget is not None:
         assert costs is not None
         chooser = Chooser(costs, split, parted)
         if selection.select != "top":
-            return chooser.fill(order, selection.budget), reason
+            return chooser.fill(order, selection.budget, selection.skips), reason
         greedy = "" if chooser.is_exact else ", as far as found greedily: the model's forward could not be traced"
         return chooser.best(selection.budget), reason + greedy
     if selection.top_k is None:
@@ -197,21 +203,21 @@ def _names(
 
 
 def _at_parameters_of(
-    like: BranchPlan, order: Sequence[str], split: Mapping[str, Partition], model: nn.Module
+    like: BranchPlan, order: Sequence[str], skip: bool, split: Mapping[str, Partition], model: nn.Module
 ) -> list[str]:
-    """Each layer of `order` that adds no more parameters than are left of what `like` adds."""
+    """As many layers of `order` as add no more parameters than `like` does."""
     sizes = {layer.name: layer.size for layer in find_layers(model)}
-    left = sum(sizes[name] * (len(partition.groups) - 1) for name, partition in like.on(model).layers.items())
-    chosen = []
-    for name in order:
-        added = sizes[name] * (len(split[name].groups) - 1)
-        if added <= left:
-            chosen.append(name)
-            left -= added
+
+    def added(partitions: Mapping[str, Partition], names: Iterable[str]) -> int:
+        return sum(sizes[name] * (len(partitions[name].groups) - 1) for name in names)
+
+    given = like.on(model).layers
+    limit = added(given, given)
+    chosen = take(order, lambda names: added(split, names) <= limit, skip)
     if not chosen:
         raise PlanError(
-            "Every layer that could be chosen has more parameters than the plan in like=... adds. Choose by another "
-            "select, or by top_k."
+            f"The plan in like=... adds {limit:,} parameters, and {order[0]!r}, the first in line, alone adds "
+            f"{added(split, order[:1]):,}. Choose by another select, or by top_k."
         )
     return chosen
 

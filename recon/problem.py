@@ -80,6 +80,8 @@ class Problem:
             optimizer step; the learning rate stays as it is when not given.
         epochs: how long a normal training runs, unless the user says otherwise.
         description: one line for `recon problems`.
+        example_inputs: gives a few inputs, of any values, without reading the data: costs are counted on them. The
+            first batch of the train loader serves where it is not given.
     """
 
     name: str
@@ -90,6 +92,7 @@ class Problem:
     make_scheduler: Callable[[Optimizer, int], LRScheduler] | None = None
     epochs: int = 10
     description: str = ""
+    example_inputs: Callable[[], Any] | None = None
 
     def __post_init__(self) -> None:
         odd = [task for task in self.tasks if not isinstance(task, Task)]

@@ -26,7 +26,7 @@ _ORDERS = {
     "random": "at random",
     "first": "from the first on",
     "last": "from the last back",
-    "norms": "of the norms by score",
+    "norms": "norms by score",
 }
 
 
@@ -73,6 +73,11 @@ class Selection:
         return others + ["auto"] * self.auto + ["/".join(budget)] * bool(budget)
 
     @property
+    def skips(self) -> bool:
+        """Whether a layer that does not fit is passed over: not by `first` and `last`, which take one end."""
+        return self.select not in ("first", "last")
+
+    @property
     def budget(self) -> Budget | None:
         """What the plan may cost, where that decides.
 
@@ -106,17 +111,17 @@ class Selection:
         return {"top": ranking, "first": shared, "last": shared[::-1]}[self.select]
 
     def describe(self) -> str:
-        """How the layers are chosen, in a few words; of `auto`, `sure_layers` tells more."""
+        """How the layers are chosen, in a few words: "4 layers: ..."; of `auto`, `sure_layers` tells more."""
         how = _ORDERS[self.select] + (f" (seed {self.seed})" if self.select == "random" else "")
         if self.layers is not None:
             return f"named by {self.layers!r}" if isinstance(self.layers, str) else "named"
         if self.like is not None:
-            return f"{how}, as many parameters as {len(self.like.layers)} given layers add"
+            return f"{how}, within the parameters that {len(self.like.layers)} given layers add"
         if self.share is not None:
             return f"the fewest layers that hold {100 * self.share:g} % of all conflict"
         if self.budget is not None:
             return f"the most conflict within {self.budget}" if self.select == "top" else f"{how}, within {self.budget}"
-        return "all shared norms" if self.top_k is None else f"{self.top_k} layers {how}"
+        return "all norms" if self.top_k is None else how
 
 
 def checked_k(k: int, available: Sequence[str], what: str = "shared layers") -> int:
@@ -175,7 +180,7 @@ def sure_layers(cmap: ConflictMap) -> tuple[list[str], str]:
     left_out = [name for name in cmap.ranking() if sure[name] < _SURE]
     at_cut = [(chosen[-1], "the last is"), *[(name, "the next would be") for name in left_out[:1]]]
     cut = "; ".join(f"{what} {name} ({scores[name]}, {100 * sure[name]:.0f} %)" for name, what in at_cut)
-    return chosen, f"{len(chosen)} of {len(scores)} shared layers conflict {rule}; {cut}"
+    return chosen, f"they conflict {rule}; {cut}"
 
 
 def matching(pattern: str, names: Sequence[str]) -> list[str]:

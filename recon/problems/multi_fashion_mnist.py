@@ -95,6 +95,7 @@ def multi_fashion_mnist(data_root: str | Path | None = None, train_samples: int 
         make_scheduler=_scheduler,
         epochs=120,
         description=descriptions()[NAME],
+        example_inputs=lambda: torch.zeros(8, 1, CANVAS, CANVAS),
     )
 
 
