@@ -127,13 +127,13 @@ class Bench:
         seeds: how often each is trained.
         budget: of the multiply-adds.
         controls: what the controls have in common with the plans.
-        map_path: where the conflict map is, or goes.
+        out: the file of the results; the conflict map is, or goes, beside it.
     """
 
-    def __init__(self, study: Study, seeds: int, budget: float, controls: Sequence[str], map_path: Path) -> None:
+    def __init__(self, study: Study, seeds: int, budget: float, controls: Sequence[str], out: Path) -> None:
         self.study, self.seeds, self.budget, self.controls = study, seeds, budget, controls
-        self.map_path = map_path
         self.problem = study.problem()
+        self.map_path = out.with_suffix(f".{self.problem.name}.map.json")
 
     @cached_property
     def batch(self) -> Any:
@@ -335,7 +335,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         given = {o: getattr(args, o) for o in ("epochs", "profile_epochs", "train_samples", "backbone", "data_root")}
         study = replace(STUDIES[name], **{option: value for option, value in given.items() if value is not None})
         entry = ledger.of(study)
-        bench = Bench(study, args.seeds, args.budget, args.controls, args.out.with_suffix(f".{name}.map.json"))
+        bench = Bench(study, args.seeds, args.budget, args.controls, args.out)
         jobs = bench.missing(entry["runs"])[:left]
         left = None if left is None else left - len(jobs)
         for number, (variant, seed, run) in enumerate(trained(study, jobs, args.workers), start=1):

@@ -67,7 +67,9 @@ def test_budgets_that_nothing_exceeds_or_nothing_fits_are_left_out(setting):
 
 def test_optimal_points_are_those_that_none_beats(setting):
     found, model, costs = setting
-    points = frontier(found, model, costs, chosen=choose(found, model, Selection(layers=[*SHARED, "blocks.2.conv1"]), TASKS))
+    points = frontier(
+        found, model, costs, chosen=choose(found, model, Selection(layers=[*SHARED, "blocks.2.conv1"]), TASKS)
+    )
     marks = np.array([[p.covered, -p.parameters_ratio, -p.macs_ratio] for p in points])
     beaten = [bool(((marks >= mark).all(axis=1) & (marks > mark).any(axis=1)).any()) for mark in marks]
     assert [point.optimal for point in points] == [not is_beaten for is_beaten in beaten]
