@@ -160,7 +160,8 @@ class CostModel:
         for value, path in self._places:
             number = training[value]
             if number != SHARED:
-                runs[path] = partitions.meet([number], runs.get(path, SHARED))
+                known = runs.get(path, number)
+                runs[path] = number if known == number else partitions.overlay(known, number)
         return parameters, macs, made, {p: partitions[number] for p, number in runs.items() if sizes[number] > 1}
 
     def _measure(self, layers: Mapping[str, Partition]) -> tuple[int, int, int, dict[str, Partition]]:

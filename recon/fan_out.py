@@ -28,6 +28,7 @@ class Partitions:
         self._numbers = {self._all[SHARED]: SHARED}
         self._refined: dict[tuple[int, int], int] = {}
         self._restricted: dict[tuple[int, Group], int] = {}
+        self._overlaid: dict[tuple[int, int], int] = {}
         self._split: dict[tuple[int, int], int] = {}
         self.sizes = [1]
 
@@ -77,6 +78,18 @@ class Partitions:
         found = self._restricted.get((number, tasks))
         if found is None:
             found = self._restricted[number, tasks] = self.number(self._all[number].restrict(tasks))
+        return found
+
+    def overlay(self, one: int, other: int) -> int:
+        """The partition of the tasks that either covers, into those which agree on both."""
+        found = self._overlaid.get((one, other))
+        if found is None:
+            labels, more = self._all[one].label_of, self._all[other].label_of
+            tasks = [task for task in self._all[SHARED].tasks if task in labels or task in more]
+            groups: dict[tuple[int | None, int | None], list[str]] = {}
+            for task in tasks:
+                groups.setdefault((labels.get(task), more.get(task)), []).append(task)
+            found = self._overlaid[one, other] = self.number(Partition.of_groups(groups.values(), tasks))
         return found
 
     def split(self, before: int, after: int) -> int:
