@@ -8,13 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 from recon.errors import UsageError
 from recon_cli.outputs import check_file
+from recon_cli.selectors import groups_of, surgery_name
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from recon import BranchPlan
     from recon.cost_model import CostModel
-    from recon.grouping import Groups
     from recon.matching import Match
     from recon.planning import Choice
     from recon_cli.parsing import Parser
@@ -53,31 +52,39 @@ def check_pictures(args: argparse.Namespace) -> None:
         check_file(path, _PNG)
 
 
-def show_frontier(
-    args: argparse.Namespace, found: Match, model: nn.Module, costs: CostModel, groups: Groups, chosen: Choice
+def show_pictures(
+    args: argparse.Namespace, model: nn.Module, found: Match | None, costs: CostModel, choice: Choice, samples: int
 ) -> tuple[list[str], dict[str, Any]]:
-    """The frontier as lines of text and as plain values, drawn if a file is named; nothing without --frontier."""
-    if args.frontier is None:
-        return [], {}
-    from recon.frontier import frontier, frontier_table
+    """What --frontier and --picture ask for: lines of text and plain values; pictures are saved.
 
-    points = frontier(found, model, costs, groups=groups, threshold=args.threshold, chosen=chosen)
-    lines = ["", frontier_table(points)]
-    if args.frontier != _TABLE_ALONE:
-        from recon.frontier_picture import draw_frontier  # late: it imports matplotlib
+    Args:
+        args: of the command line.
+        model: the unbranched model.
+        found: the map, matched to the model.
+        costs: of the model.
+        choice: the chosen plan.
+        samples: how many the costs' example inputs are.
+    """
+    lines: list[str] = []
+    data: dict[str, Any] = {}
+    pictures: list[Path] = []
+    if args.frontier is not None and found is not None:
+        from recon.frontier import frontier, frontier_table  # late: it imports torch
 
-        draw_frontier(points, args.frontier)
-        lines.append(f"Saved {args.frontier}.")
-    return lines, {"frontier": [point.as_dict() for point in points]}
+        points = frontier(found, model, costs, groups=groups_of(args), threshold=args.threshold, chosen=choice)
+        lines += ["", frontier_table(points)]
+        data["frontier"] = [point.as_dict() for point in points]
+        if args.frontier != _TABLE_ALONE:
+            from recon.frontier_picture import draw_frontier  # late: it imports matplotlib
 
+            draw_frontier(points, args.frontier)
+            pictures.append(args.frontier)
+    if args.picture is not None:
+        from recon.network_picture import draw_network  # late: it imports matplotlib
 
-def show_network(
-    args: argparse.Namespace, costs: CostModel, plan: BranchPlan, title: str, samples: int
-) -> tuple[list[str], dict[str, Any]]:
-    """Draw the network if --picture asks for it, and say so."""
-    if args.picture is None:
-        return [], {}
-    from recon.network_picture import draw_network  # late: it imports matplotlib
-
-    draw_network(costs, plan.layers, args.picture, title, samples)
-    return [f"Saved {args.picture}."], {"picture": str(args.picture)}
+        title = f"{args.problem}, {surgery_name(args, choice.plan)}"
+        draw_network(costs, choice.plan.layers, args.picture, title, samples)
+        pictures.append(args.picture)
+    if pictures:
+        lines += ["", f"Saved {' and '.join(map(str, pictures))}."]
+    return lines, {**data, "pictures": [str(path) for path in pictures]}
