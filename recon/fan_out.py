@@ -192,7 +192,7 @@ class FanOut:
             inputs = meet([values[i] for i in step.inputs], around)
             if sizes[inputs] > sizes[around]:
                 arriving.add(step.path)
-            if step.path in only:
+            if step.path in only and inputs != around:  # what has not fanned out is not restricted
                 mine = only[step.path]
                 served = mine if served is None else tuple(task for task in served if task in mine)
             own = [parameters[i] for i in self._of_module.get(step.path, ())]
