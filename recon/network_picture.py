@@ -85,7 +85,7 @@ class _Drawing:
         figure = Figure(figsize=(_WIDTH, height))
         self.axes = figure.add_axes((0, 0, 1, 1), xlim=(0, _WIDTH), ylim=(height, 0))
         self.axes.axis("off")
-        self._text(0.15, 0.22, title, size=11, weight="bold")
+        self._text(0.15, 0.22, _shortened(title, 72), size=11, weight="bold")
         self._text(0.15, 0.46, subtitle, size=8)
         self._legend(0.72)
         if self.most_macs:
