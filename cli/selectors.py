@@ -117,7 +117,7 @@ def choose(
     from recon.layers import find_layers
     from recon.selectors import Selection, matching
 
-    tasks, groups = problem.task_names, _groups(args)
+    tasks, groups = problem.task_names, groups_of(args)
     if found is None:
         names = args.layers or matching(args.matching, [layer.name for layer in find_layers(model)])
         plan = recon.BranchPlan.per_task(names, tasks)
@@ -195,7 +195,8 @@ def _flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-def _groups(args: argparse.Namespace) -> Groups:
+def groups_of(args: argparse.Namespace) -> Groups:
+    """What --groups says, as `recon.plan` takes it."""
     words: Sequence[str] = args.groups
     if len(words) > 1 or "+" in words[0]:
         return [word.split("+") for word in words]

@@ -12,6 +12,7 @@ from recon import problems
 from recon.tables import short_number, text_table
 from recon_cli.map_fit import fit_data, fit_line, match_map
 from recon_cli.parsing import Report, add_problem, add_verb, problem_arguments, problem_options, seed
+from recon_cli.plan_pictures import add_picture_options, check_pictures, show_pictures
 from recon_cli.renames import renames
 from recon_cli.selectors import (
     add_selection_options,
@@ -47,18 +48,21 @@ def add_parser(verbs: Verbs) -> None:
         recon plan digits --map map.json --max-macs 1.25
         recon plan digits --map map.json --max-params 1.05 --max-macs 1.5
         recon plan digits --map map.json --auto
+        recon plan digits --map map.json --max-macs 1.25 --frontier frontier.png --picture network.png
         recon plan tox21.py:problem --map map.json --share 0.5 --groups 3
         """,
-        "Nothing is written. `recon convert` takes the same options and branches the layers.",
+        "Nothing is written but the pictures. `recon convert` takes the same options and branches the layers.",
     )
     add_problem(parser)
     add_selection_options(parser)
+    add_picture_options(parser)
     parser.add_argument("--seed", type=seed, default=0, help="of --select random (default: 0)")
 
 
 def run(args: argparse.Namespace) -> Report:
     """Choose, count and show."""
     check_selection(args)
+    check_pictures(args)
     cmap = recon.ConflictMap.load(args.map) if args.map else None
     problem = problems.get(args.problem, **problem_options(args))
     from recon.cost_model import CostModel  # late: these import torch
@@ -71,7 +75,8 @@ def run(args: argparse.Namespace) -> Report:
     costs = CostModel(model, problem.task_names, inputs)
     choice = choose(args, problem, model, found, costs)
     kinds = {layer.name: layer.kind for layer in find_layers(model)}
-    return _report(args, choice, found, costs, samples, kinds)
+    shown = show_pictures(args, model, found, costs, choice, samples)
+    return _report(args, choice, found, costs, samples, kinds, shown)
 
 
 def _report(
@@ -81,6 +86,7 @@ def _report(
     costs: CostModel,
     samples: int,
     kinds: dict[str, str],
+    shown: tuple[list[str], dict[str, Any]],
 ) -> Report:
     layers, runs = _layers(choice, kinds), costs.of(choice.plan.layers).runs
     table = _costs(choice, costs, samples)
@@ -96,6 +102,7 @@ def _report(
         "",
         _cost_table(table),
         f"{len(runs)} modules run once per group. {_how(costs)}",
+        *shown[0],
         "",
         "Next, branch them:",
         f"  {shlex.join(next_command)}",
@@ -111,6 +118,7 @@ def _report(
         "runs_per_group": {path: partition.groups for path, partition in runs.items()},
         "traced": costs.traced,
         "unsupported": costs.unsupported,
+        **shown[1],
     }
     return Report("\n".join(text), data)
 

@@ -37,7 +37,7 @@ def heatmap(cmap: ConflictMap, path: str | Path, branched: Sequence[str] = ()) -
     if branched:
         axes.set_xlabel(f"▸ branched: {len(branched)} of {len(names)} shared layers", fontsize=8)
     figure.colorbar(image, label="% of steps and task pairs")
-    _save(figure, path)
+    save_picture(figure, path)
 
 
 def before_after(before: Mapping[str, float], after: Mapping[str, float], path: str | Path) -> None:
@@ -63,7 +63,7 @@ def before_after(before: Mapping[str, float], after: Mapping[str, float], path: 
     axes.set_xlabel("% of steps with conflicting gradients (cos < 0)")
     axes.set_title("Layers that stay shared", fontsize=10)
     axes.legend(fontsize=8, loc="lower right")
-    _save(figure, path)
+    save_picture(figure, path)
 
 
 def weights_over_steps(records: Sequence[Mapping[str, Any]], tasks: Sequence[str], path: str | Path) -> None:
@@ -89,8 +89,13 @@ def weights_over_steps(records: Sequence[Mapping[str, Any]], tasks: Sequence[str
     axes.set_title("Task weights", fontsize=10)
     if len(tasks) <= _NAMED:
         axes.legend(fontsize=8)
-    _save(figure, path)
+    save_picture(figure, path)
 
 
-def _save(figure: Figure, path: str | Path) -> None:
+def save_picture(figure: Figure, path: str | Path) -> None:
+    """Write a figure as PNG, atomically.
+
+    Raises:
+        UsageError: the path cannot be written.
+    """
     write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=130, format="png"))
