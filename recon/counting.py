@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from recon.batches import call
 from recon.dry_run import run
 from recon.undisturbed import undisturbed
 from recon.watch import storage_of
@@ -56,13 +57,9 @@ def byte_size(tensor: Tensor) -> int:
 
 
 def count_macs(model: nn.Module, inputs: Any) -> int:
-    """The multiply-adds of convolutions and matrix products in one forward in evaluation mode.
-
-    Raises:
-        UsageError: it fails.
-    """
+    """The multiply-adds of convolutions and matrix products in one forward in evaluation mode."""
     with undisturbed(model), torch.no_grad(), unfused_kernels(), Meter() as meter:
-        run(model.eval(), inputs)
+        call(model.eval(), inputs)
     return meter.macs
 
 

@@ -22,6 +22,7 @@ from recon.planning import BranchPlan
 from recon.surgery import convert
 from recon.undisturbed import undisturbed
 from tests import oracle
+from tests.scripting import script
 from tests.zoo import TASKS, ZOO, PlainConv, image, vector
 
 PER_TASK = Partition.per_task(TASKS)
@@ -288,7 +289,7 @@ class Scripted(PastPython):
 
     def __init__(self):
         super().__init__()
-        self.hidden = torch.jit.script(nn.Sequential(nn.Linear(4, 4), nn.Tanh()))
+        self.hidden = script(nn.Sequential(nn.Linear(4, 4), nn.Tanh()))
 
     def forward(self, x):
         x = self.last(self.hidden(self.first(x)))

@@ -12,6 +12,7 @@ from recon.errors import PlanError
 from recon.surgery import convert, extract_task, plan_of
 from recon.views import ByTask
 from tests import oracle
+from tests.scripting import script
 from tests.test_fan import CANNOT_WORK, Statement
 from tests.test_surgery import check_both_modes, check_through_training, seed_of, sgd_steps
 from tests.zoo import TASKS, ZOO, PlainConv, image, vector
@@ -107,7 +108,7 @@ class Decides(nn.Module):
     def __init__(self):
         super().__init__()
         self.body, self.norm = nn.Linear(6, 4), nn.BatchNorm1d(4)
-        self.scripted = torch.jit.script(nn.Linear(4, 4))
+        self.scripted = script(nn.Linear(4, 4))
 
     def forward(self, x):
         x = self.body(x)

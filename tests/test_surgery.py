@@ -14,6 +14,7 @@ from recon.partition import Partition
 from recon.surgery import convert, extract_task, plan_of
 from recon.verification import verify
 from tests import oracle
+from tests.scripting import script
 from tests.zoo import TASKS, ZOO, Entry, PlainConv, ResidualNet, SomeTasksOnly, image, vector
 
 
@@ -453,7 +454,7 @@ def test_buffers_and_modules_that_take_no_part():
             self.register_buffer("mixing", torch.eye(5).to_sparse())
             self.register_buffer("expanded", torch.arange(5.0).expand(3, 5))
             self.register_buffer("nothing", None)
-            self.scripted = torch.jit.script(nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)))
+            self.scripted = script(nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)))
 
         def forward(self, x):
             x = self.body(self.scripted(x)).mean((2, 3))
@@ -537,7 +538,7 @@ def test_a_scripted_child_is_copied_with_its_parameters():
     class Net(nn.Module):
         def __init__(self):
             super().__init__()
-            self.scripted, self.body = torch.jit.script(nn.Linear(6, 6)), nn.Linear(6, 4)
+            self.scripted, self.body = script(nn.Linear(6, 6)), nn.Linear(6, 4)
 
         def forward(self, x):
             return dict.fromkeys(TASKS, self.body(self.scripted(x)))
