@@ -26,6 +26,8 @@ bench: $(READY)
 	$(BIN)/python benchmarks/profile_step.py
 	$(BIN)/python benchmarks/branched_step.py
 	$(BIN)/python benchmarks/until_stable.py
+	$(BIN)/python benchmarks/method_step.py
+	$(BIN)/python benchmarks/plan_costs.py
 
 models: $(READY)
 	$(BIN)/python -m tests.families
