@@ -100,6 +100,9 @@ def backward(
         jacobian = task_jacobian(losses, parameters, workspace, model.buffers())
         if recorder is not None:
             recorder.observe(jacobian)
+        aggregator = method.aggregator if isinstance(method, Composition) else method
+        if aggregator.needs_losses:
+            aggregator.observe_losses(average_losses(losses, jacobian.tasks, parameters[0].device))
         if isinstance(method, Composition):
             return _apply_composition(method, losses, jacobian)
         return _apply_aggregator(method, jacobian)

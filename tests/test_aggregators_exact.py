@@ -261,3 +261,22 @@ def test_pe_ltr_refuses_bounds_that_do_not_fit():
         methods.get("pe-ltr", bound=0.4).setup(("seg", "depth", "normal"))
     with pytest.raises(UsageError, match="one bound for each of 2 tasks"):
         methods.get("pe-ltr", bounds="0.1/0.2/0.1")(gradients("random", 2))
+
+
+@pytest.mark.parametrize("normalize", ["loss", "loss+"])
+def test_mgda_divides_by_the_losses(normalize):
+    J = gradients("unequal", 3)
+    losses = torch.tensor([0.5, 2.0, 30.0], dtype=torch.float64)
+    method = methods.get("mgda", normalize=normalize)
+    method.setup(("a", "b", "c"))
+    with pytest.raises(UsageError, match="has not been told the loss of 'a'"):
+        method.weights(J @ J.T)
+    method.observe_losses(dict(zip("abc", losses, strict=True)))
+    divisors = losses * J.norm(dim=1) if normalize == "loss+" else losses
+    divided = J / divisors[:, None]
+    expected = methods.get("mgda").weights(divided @ divided.T)  # itself checked against its optimality conditions
+    torch.testing.assert_close(method.weights(J @ J.T), expected)
+    two = methods.get("mgda").weights((divided @ divided.T)[1:, 1:])
+    torch.testing.assert_close(method.weights((J @ J.T)[1:, 1:], tasks=["b", "c"]), two)
+    with pytest.raises(UsageError, match=r"above 0; those of \['b'\] are not"):
+        method.observe_losses({"a": torch.tensor(1.0), "b": torch.tensor(0.0)})

@@ -8,7 +8,7 @@ import pytest
 import recon
 
 FEW = "--train-samples 256 --epochs 2"  # two steps an epoch: methods that compare epochs have something to compare
-COMPOSED = ["uw+pcgrad", "dwa:temperature=1+graddrop:leak=0.1", "famo+excessmtl"]
+COMPOSED = ["uw+pcgrad", "dwa:temperature=1+graddrop:leak=0.1", "famo+excessmtl", "mgda:normalize=loss+"]
 
 
 @pytest.fixture(scope="module")

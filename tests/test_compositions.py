@@ -167,3 +167,9 @@ def test_what_is_no_composition_is_refused(make, name, error, said):
 def test_a_composition_is_no_part_of_another():
     with pytest.raises(UsageError, match=r"'uw\+pcgrad' \(aggregator\)"):
         Composition(methods.get("dwa"), methods.get("uw+pcgrad"))
+
+
+def test_a_plus_at_the_end_is_an_options():
+    alone, composed = methods.parse("mgda:normalize=loss+"), methods.parse("uw+mgda:normalize=loss+")
+    assert alone.normalize == composed.aggregator.normalize == "loss+"
+    assert composed.weighting.name == "uw"

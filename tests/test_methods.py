@@ -113,7 +113,7 @@ def test_unknown_method_gets_the_nearest_name(find):
         ("stch", {"reference": [0, math.inf]}, "references must be finite numbers, .* one is inf"),
         ("famo", {"lr": math.nan}, "must be positive and finite, but got nan"),
         ("famo", {"weight_decay": -1}, "at least 0, but got -1"),
-        ("mgda", {"normalize": "loss"}, "must be 'none' or 'l2', but got 'loss'"),
+        ("mgda", {"normalize": "max"}, r"must be one of none, l2, loss, loss\+, but got 'max'"),
         ("graddrop", {"leak": 1.5}, "from 0 to 1, but got 1.5"),
         ("gradvac", {"beta": -0.5}, "from 0 to 1, but got -0.5"),
         ("fairgrad", {"alpha": 0}, "from 0.1 to 10, but got 0"),

@@ -180,7 +180,19 @@ class Aggregator(Method):
 
     This class is for those that need the gradients themselves; most need only their Gramian, see
     `GramianAggregator`.
+
+    Attributes:
+        needs_losses: whether `observe_losses` must be called in every step.
     """
+
+    needs_losses: bool = False
+
+    def observe_losses(self, losses: Mapping[str, Tensor]) -> None:
+        """Takes note of the step's losses, where `needs_losses`, before the gradients are combined.
+
+        Args:
+            losses: `{task: scalar loss}`, detached, of the tasks that take part.
+        """
 
     def combine(self, J: Tensor, tasks: Sequence[str] | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         """The update of a step in which some tasks may be absent.

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from torch import Tensor
 
 from recon.errors import UsageError
 from recon.methods._solvers import factor, min_norm_weights, unit_gramian
 from recon.methods.registry import register
 from recon.methods.solved import Array, SolvedAggregator
+
+_NORMALIZATIONS = ("none", "l2", "loss", "loss+")
 
 
 @register(
@@ -23,19 +28,45 @@ class MGDA(SolvedAggregator):
     exactly: the usual Frank-Wolfe iteration stops far from the optimum where gradients differ in length.
 
     Args:
-        normalize: "l2" finds the weights for the gradients divided by their norms, and then applies them to the
-            gradients as they are, as Sener and Koltun's code does; without it, the shortest gradient gets most of the
-            weight. (The code's other forms divide by the losses, which an aggregator does not see.)
+        normalize: what the gradients are divided by to find the weights, which are then applied to the gradients as
+            they are, as in Sener and Koltun's code: "l2", their norms; "loss", the losses; "loss+", both. Without it,
+            the shortest gradient gets most of the weight.
 
     Raises:
-        UsageError: `normalize` is neither "none" nor "l2".
+        UsageError: `normalize` is none of these; with "loss" or "loss+", a loss is not above 0.
     """
 
     def __init__(self, normalize: str = "none") -> None:
         super().__init__()
-        if normalize not in ("none", "l2"):
-            raise UsageError(f"MGDA's normalize must be 'none' or 'l2', but got {normalize!r}.")
+        if normalize not in _NORMALIZATIONS:
+            raise UsageError(f"MGDA's normalize must be one of {', '.join(_NORMALIZATIONS)}, but got {normalize!r}.")
         self.normalize = normalize
+        self.needs_losses = normalize in ("loss", "loss+")
+        self._losses: dict[str, float] = {}
+
+    def observe_losses(self, losses: Mapping[str, Tensor]) -> None:
+        """See `Aggregator.observe_losses`."""
+        self._losses = {task: float(loss) for task, loss in losses.items()}
+        bad = [task for task, loss in self._losses.items() if not loss > 0]
+        if bad:
+            raise UsageError(
+                f"MGDA with normalize={self.normalize!r} divides by losses that are above 0; those of {bad} are not. "
+                "Take normalize='l2'."
+            )
 
     def _solve(self, G: Array, positions: Sequence[int]) -> Array:
-        return len(G) * min_norm_weights(factor(unit_gramian(G) if self.normalize == "l2" else G))
+        if self.normalize in ("l2", "loss+"):
+            G = unit_gramian(G)
+        if self.needs_losses:
+            losses = np.array([self._loss(position) for position in positions])
+            G = G / np.outer(losses, losses)
+        return len(G) * min_norm_weights(factor(G))
+
+    def _loss(self, position: int) -> float:
+        task = self.tasks[position] if self.tasks else str(position)
+        if task not in self._losses:
+            raise UsageError(
+                f"MGDA with normalize={self.normalize!r} has not been told the loss of {task!r}: call observe_losses "
+                "before. recon.backward does."
+            )
+        return self._losses[task]
