@@ -11,7 +11,7 @@ from recon.methods import registry
 from recon.methods.base import Method
 from recon.methods.composition import compose
 
-_JOINT = re.compile(r"\+(?=[^\W\d]|[./~\\])")  # the plus of uw+pcgrad, not those of 1e+2 and normalize=loss+
+_JOINT = re.compile(r"\+(?=\s*(?:[^\W\d]|[./~\\]))")  # the plus of uw+pcgrad, not those of 1e+2 and normalize=loss+
 # Options have a '=' where the name of a function has none; a Windows path has a colon of its own.
 _OWN = re.compile(r"(?P<target>.+?\.py|[^:=]+):(?P<name>[^\W\d]\w*)(?::(?P<options>.*))?")
 
