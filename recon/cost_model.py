@@ -170,12 +170,8 @@ class CostModel:
         if layers:
             model = convert(model, BranchPlan(self.tasks, layers), self._inputs)
             runs = {**(plan_of(model).statistics or {}), **layers}
-        return (
-            count_parameters(model.parameters()),
-            count_macs(model, self._inputs),
-            count_activation_bytes(model, self._inputs),
-            runs,
-        )
+        activation_bytes = count_activation_bytes(model, self._inputs)  # first: it says so if the inputs do not fit
+        return count_parameters(model.parameters()), count_macs(model, self._inputs), activation_bytes, runs
 
     @cached_property
     def graph(self) -> DiGraph:
