@@ -62,10 +62,9 @@ def add_parser(verbs: Verbs) -> None:
     parser.add_argument(
         "--threshold",
         type=threshold,
-        default=-0.1,
         metavar="S",
-        help="a conflict is a cosine below S, a multiple of 0.01 in (-1, 0] (default: -0.1); the map answers for "
-        "every other S too",
+        help="a conflict is a cosine below S, a multiple of 0.01 in (-1, 0] (default: the problem's own, else -0.1); "
+        "the map answers for every other S too",
     )
     parser.add_argument("--method", default="joint", help=f"{METHOD} (default: joint)")
     add_training_options(parser)
@@ -120,6 +119,12 @@ def run(args: argparse.Namespace) -> Report:
     return _report(args, problem, cmap)
 
 
+def _threshold(args: argparse.Namespace, problem: Problem) -> float:
+    if args.threshold is not None:
+        return float(args.threshold)
+    return problem.search.threshold if problem.search else -0.1
+
+
 def _profile(args: argparse.Namespace, problem: Problem, device: torch.device, checkpoint: Path) -> ConflictMap:
     from recon.distributed import RankBatches  # late: these import torch
     from recon_cli import optimizers, workbench
@@ -151,7 +156,7 @@ def _profile(args: argparse.Namespace, problem: Problem, device: torch.device, c
         problem.losses,
         optimizer=optimizers.make_optimizer(problem, model, Recipe(lr=args.lr)),
         epochs=args.epochs,
-        threshold=args.threshold,
+        threshold=_threshold(args, problem),
         method=args.method,
         every=args.every,
         until_stable=args.until_stable,

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from recon.evaluation import delta_m, evaluate
     from recon.lowering import lower
     from recon.planning import plan
-    from recon.problem import Metric, Problem, Task
+    from recon.problem import Metric, Problem, Search, Task
     from recon.profiler import Profiler
     from recon.recorder import Recorder
     from recon.surgery import convert, extract_task
@@ -39,6 +39,7 @@ __all__ = [
     "Problem",
     "Profiler",
     "Recorder",
+    "Search",
     "Task",
     "Verification",
     "backward",
@@ -69,6 +70,7 @@ _HOME = {
     "Problem": "problem",
     "Profiler": "profiler",
     "Recorder": "recorder",
+    "Search": "problem",
     "Task": "problem",
     "Verification": "verification",
     "backward": "updates",

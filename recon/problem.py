@@ -62,6 +62,21 @@ class Task:
             raise ProblemError(f"Task {self.name!r} needs metrics with different names, but got {metrics}.")
 
 
+@dataclass(frozen=True)
+class Search:
+    """How to look for the layers that a problem branches: the settings of Recon's authors, or of one's own.
+
+    Args:
+        threshold: S, in (-1, 0], a multiple of 0.01.
+        top_k: how many layers are branched.
+        epochs: of the profile.
+    """
+
+    threshold: float
+    top_k: int
+    epochs: int
+
+
 def _adam(parameters: Iterable[nn.Parameter]) -> Optimizer:
     return torch.optim.Adam(parameters, lr=1e-3)
 
@@ -82,6 +97,7 @@ class Problem:
         description: one line for `recon problems`.
         example_inputs: gives a few inputs, of any values, without reading the data: costs are counted on them. The
             first batch of the train loader serves where it is not given.
+        search: which layers Recon's authors branch, and how they find them; None where they have no say.
     """
 
     name: str
@@ -93,6 +109,7 @@ class Problem:
     epochs: int = 10
     description: str = ""
     example_inputs: Callable[[], Any] | None = None
+    search: Search | None = None
 
     def __post_init__(self) -> None:
         odd = [task for task in self.tasks if not isinstance(task, Task)]

@@ -162,7 +162,7 @@ def test_the_learning_rate_falls_after_a_half_and_after_three_quarters(steps, ha
 
 
 def test_without_a_data_root_it_says_what_it_needs():
-    with pytest.raises(UsageError, match=r"--data-root DIR .* the folder that holds MNIST/raw and FashionMNIST/raw"):
+    with pytest.raises(UsageError, match=r"--data-root DIR .* MNIST/raw and FashionMNIST/raw"):
         get(NAME)
 
 

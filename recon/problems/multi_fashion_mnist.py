@@ -14,14 +14,15 @@ from torch import Tensor
 from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import MultiStepLR
 
-from recon.errors import ProblemError, UsageError, some
+from recon.errors import ProblemError, UsageError
 from recon.models import ResNet18
-from recon.problem import Batch, Problem, Task
+from recon.problem import Batch, Problem, Search, Task
 from recon.problems import descriptions
 from recon.problems.idx import missing_files, read_split
 from recon.problems.loading import TensorBatches, in_order, shuffled
 from recon.problems.metrics import accuracy
 from recon.problems.pareto_mtl import read_pickle
+from recon.problems.roots import open_root, require_files
 
 NAME = "multi-fashion-mnist"
 TASKS = ("digit", "fashion")
@@ -68,17 +69,12 @@ def multi_fashion_mnist(data_root: str | Path | None = None, train_samples: int 
             when the data are read).
         ProblemError: files are missing or, when they are read, damaged.
     """
-    if data_root is None:
-        raise UsageError(
-            f"{NAME} reads MNIST and Fashion-MNIST from disk. Pass --data-root DIR (data_root=DIR in Python), the "
-            "folder that holds MNIST/raw and FashionMNIST/raw."
-        )
+    root = open_root(NAME, data_root, _EXPECTED)
     if train_samples is not None and train_samples < BATCH:
         raise UsageError(
             f"{NAME} trains on batches of {BATCH} samples, so {train_samples} training samples are too few. Take at "
             f"least {BATCH}."
         )
-    root = Path(data_root).expanduser()
     _check_files(root)
     data = cache(lambda: _data(root, train_samples))  # a run asks for loaders several times
 
@@ -96,6 +92,7 @@ def multi_fashion_mnist(data_root: str | Path | None = None, train_samples: int 
         epochs=120,
         description=descriptions()[NAME],
         example_inputs=lambda: torch.zeros(8, 1, CANVAS, CANVAS),
+        search=Search(threshold=-0.1, top_k=25, epochs=40),
     )
 
 
@@ -105,11 +102,10 @@ def _scheduler(optimizer: Optimizer, steps: int) -> MultiStepLR:
 
 
 def _check_files(root: Path) -> None:
-    if not root.is_dir():
-        raise ProblemError(f"There is no folder {root} to read {NAME} from. {_EXPECTED}")
-    missing = [str(path.relative_to(root)) for source in SOURCES for path in missing_files(root / source / "raw")]
-    if missing and not (root / PICKLE).is_file():
-        raise ProblemError(f"{root} lacks files of {NAME}: {some(missing, 8)}. {_EXPECTED}")
+    if not (root / PICKLE).is_file():
+        require_files(
+            NAME, root, [path for source in SOURCES for path in missing_files(root / source / "raw")], _EXPECTED
+        )
 
 
 def _data(root: Path, train_samples: int | None) -> tuple[TensorBatches, TensorBatches]:
