@@ -85,11 +85,25 @@ def convert(
     draw_copies(branched, model, init, copies)
     form = _per_task_form if plan.mode == "per-task" else _fan_form
     branched = form(model, branched, plan, example_inputs)
+    if plan.statistics is None:
+        _tell_what_is_left_out(model, plan, example_inputs)
     if verify:
         from recon.verification import verify as check  # late: it asks plan_of in turn
 
         logger.info("%s", check(model, branched, example_inputs))
     return branched
+
+
+def _tell_what_is_left_out(model: nn.Module, plan: BranchPlan, example_inputs: Any) -> None:
+    with undisturbed(model), torch.no_grad():
+        others = [name for name in run(model.eval(), example_inputs) if name not in plan.tasks]
+    if others:
+        logger.warning(
+            "The model's output also has %s, which the branched model leaves out: the plan's tasks are %s. Make the "
+            "plan with all tasks to keep them.",
+            ", ".join(map(repr, others)),
+            ", ".join(map(repr, plan.tasks)),
+        )
 
 
 def _fan_form(model: nn.Module, branched: nn.Module, plan: BranchPlan, example_inputs: Any) -> nn.Module:

@@ -560,6 +560,23 @@ def test_an_output_that_lacks_a_task():
         convert(nn.Sequential(nn.Linear(6, 4)).double(), BranchPlan.per_task(["0"], TASKS), vector(2))
 
 
+def test_a_plan_for_some_of_the_tasks_tells_what_it_leaves_out(caplog):
+    class Three(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = nn.Linear(4, 4)
+
+        def forward(self, x):
+            return dict.fromkeys(("a", "b", "c"), self.body(x))
+
+    plan = BranchPlan.per_task(["body"], tasks=("a", "b"))
+    for mode in ("fan", "per-task"):
+        caplog.clear()
+        branched = convert(Three(), plan, torch.randn(8, 4), mode=mode)
+        assert list(branched(torch.randn(8, 4))) == ["a", "b"]
+        assert "also has 'c', which the branched model leaves out" in caplog.text
+
+
 def test_extract_from_a_plain_model_or_for_an_unknown_task():
     _, branched, _ = branch(ZOO["PlainConv"], "one", 0)
     with pytest.raises(PlanError, match="no task 'd' in this model"):
