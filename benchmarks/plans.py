@@ -4,7 +4,7 @@
     python benchmarks/plans.py --problems digits multi-fashion-mnist --data-root DATA --out plans.json
     python benchmarks/plans.py --out plans.json --runs 5                     # five more, then the table so far
 
-Digits take about ten minutes on two CPU cores, the other problem about twenty. Every training is kept in the file as
+Digits take about ten minutes on two CPU cores, the other problem about fifteen. Every training is kept in the file as
 soon as it is done, and is not done again. Recon branches as large a part of the shared layers as its authors do (25 of
 41), or more, up to where the multiply-adds have doubled. The controls are compared at Recon's K, at the budgeted
 plan's parameters, or within its budget (`--controls`); each seed has a random choice of its own. One profile, of seed
