@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from recon_cli.parsing import Parser
 
 _PNG = b"PNG"
-_TABLE_ALONE = Path()
+_FRONTIER, _NETWORK = Path("frontier.png"), Path("network.png")
 
 
 def add_picture_options(parser: Parser) -> None:
@@ -28,24 +28,33 @@ def add_picture_options(parser: Parser) -> None:
         "--frontier",
         type=Path,
         nargs="?",
-        const=_TABLE_ALONE,
+        const=_FRONTIER,
         metavar="FILE.png",
-        help="show what the plans of every K and of a series of budgets cover and cost, beside the chosen one; draw "
-        "them into a file, if one is named",
+        help=f"print and draw what the plans of every K and of a series of budgets cover and cost, beside the chosen "
+        f"one (default: {_FRONTIER}), and the branched network beside it ({_NETWORK}, unless --picture names another)",
     )
-    parser.add_argument("--picture", type=Path, metavar="FILE.png", help="draw the branched network")
+    parser.add_argument(
+        "--picture",
+        type=Path,
+        nargs="?",
+        const=_NETWORK,
+        metavar="FILE.png",
+        help=f"draw the branched network (default: {_NETWORK})",
+    )
 
 
 def check_pictures(args: argparse.Namespace) -> None:
-    """Refuse files that are not to be written, before any work is done.
+    """Name the pictures, and refuse files that are not to be written, before any work is done.
 
     Raises:
         UsageError: there is something else already, the folder takes no files, or there is no map for a frontier.
     """
     if args.frontier is not None and args.map is None:
         args.parser.error("--frontier needs --map MAP: it tells what the plans cover. `recon profile` makes one")
+    if args.frontier is not None and args.picture is None:
+        args.picture = args.frontier.with_name(_NETWORK.name)
     for option, path in (("--frontier", args.frontier), ("--picture", args.picture)):
-        if path is None or path == _TABLE_ALONE:
+        if path is None:
             continue
         if path.suffix.lower() != ".png":
             raise UsageError(f"{option} {path}: pictures are PNG files. Give a name that ends in .png.")
@@ -69,16 +78,14 @@ def show_pictures(
     data: dict[str, Any] = {}
     pictures: list[Path] = []
     if args.frontier is not None and found is not None:
-        from recon.frontier import frontier, frontier_table  # late: it imports torch
+        from recon.frontier import frontier, frontier_table  # late: these import torch and matplotlib
+        from recon.frontier_picture import draw_frontier
 
         points = frontier(found, model, costs, groups=groups_of(args), threshold=args.threshold, chosen=choice)
         lines += ["", frontier_table(points)]
         data["frontier"] = [point.as_dict() for point in points]
-        if args.frontier != _TABLE_ALONE:
-            from recon.frontier_picture import draw_frontier  # late: it imports matplotlib
-
-            draw_frontier(points, args.frontier)
-            pictures.append(args.frontier)
+        draw_frontier(points, args.frontier)
+        pictures.append(args.frontier)
     if args.picture is not None:
         from recon.network_picture import draw_network  # late: it imports matplotlib
 

@@ -48,7 +48,7 @@ def add_parser(verbs: Verbs) -> None:
         recon plan digits --map map.json --max-macs 1.25
         recon plan digits --map map.json --max-params 1.05 --max-macs 1.5
         recon plan digits --map map.json --auto
-        recon plan digits --map map.json --max-macs 1.25 --frontier frontier.png --picture network.png
+        recon plan digits --map map.json --max-macs 1.25 --frontier
         recon plan tox21.py:problem --map map.json --share 0.5 --groups 3
         """,
         "Nothing is written but the pictures. `recon convert` takes the same options and branches the layers.",

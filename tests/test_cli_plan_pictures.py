@@ -17,31 +17,36 @@ def is_png(path):
     return path.read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_frontier_as_a_table(command, files):
+def test_the_frontier_as_a_table_and_as_pictures(command, files):
     code, out, err = command(f"{PLAN} --frontier")
     assert code == 0, err
     chosen = [line for line in out.splitlines() if line.startswith(">")]
     assert len(chosen) == 1 and "top_k=2" in chosen[0] and "top_k=3" in out
-    assert not list(files.glob("*.png"))
-
-
-def test_both_pictures_are_saved_and_named(command, files):
-    code, out, err = command(f"{PLAN} --frontier frontier.png --picture network.png")
-    assert code == 0, err
     assert "Saved frontier.png and network.png." in out
     assert is_png(files / "frontier.png") and is_png(files / "network.png")
+
+
+def test_pictures_by_name(command, files):
+    (files / "out").mkdir()
+    code, out, err = command(f"{PLAN} --frontier out/a.png")
+    assert code == 0, err
+    assert is_png(files / "out" / "a.png") and is_png(files / "out" / "network.png")
+    code, out, err = command(f"{PLAN} --frontier a.png --picture b.png")
+    assert code == 0, err
+    assert "Saved a.png and b.png." in out
+    assert sorted(path.name for path in files.glob("*.png")) == ["a.png", "b.png"]
 
 
 def test_plain_values(ask):
     data = ask(f"{PLAN} --frontier")
     assert [point["selector"] for point in data["frontier"][:3]] == ["top_k=1", "top_k=2", "top_k=3"]
     assert [point["selector"] for point in data["frontier"] if point["chosen"]] == ["top_k=2"]
-    assert data["pictures"] == []
+    assert data["pictures"] == ["frontier.png", "network.png"]
     assert "frontier" not in ask(PLAN)
 
 
 def test_layers_by_name_can_be_drawn_without_a_map(ask, files):
-    data = ask("plan tiny.py:problem --layers mix --picture network.png")
+    data = ask("plan tiny.py:problem --layers mix --picture")
     assert data["pictures"] == ["network.png"] and is_png(files / "network.png")
 
 
