@@ -12,6 +12,8 @@ from recon.errors import UnknownNameError
 from recon_cli.parsing import problem_options
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from recon import Problem
 
 _OWN = "A backbone of your own is named path/to/file.py:function, where the function returns a module."
@@ -62,12 +64,17 @@ def _name(text: str) -> str:
     return f"{Path(target).resolve()}:{function}" if target.endswith(".py") else text
 
 
+def backbone_title(problem: Problem, model: nn.Module) -> str:
+    """What a conflict map calls the problem's network: recon's name of it, else that of its class."""
+    return problem.backbone if problem.backbone in models.__all__ else type(model).__name__
+
+
 def with_backbone(problem: Problem, name: str) -> Problem:
     """The problem with another network; the same problem if the name is empty.
 
     Raises:
-        UsageError: the backbone does not fit the problem, or there is no such function.
-        ProblemError: the user's code raised.
+        UsageError: the backbone does not fit the problem.
+        ProblemError: the problem's code raised.
     """
     if not name:
         return problem

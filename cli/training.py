@@ -170,9 +170,9 @@ class Training:
 
     def _fit(self, run: Run, model: nn.Module, tasks: Sequence[Task], folder: Path) -> dict[str, dict[str, float]]:
         """Train one model; gives its results after the last epoch."""
-        # Fresh loaders and random state: what was looked at before must not shift the order of the batches.
         problem = self.problem
-        train, test = workbench.make_loaders(problem, self.seed)
+        # Fresh loaders and random state: what was looked at before must not shift the order of the batches.
+        train, test = workbench.make_loaders(problem, self.seed, self.device)
         workbench.seed_everything(self.seed)
         losses: dict[str, Loss] = {task.name: task.loss for task in tasks}
         keeper = RunFolder(folder, run, self.folder, model, tasks, test, self.evaluations)

@@ -22,6 +22,7 @@ from recon.costs import Costs
 from recon.errors import CheckpointError, FanError, ProblemError, UsageError
 from recon.layers import find_layers
 from recon.problem import Batch, Problem
+from recon.problems.loading import prepare
 from recon.reach import reached_leaves
 from recon.runs import RUN_FILE, Run
 from recon.tables import metric_text
@@ -120,8 +121,10 @@ def task_folder(folder: Path, task: str) -> Path:
     return folder / task.replace("/", "_")
 
 
-def make_loaders(problem: Problem, seed: int) -> tuple[Iterable[Batch], Iterable[Batch]]:
-    """The train and the test loader.
+def make_loaders(
+    problem: Problem, seed: int, device: torch.device | None = None
+) -> tuple[Iterable[Batch], Iterable[Batch]]:
+    """The train and the test loader; with a device, ready to feed it (`recon.problems.loading.prepare`).
 
     Raises:
         ProblemError: the problem's `make_loaders` does not take a seed, or gives something else.
@@ -132,6 +135,9 @@ def make_loaders(problem: Problem, seed: int) -> tuple[Iterable[Batch], Iterable
         raise ProblemError(f"make_loaders of {problem.name!r} must take one argument, the seed: {error}.") from error
     match problem.make_loaders(seed):
         case (train, test):
+            if device is not None:
+                prepare(train, device)
+                prepare(test, device)
             return train, test
         case other:
             raise ProblemError(
