@@ -47,7 +47,7 @@ class TensorBatches(Dataset[tuple[Tensor, dict[str, Tensor]]]):
 
     def __getitem__(self, indices: list[int]) -> tuple[Tensor, dict[str, Tensor]]:
         # Made once, where a list would be copied to the device for every tensor.
-        chosen = torch.tensor(indices, dtype=torch.long).to(self.inputs.device, non_blocking=True)
+        chosen = torch.as_tensor(indices).to(self.inputs.device, non_blocking=True)
         inputs = self.inputs[chosen]
         inputs = inputs if self.transform is None else self.transform(inputs)
         return inputs, {task: target[chosen] for task, target in self.targets.items()}
