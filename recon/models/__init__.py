@@ -6,12 +6,14 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from recon.models.mtan import MTAN
     from recon.models.resnet import ResNet18
+    from recon.models.segnet import SegNet
     from recon.models.small_resnet import SmallResNet
 
-__all__ = ["ResNet18", "SmallResNet"]
+__all__ = ["MTAN", "ResNet18", "SegNet", "SmallResNet"]
 
-_HOME = {"ResNet18": "resnet", "SmallResNet": "small_resnet"}
+_HOME = {"MTAN": "mtan", "ResNet18": "resnet", "SegNet": "segnet", "SmallResNet": "small_resnet"}
 
 
 def __getattr__(name: str) -> Any:
