@@ -49,17 +49,18 @@ class MTAN(SegNetTrunk):
 
     def _attend(self, task: str, encoder: Sequence[Stage], decoder: Sequence[Stage]) -> Tensor:
         """What a task takes from the trunk: `(N, width, H, W)`."""
-        taken: Tensor | None = None
+        encoder_masks, decoder_masks = (list(masks[task].children()) for masks in (self.encoder_att, self.decoder_att))
+        seen = encoder[0].first
         for i, stage in enumerate(encoder):
-            seen = stage.first if taken is None else torch.cat((stage.first, taken), dim=1)
-            masked = self.encoder_att[task][i](seen) * stage.last
+            masked = encoder_masks[i](seen) * stage.last
             taken = F.max_pool2d(self.encoder_block_att[i](masked), 2)
+            if i + 1 < STAGES:
+                seen = torch.cat((encoder[i + 1].first, taken), dim=1)
         for i in reversed(range(STAGES)):
             stage = decoder[i]
             larger = F.interpolate(taken, size=stage.last.shape[-2:], mode="bilinear", align_corners=True)
-            carried = self.decoder_block_att[i](larger)
-            taken = self.decoder_att[task][i](torch.cat((stage.first, carried), dim=1)) * stage.last
-        assert taken is not None
+            seen = torch.cat((stage.first, self.decoder_block_att[i](larger)), dim=1)
+            taken = decoder_masks[i](seen) * stage.last
         return taken
 
 
