@@ -10,15 +10,19 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from recon.models.mtan import MTAN
     from recon.models.resnet import ResNet18
+    from recon.models.segnet import SegNet
     from recon.models.small_resnet import SmallResNet
     from recon.models.torchvision_dense import deeplabv3_resnet50, fcn_resnet50
     from recon.models.vit import ViT, vit_b_16
 
-__all__ = ["ResNet18", "SmallResNet", "ViT", "deeplabv3_resnet50", "fcn_resnet50", "vit_b_16"]
+__all__ = ["MTAN", "ResNet18", "SegNet", "SmallResNet", "ViT", "deeplabv3_resnet50", "fcn_resnet50", "vit_b_16"]
 
 _HOME = {
+    "MTAN": "mtan",
     "ResNet18": "resnet",
+    "SegNet": "segnet",
     "SmallResNet": "small_resnet",
     "ViT": "vit",
     "deeplabv3_resnet50": "torchvision_dense",
