@@ -105,7 +105,7 @@ class Demo:
         _say(f"Profiling {PROBLEM}: {_PROFILE_EPOCHS} epochs of joint training")
         problem = problems.get(PROBLEM)
         model = workbench.make_model(problem, 0).to(self.device)
-        train, _ = workbench.make_loaders(problem, 0)
+        train, _ = workbench.make_loaders(problem, 0, self.device)
         cmap = recon.profile(
             model,
             train,
@@ -181,7 +181,7 @@ class Demo:
         tasks: Sequence[str],
         profiler: recon.Profiler | None = None,
     ) -> Results:
-        train, test = workbench.make_loaders(problem, seed)
+        train, test = workbench.make_loaders(problem, seed, self.device)
         torch.manual_seed(seed)
         optimizer = make_optimizer(problem, model, Recipe())
         losses = {task: loss for task, loss in problem.losses.items() if task in tasks}

@@ -19,7 +19,6 @@ from recon.runs import RUN_FILE, SINGLE_TASK, Run
 from recon.surgery import plan_of
 from recon.weights import WEIGHTS_FILE
 from recon_cli import ranks, workbench
-from recon_cli.backbones import with_backbone
 from recon_cli.best import Evaluations
 from recon_cli.optimizers import depends_on_length, make_optimizer, make_scheduler
 from recon_cli.outputs import CHECKPOINT_FILE, METRICS_FILE
@@ -44,7 +43,6 @@ class Training:
         device: where the model runs.
         method: the gradient method, or `SINGLE_TASK`.
         source: a folder with the model to start from; a fresh one if None.
-        backbone: the fresh model, if it is not the problem's own.
         train_samples: what the problem was cut down to, if it was.
         evaluations: when, and what is best.
         tensorboard: whether TensorBoard's events are written.
@@ -60,7 +58,6 @@ class Training:
     device: torch.device
     method: str = "joint"
     source: Path | None = None
-    backbone: str = ""
     train_samples: int | None = None
     evaluations: Evaluations = field(default_factory=Evaluations)
     tensorboard: bool = False
@@ -84,7 +81,7 @@ class Training:
         return {
             "PROBLEM": self.home,
             "--method": self.method,
-            "--model": self.backbone or (None if self.source is None else str(self.source)),
+            "--model": (self.problem.backbone or None) if self.source is None else str(self.source),
             "--train-samples": self.train_samples,
             "--seed": self.seed,
             "--evaluate-every": self.evaluations.every,
@@ -94,11 +91,10 @@ class Training:
 
     def run(self) -> Run:
         """Train, evaluate, save."""
-        problem = with_backbone(self.problem, self.backbone)
         if not self.resume:
             for folder in self.folders.values():
                 (folder / PICTURE_FILE).unlink(missing_ok=True)  # of an older run, whose weights changed
-        return self._single_tasks(problem) if self.method == SINGLE_TASK else self._together(problem)
+        return self._single_tasks() if self.method == SINGLE_TASK else self._together()
 
     def left(self) -> str:
         """What an interruption left of the models, for people; empty if nothing."""
@@ -109,50 +105,50 @@ class Training:
         folder = next((self.folders[task] for task in last["losses"] if task in self.folders), self.folder)
         return f"{folder} holds the model after epoch {last['number']} of {self.epochs}. "
 
-    def _together(self, problem: Problem) -> Run:
+    def _together(self) -> Run:
         """One model for all tasks."""
-        model, origin = self._start(problem)
+        model, origin = self._start()
         layers = tuple(plan_of(model).layers) if hasattr(model, "branch_plan") else ()
         surgery = origin.surgery if origin else f"K={len(layers)}" if layers else ""
         run = self._new_run(f"{self.method} + {surgery}" if surgery else self.method)
         run.surgery, run.branched_layers = surgery, layers
-        run.backbone = self.backbone or (origin.backbone if origin else "")
-        costs = workbench.costs_per_sample(model, self._example_inputs(problem))
+        run.backbone = origin.backbone if origin else self.problem.backbone
+        costs = workbench.costs_per_sample(model, self._example_inputs())
         run.parameters, run.macs = costs.parameters, costs.macs
-        run.results = self._fit(run, problem, model, problem.tasks, self.folder)
+        run.results = self._fit(run, model, self.problem.tasks, self.folder)
         self._finish(run)
         best = self.evaluations.best(run.history, run.higher_is_better)
         if best is not None and ranks.number() == 0:
             replace(run, results=best["results"]).save(self.folder / BEST)
         return run
 
-    def _single_tasks(self, problem: Problem) -> Run:
+    def _single_tasks(self) -> Run:
         """One fresh model for each task."""
         run = self._new_run(SINGLE_TASK)
-        run.backbone = self.backbone
-        model, _ = self._start(problem)
-        costs = workbench.single_task_costs(model, run.tasks, self._example_inputs(problem))
+        run.backbone = self.problem.backbone
+        model, _ = self._start()
+        costs = workbench.single_task_costs(model, run.tasks, self._example_inputs())
         run.parameters, run.macs = costs.parameters, costs.macs
         if ranks.number() == 0:
             run.save(self.folder)  # the folder must be known as a run's before a task's folder lies in it
         results: dict[str, Mapping[str, float]] = {}
-        for task in problem.tasks:
-            model, _ = self._start(problem)
-            results |= self._fit(run, problem, model, [task], self.folders[task.name])
+        for task in self.problem.tasks:
+            model, _ = self._start()
+            results |= self._fit(run, model, [task], self.folders[task.name])
         run.results = results
         if ranks.number() == 0:
             self._remove_older_model()
         return self._finish(run)
 
-    def _start(self, problem: Problem) -> tuple[nn.Module, Run | None]:
+    def _start(self) -> tuple[nn.Module, Run | None]:
         if self.source is None:
-            return workbench.make_model(problem, self.seed).to(self.device), None
-        model, origin = workbench.load_model(problem, self.source, self.seed)
+            return workbench.make_model(self.problem, self.seed).to(self.device), None
+        model, origin = workbench.load_model(self.problem, self.source, self.seed)
         return model.to(self.device), origin
 
-    def _example_inputs(self, problem: Problem) -> object:
-        train, _ = workbench.make_loaders(problem, self.seed)
-        return workbench.first_batch(problem, train, self.device)[0]
+    def _example_inputs(self) -> object:
+        train, _ = workbench.make_loaders(self.problem, self.seed)
+        return workbench.first_batch(self.problem, train, self.device)[0]
 
     def _new_run(self, label: str) -> Run:
         """A record; a resumed training's has the epochs that were done."""
@@ -172,12 +168,11 @@ class Training:
             settings=self.settings(),
         )
 
-    def _fit(
-        self, run: Run, problem: Problem, model: nn.Module, tasks: Sequence[Task], folder: Path
-    ) -> dict[str, dict[str, float]]:
+    def _fit(self, run: Run, model: nn.Module, tasks: Sequence[Task], folder: Path) -> dict[str, dict[str, float]]:
         """Train one model; gives its results after the last epoch."""
+        problem = self.problem
         # Fresh loaders and random state: what was looked at before must not shift the order of the batches.
-        train, test = workbench.make_loaders(problem, self.seed)
+        train, test = workbench.make_loaders(problem, self.seed, self.device)
         workbench.seed_everything(self.seed)
         losses: dict[str, Loss] = {task.name: task.loss for task in tasks}
         keeper = RunFolder(folder, run, self.folder, model, tasks, test, self.evaluations)

@@ -15,6 +15,7 @@ from recon import problems
 from recon.errors import MapFileError, UsageError
 from recon.files import remove_partial
 from recon_cli import ranks
+from recon_cli.backbones import backbone_title, problem_of
 from recon_cli.outputs import check_file
 from recon_cli.parsing import (
     METHOD,
@@ -24,7 +25,6 @@ from recon_cli.parsing import (
     add_verb,
     positive_integer,
     problem_arguments,
-    problem_options,
     share,
     threshold,
 )
@@ -96,7 +96,7 @@ def add_parser(verbs: Verbs) -> None:
 def run(args: argparse.Namespace) -> Report:
     """Profile, save the map, show the ranking's top."""
     check_file(args.out, b'"recon conflict map"')
-    problem = problems.get(args.problem, **problem_options(args))
+    problem = problem_of(args)
     recon.methods.parse(args.method)
     from recon_cli import workbench  # late: these import torch
     from recon_cli.resuming import check_resume, checkpoint_beside, resumable
@@ -131,13 +131,13 @@ def _profile(args: argparse.Namespace, problem: Problem, device: torch.device, c
     from recon_cli.recipe import Recipe
 
     model = workbench.make_model(problem, args.seed).to(device)
-    loader, _ = workbench.make_loaders(problem, args.seed)
+    loader, _ = workbench.make_loaders(problem, args.seed, device)
     several = ranks.count() > 1
     subset = {} if args.train_samples is None else {"train_samples": args.train_samples}
     made_by = {
         "problem": problem.name,
         **subset,
-        "backbone": type(model).__name__,
+        "backbone": backbone_title(problem, model),
         "seed": args.seed,
         "device": device.type,
         **({"processes": ranks.count()} if several else {}),
@@ -148,6 +148,7 @@ def _profile(args: argparse.Namespace, problem: Problem, device: torch.device, c
         "problem": problem.name,
         "PROBLEM": problems.home_of(args.problem),
         **{f"--{name}": getattr(args, name.replace("-", "_")) for name in ("train-samples", "seed", "lr", "method")},
+        "--backbone": problem.backbone or None,
         "--device": device.type,
     }
     return recon.profile(
@@ -183,7 +184,13 @@ def _finished_map(path: Path) -> ConflictMap | None:
 
 def _checked_same(cmap: ConflictMap, args: argparse.Namespace, problem: Problem) -> ConflictMap:
     """The finished map, if it is what the command would make."""
-    asked = {"problem": problem.name, "seed": args.seed, "method": args.method, "epochs": args.epochs}
+    from recon_cli import workbench  # late: it imports torch
+
+    asked = {
+        "problem": problem.name,
+        "backbone": backbone_title(problem, workbench.make_model(problem, args.seed)),
+        **{name: getattr(args, name) for name in ("seed", "method", "epochs")},
+    }
     for name, value in asked.items():
         if cmap.made_by.get(name) != value:
             raise UsageError(

@@ -22,6 +22,7 @@ from recon.costs import Costs
 from recon.errors import CheckpointError, FanError, ProblemError, UsageError
 from recon.layers import find_layers
 from recon.problem import Batch, Problem
+from recon.problems.loading import prepare
 from recon.reach import reached_leaves
 from recon.runs import RUN_FILE, Run
 from recon.tables import metric_text
@@ -72,15 +73,13 @@ def load_model(problem: Problem, folder: Path, seed: int) -> tuple[nn.Module, Ru
 
     Raises:
         CheckpointError: there is no model, or it is another problem's.
-        UsageError: the folder holds one model for each task.
+        UsageError: the folder holds one model for each task, or a model of another backbone than `--backbone`.
     """
     record = read_record(problem, folder)
     if record is not None and record.is_single_task:
         one = task_folder(folder, record.tasks[0])
         raise UsageError(f"{folder} holds one model for each task. Pass one of them, as in --model {one}.")
-    if record is not None:
-        problem = with_backbone(problem, record.backbone)
-    return recon.load(folder, make_model(problem, seed)), record
+    return recon.load(folder, make_model(as_recorded(problem, record, folder), seed)), record
 
 
 def read_record(problem: Problem, folder: Path) -> Run | None:
@@ -100,13 +99,32 @@ def read_record(problem: Problem, folder: Path) -> Run | None:
     return record
 
 
+def as_recorded(problem: Problem, record: Run | None, folder: Path) -> Problem:
+    """The problem with the network of the model in a folder.
+
+    Raises:
+        UsageError: `--backbone` names another one.
+    """
+    if record is None or record.backbone == problem.backbone:
+        return problem
+    if problem.backbone:
+        recorded = record.backbone or "the problem's own network"
+        raise UsageError(
+            f"--backbone {problem.backbone} contradicts {folder}, whose model is {recorded}. Leave --backbone out, or "
+            "pass another folder."
+        )
+    return with_backbone(problem, record.backbone)
+
+
 def task_folder(folder: Path, task: str) -> Path:
     """Where a single-task run keeps a task's model."""
     return folder / task.replace("/", "_")
 
 
-def make_loaders(problem: Problem, seed: int) -> tuple[Iterable[Batch], Iterable[Batch]]:
-    """The train and the test loader.
+def make_loaders(
+    problem: Problem, seed: int, device: torch.device | None = None
+) -> tuple[Iterable[Batch], Iterable[Batch]]:
+    """The train and the test loader; with a device, ready to feed it (`recon.problems.loading.prepare`).
 
     Raises:
         ProblemError: the problem's `make_loaders` does not take a seed, or gives something else.
@@ -117,6 +135,9 @@ def make_loaders(problem: Problem, seed: int) -> tuple[Iterable[Batch], Iterable
         raise ProblemError(f"make_loaders of {problem.name!r} must take one argument, the seed: {error}.") from error
     match problem.make_loaders(seed):
         case (train, test):
+            if device is not None:
+                prepare(train, device)
+                prepare(test, device)
             return train, test
         case other:
             raise ProblemError(

@@ -137,7 +137,8 @@ class BatchStream:
                     f"The loader gave {number} batches, but {self.drawn} of epoch {epoch} are done already. Resume "
                     "with the same data, or delete the checkpoint to start over."
                 )
-        if _mark_of(batch) != self._mark:
+        mark = _mark_of(batch)
+        if mark != self._mark and 0 not in (mark, self._mark):
             logger.warning(
                 "The loader does not repeat its batches: batch %d of epoch %d is not the one that was trained on, so "
                 "the result will differ from an uninterrupted training's. Its chance must come from the global random "
@@ -176,7 +177,7 @@ def _loader_error(error: Exception, number: int, epoch: int) -> LoaderError:
 
 
 def _mark_of(batch: Batch) -> int:
-    """What tells a batch from others: a check sum of a few numbers of each of its tensors on the CPU."""
+    """What tells a batch from others: a check sum of a few numbers of each of its tensors on the CPU, 0 without any."""
     total = 0
     for leaf in tree_leaves(batch):
         if isinstance(leaf, Tensor) and leaf.device.type == "cpu" and leaf.layout == torch.strided and leaf.numel():

@@ -47,14 +47,15 @@ def model_device(model: nn.Module) -> torch.device:
 def to_device(batch: Tree, device: torch.device | str) -> Tree:
     """The same nest of tuples, lists and dicts with everything that has a `.to(device)` moved there.
 
-    Copies from pinned memory overlap with computation (`non_blocking`).
+    Tensors that are there already stay as they are. Copies from pinned memory overlap with computation.
     """
     return tree_map(lambda leaf: _leaf_to_device(leaf, device), batch, is_leaf=lambda node: hasattr(node, "to"))
 
 
 def _leaf_to_device(leaf: Any, device: torch.device | str) -> Any:
     if isinstance(leaf, Tensor):
-        return leaf.to(device, non_blocking=True)
+        # Towards the CPU, a copy that does not block could be read before it has arrived.
+        return leaf.to(device, non_blocking=torch.device(device).type != "cpu")
     # A tokenizer's output or a graph batch knows how to move itself, but not every one takes `non_blocking`.
     return leaf.to(device) if hasattr(leaf, "to") else leaf
 

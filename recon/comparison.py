@@ -40,6 +40,7 @@ class Row:
         return {
             "name": self.name,
             "label": self.run.label,
+            "backbone": self.run.backbone,
             "results": self.run.results,
             "mean": self.mean,
             "delta_m": self.delta_m,
@@ -116,8 +117,9 @@ def compare(runs: Mapping[str, Run], baseline: Run | None = None) -> Comparison:
     if not runs:
         raise UsageError("There are no runs to compare.")
     baselines = {name: run for name, run in runs.items() if run.is_single_task}
-    _check({**runs, **({} if baseline is None else {f"the baseline {baseline.label!r}": baseline})})
-    notes = _notes(runs)
+    everything = {**runs, **({} if baseline is None else {f"the baseline {baseline.label!r}": baseline})}
+    _check(everything)
+    notes = [*_notes(runs), *_backbone_notes(everything)]
     if baseline is None and baselines:
         name, baseline = next(iter(baselines.items()))
         notes += [f"There are several single-task runs; Δm refers to {name}."] if len(baselines) > 1 else []
@@ -201,6 +203,13 @@ def _notes(runs: Mapping[str, Run]) -> list[str]:
         return []
     listed = ", ".join(f"{name} {count}" for name, count in epochs.items())
     return [f"The runs trained for different numbers of epochs: {listed}."]
+
+
+def _backbone_notes(runs: Mapping[str, Run]) -> list[str]:
+    backbones = {name: run.backbone or "the problem's own" for name, run in runs.items()}
+    if len(set(backbones.values())) == 1:
+        return []
+    return [f"The runs have different networks: {', '.join(f'{name} {of}' for name, of in backbones.items())}."]
 
 
 def _ratio(count: int, reference: int) -> float | None:

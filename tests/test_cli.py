@@ -196,6 +196,7 @@ def test_help_version_problems_and_usage_errors_come_without_torch():
     lines = [["--help"], ["--version"], ["problems"], ["problems", "--json"], ["trian"], ["train"], ["map", "show"]]
     lines += [[verb, "--help"] for verb in VERBS]
     lines += [["profile", "digitz", "--out", "map.json"], ["train", "digits", "--epochs", "0", "--out", "run"]]
+    lines += [["plan", "digits", "--backbone", "ResNet81", "--layers", "conv1"]]
     code = f"""
 import sys
 from recon_cli.main import main

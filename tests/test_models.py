@@ -6,11 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from torchvision.models import resnet18
+from torchvision.models import VisionTransformer, resnet18, segmentation
+from torchvision.models import vit_b_16 as torchvision_vit_b_16
 
 import recon
+from recon.errors import UsageError
 from recon.layers import find_layers
-from recon.models import ResNet18, SmallResNet
+from recon.models import ResNet18, SmallResNet, ViT, deeplabv3_resnet50, fcn_resnet50, vit_b_16
+from tests import oracle
 
 PUBLISHED = Path(__file__).parents[2] / "shared" / "data" / "published-maps"
 
@@ -83,9 +86,124 @@ def test_the_published_scores_are_of_these_layers(resnet):
     assert layers - {"heads.digit", "heads.fashion"} == set(published)
 
 
+# Vision transformers.
+
+
+def test_vit_is_torchvisions_with_heads():
+    twin = VisionTransformer(12, 4, 2, 2, 8, 16, num_classes=3)
+    model = ViT(
+        {"a": 3, "b": 5}, in_channels=3, image_size=12, layers=2, attention_heads=2, features=8, mlp_features=16
+    )
+    theirs = {name: value for name, value in twin.state_dict().items() if not name.startswith("heads.")}
+    assert theirs.keys() == {name for name in model.state_dict() if not name.startswith("heads.")}
+    model.load_state_dict(theirs, strict=False)
+    twin.heads = nn.Identity()
+    images = torch.rand(2, 3, 12, 12)
+    for task, logits in model.eval()(images).items():
+        torch.testing.assert_close(logits, model.heads[task](twin.eval()(images)))
+        assert logits.shape == (2, model.heads[task].out_features)
+
+
+@pytest.mark.parametrize("size", [12, 36, 64])
+def test_vit_takes_the_images_of_the_problems(size):
+    model = ViT({"a": 2}, image_size=(size, size))
+    assert model(torch.rand(2, 1, size, size))["a"].shape == (2, 2)
+
+
+def test_the_stem_of_vit_starts_as_torchvisions():
+    torch.manual_seed(0)
+    stem = ViT({"a": 2}, in_channels=2, image_size=16, patch_size=8, features=512).conv_proj
+    scaled = stem.weight * (2 * 8 * 8) ** 0.5  # normal with variance 1 / fan-in, and no bias
+    assert abs(scaled.std() - 1) < 0.02 and abs(scaled.mean()) < 0.02 and not stem.bias.any()
+
+
+def test_the_first_step_of_vit_reaches_the_shared_layers():
+    model = ViT({"a": 2, "b": 3}, image_size=8)
+    model(torch.rand(2, 1, 8, 8))["a"].square().sum().backward()
+    idle = {name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()}
+    assert idle == {"heads.b.weight", "heads.b.bias"}
+
+
+def test_vit_b_16_has_the_paper_s_sizes():
+    with torch.device("meta"):
+        theirs, ours = torchvision_vit_b_16(), vit_b_16({"a": 10})
+
+    def shapes(model):
+        return {name: p.shape for name, p in model.named_parameters() if not name.startswith("heads.")}
+
+    assert shapes(ours) == shapes(theirs)
+
+
+@pytest.mark.parametrize("size", [30, (36, 32)])
+def test_images_that_vit_cannot_cut(size):
+    with pytest.raises(UsageError, match=r"cannot be cut into a square of 4x4 patches"):
+        ViT({"a": 2}, image_size=size)
+
+
+# Torchvision's dense networks.
+
+DENSE = {fcn_resnet50: segmentation.fcn_resnet50, deeplabv3_resnet50: segmentation.deeplabv3_resnet50}
+
+
+@pytest.mark.parametrize("make", DENSE)
+def test_a_dense_network_is_torchvisions_with_a_head_for_each_task(make):
+    model = make({"depth": 1, "segments": 5})
+    images = torch.rand(2, 3, 24, 40)
+    outputs = model.eval()(images)
+    for task, channels in {"depth": 1, "segments": 5}.items():
+        twin = DENSE[make](weights=None, weights_backbone=None, num_classes=channels)
+        twin.backbone, twin.classifier = model.backbone, model.heads[task]  # of which it has the same, by name
+        torch.testing.assert_close(outputs[task], twin.eval()(images)["out"])
+        assert outputs[task].shape == (2, channels, 24, 40)
+
+
+@pytest.mark.parametrize("make", DENSE)
+def test_dense_networks_keep_torchvisions_names_and_shapes(make):
+    with torch.device("meta"):
+        twin, model = DENSE[make](weights=None, weights_backbone=None, num_classes=4), make({"a": 4})
+    theirs = {name.replace("classifier.", "heads.a."): value.shape for name, value in twin.state_dict().items()}
+    assert {name: value.shape for name, value in model.state_dict().items()} == theirs
+
+
+def test_a_dense_network_on_images_of_two_channels():
+    torch.manual_seed(0)
+    model = fcn_resnet50({"a": 4}, in_channels=2)
+    stem = model.backbone.conv1.weight
+    assert stem.shape == (64, 2, 7, 7) and abs(stem.std() * (64 * 7 * 7 / 2) ** 0.5 - 1) < 0.05  # He et al., fan out
+    assert model.eval()(torch.rand(1, 2, 16, 16))["a"].shape == (1, 4, 16, 16)
+
+
+# Branched, a backbone computes what the original with each task's copies does.
+
+
+def check_branched(make, shape, gradients):
+    def without_dropout():
+        model = make().double()
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+        return model
+
+    torch.manual_seed(0)
+    images, model = torch.rand(shape).double(), without_dropout()
+    layers = [layer.name for layer in find_layers(model) if not layer.name.startswith("heads.")]
+    branched = recon.convert(model, recon.BranchPlan.per_task([layers[3], layers[-1]], ("a", "b")), images)
+    oracle.perturb(branched)
+    oracle.check(without_dropout, branched, images, gradients=gradients)
+
+
+def test_vit_is_branched():
+    check_branched(lambda: ViT({"a": 2, "b": 3}, image_size=8, layers=2), (2, 1, 8, 8), gradients=True)
+
+
+@pytest.mark.parametrize("make", DENSE)
+def test_dense_networks_are_branched(make):
+    check_branched(lambda: make({"a": 2, "b": 1}), (2, 3, 16, 16), gradients=False)  # 40 million weights
+
+
 def test_a_small_backbone_does_not_wait_for_torchvision():
     code = "import recon.models, sys; recon.models.SmallResNet; assert 'torchvision' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
-    assert {"ResNet18", "SmallResNet"} <= set(dir(recon.models))
+    assert {"ResNet18", "SmallResNet", "fcn_resnet50"} <= set(dir(recon.models))
     with pytest.raises(AttributeError, match="no attribute 'LeNet'"):
         recon.models.LeNet  # noqa: B018

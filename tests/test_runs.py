@@ -175,6 +175,17 @@ def test_different_lengths_of_training_are_noted():
     assert any("one 2, two 5" in note for note in compare({"one": run(), "two": run(epochs=5)}).notes)
 
 
+def test_different_networks_are_noted():
+    words = "different networks: one the problem's own, "
+    notes = compare({"one": run(), "two": run(backbone="ResNet18")}).notes
+    assert any(f"{words}two ResNet18." in note for note in notes)
+    notes = compare({"one": run()}, run(label="single-task", method="single-task", backbone="ViT")).notes
+    assert any(f"{words}the baseline 'single-task' ViT." in note for note in notes)
+    assert not any(
+        "networks" in note for note in compare({"one": run(backbone="ViT"), "two": run(backbone="ViT")}).notes
+    )
+
+
 def test_the_table_has_what_the_comparison_says():
     text = compare({"runs/a": run(), "runs/b": single()}).text()
     header, rule, first, second = text.splitlines()

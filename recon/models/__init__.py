@@ -1,4 +1,8 @@
-"""Backbones of the built-in problems: ordinary modules that know nothing of branching."""
+"""Backbones for problems: ordinary modules that know nothing of branching.
+
+Each is made by `Backbone(tasks, ...)`, where `tasks` is `{task name: channels of its output}`, with `in_channels` of
+images or `in_features` of vectors; one whose weights depend on the size of the images takes `image_size` too.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +10,46 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from recon.models.mtan import MTAN
     from recon.models.resnet import ResNet18
+    from recon.models.segnet import SegNet
     from recon.models.small_resnet import SmallResNet
+    from recon.models.torchvision_dense import deeplabv3_resnet50, fcn_resnet50
+    from recon.models.vit import ViT, vit_b_16
 
-__all__ = ["ResNet18", "SmallResNet"]
+__all__ = ["MTAN", "ResNet18", "SegNet", "SmallResNet", "ViT", "deeplabv3_resnet50", "fcn_resnet50", "vit_b_16"]
 
-_HOME = {"ResNet18": "resnet", "SmallResNet": "small_resnet"}
+_HOME = {
+    "MTAN": "mtan",
+    "ResNet18": "resnet",
+    "SegNet": "segnet",
+    "SmallResNet": "small_resnet",
+    "ViT": "vit",
+    "deeplabv3_resnet50": "torchvision_dense",
+    "fcn_resnet50": "torchvision_dense",
+    "vit_b_16": "vit",
+}
+
+KINDS = {
+    "MMoE": "vectors",
+    "MTAN": "dense",
+    "MobileNetV2RASPP": "dense",
+    "PLE": "vectors",
+    "ResNet18": "images",
+    "SegNet": "dense",
+    "SharedBottom": "vectors",
+    "SmallResNet": "images",
+    "ViT": "images",
+    "deeplabv3_resnet50": "dense",
+    "fcn_resnet50": "dense",
+    "vit_b_16": "images",
+}
+"""What a backbone takes and gives.
+
+- "images": `(N, C, H, W)` to logits `(N, classes)` for each task;
+- "dense": `(N, C, H, W)` to maps `(N, channels, H, W)`;
+- "vectors": `(N, F)` to logits `(N, classes)`.
+"""
 
 
 def __getattr__(name: str) -> Any:

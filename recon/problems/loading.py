@@ -10,6 +10,9 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, S
 
 from recon.errors import ProblemError
 
+RESIDENT = 1 / 4
+"""The part of a GPU's free memory that a data set may take."""
+
 
 class TensorBatches(Dataset[tuple[Tensor, dict[str, Tensor]]]):
     """A labelled data set in memory, read a whole batch at a time.
@@ -22,13 +25,18 @@ class TensorBatches(Dataset[tuple[Tensor, dict[str, Tensor]]]):
         targets: `{task name: (N, ...)}`.
         transform: what makes a batch of inputs of what is stored: floats of bytes, say, which take a quarter of the
             memory.
+        target_transform: the same for each task's batch of targets.
 
     Raises:
         ProblemError: a task has more or fewer targets than there are inputs.
     """
 
     def __init__(
-        self, inputs: Tensor, targets: Mapping[str, Tensor], transform: Callable[[Tensor], Tensor] | None = None
+        self,
+        inputs: Tensor,
+        targets: Mapping[str, Tensor],
+        transform: Callable[[Tensor], Tensor] | None = None,
+        target_transform: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         for task, target in targets.items():
             if len(target) != len(inputs):
@@ -38,14 +46,31 @@ class TensorBatches(Dataset[tuple[Tensor, dict[str, Tensor]]]):
         self.inputs = inputs
         self.targets = dict(targets)
         self.transform = transform
+        self.target_transform = target_transform
 
     def __len__(self) -> int:
         return len(self.inputs)
 
     def __getitem__(self, indices: list[int]) -> tuple[Tensor, dict[str, Tensor]]:
-        inputs = self.inputs[indices]
+        # Made once, where a list would be copied to the device for every tensor.
+        chosen = torch.as_tensor(indices).to(self.inputs.device, non_blocking=True)
+        inputs = self.inputs[chosen]
         inputs = inputs if self.transform is None else self.transform(inputs)
-        return inputs, {task: target[indices] for task, target in self.targets.items()}
+        targets = {task: target[chosen] for task, target in self.targets.items()}
+        if self.target_transform is not None:
+            targets = {task: self.target_transform(target) for task, target in targets.items()}
+        return inputs, targets
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the tensors take."""
+        return sum(tensor.nbytes for tensor in (self.inputs, *self.targets.values()))
+
+    def to(self, device: torch.device | str) -> TensorBatches:
+        """Move the tensors to a device, in place; the batches are made there, of the same samples in the same order."""
+        self.inputs = self.inputs.to(device)
+        self.targets = {task: target.to(device) for task, target in self.targets.items()}
+        return self
 
 
 def shuffled(dataset: TensorBatches, batch_size: int, seed: int) -> DataLoader[tuple[Tensor, dict[str, Tensor]]]:
@@ -61,6 +86,30 @@ def shuffled(dataset: TensorBatches, batch_size: int, seed: int) -> DataLoader[t
 def in_order(dataset: TensorBatches, batch_size: int) -> DataLoader[tuple[Tensor, dict[str, Tensor]]]:
     """Every sample once, in order."""
     return _loader(dataset, SequentialSampler(dataset), batch_size, torch.Generator(), drop_last=False)
+
+
+def prepare(loader: object, device: torch.device) -> None:
+    """Have a data loader feed a GPU without waiting for copies; the order of its batches stays.
+
+    `TensorBatches` that fit (`RESIDENT`) are moved there, once and for all. Other ones, and whatever workers load, come
+    in pinned memory. Loaders of another kind, and other devices than GPUs, are left as they are.
+    """
+    free = free_memory(device)
+    if free is None or not isinstance(loader, DataLoader):
+        return
+    data = loader.dataset
+    if loader.num_workers:  # other processes, which cannot read what lies on the GPU
+        loader.pin_memory = True
+    elif isinstance(data, TensorBatches):
+        if data.inputs.device.type == device.type or data.nbytes <= RESIDENT * free:
+            data.to(device)
+        else:
+            loader.pin_memory = True
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that are free on a GPU; None for another device."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
 
 
 def _loader(

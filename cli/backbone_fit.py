@@ -1,0 +1,122 @@
+"""What makes another network for a problem, if it fits: a backbone of recon's, or a user's. Imports torch."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from recon import models
+from recon.batches import task_outputs
+from recon.errors import ProblemError, ReconError, UsageError, some
+from recon.evaluation import eval_mode
+from recon.problem import Problem
+from recon.problems import call_function
+from recon.random_states import global_states_kept
+from recon_cli import workbench
+
+Shapes = dict[str, tuple[int, ...]]
+"""`{task name: shape of its output}`; of what is no tensor, `()`."""
+
+_KINDS = {
+    "images": "takes images (N, C, H, W) and gives logits (N, classes)",
+    "dense": "takes images (N, C, H, W) and gives maps (N, channels, H, W)",
+    "vectors": "takes vectors (N, F) and gives logits (N, classes)",
+}
+
+
+def maker(name: str, problem: Problem) -> Callable[[], nn.Module]:
+    """What makes the backbone, as `Problem.make_model`.
+
+    One of recon's gets heads as wide as those of the problem's own network. A user's function is not asked yet.
+
+    Raises:
+        UsageError: a backbone of recon's does not fit the problem.
+    """
+    if ":" in name:
+        return _user_s(name)
+    with global_states_kept():
+        return _built_in(name, problem)
+
+
+def _user_s(name: str) -> Callable[[], nn.Module]:
+    def make_model() -> nn.Module:
+        model = call_function(name)
+        if not isinstance(model, nn.Module):
+            raise ProblemError(f"{name} must return a torch.nn.Module, but it gave {type(model).__name__}.")
+        return model
+
+    return make_model
+
+
+def _built_in(name: str, problem: Problem) -> Callable[[], nn.Module]:
+    inputs = workbench.example_inputs(problem, seed=0)
+    inputs = inputs[:2] if isinstance(inputs, Tensor) else inputs
+    expected = _shapes(problem.make_model(), inputs, problem)
+    kind = _kind(inputs, expected)
+    needs = f"but {problem.name!r} has {_inputs_text(inputs)} and needs {_shapes_text(expected)}"
+    if kind is None or models.KINDS.get(name, kind) != kind:
+        does = _KINDS.get(models.KINDS.get(name, ""), "takes images or vectors, and gives logits or maps")
+        raise UsageError(f"The backbone {name} {does}, {needs}. {_others(name, kind)}")
+    backbone, settings = getattr(models, name), _settings(getattr(models, name), inputs)
+    channels = {task: shape[1] for task, shape in expected.items()}
+
+    def make_model() -> nn.Module:
+        return backbone(channels, **settings)
+
+    try:
+        got = _shapes(make_model(), inputs, problem)
+    except Exception as error:
+        what = str(error) if isinstance(error, ReconError) else f"{type(error).__name__}: {error}."
+        raise UsageError(
+            f"The backbone {name} does not fit {problem.name!r}, which has {_inputs_text(inputs)}. {what} "
+            f"{_others(name, kind)}"
+        ) from error
+    if got != expected:
+        wrong = {task: shape for task, shape in got.items() if shape != expected[task]}
+        raise UsageError(f"The backbone {name} gives {_shapes_text(wrong)}, {needs}. {_others(name, kind)}")
+    return make_model
+
+
+def _shapes(model: nn.Module, inputs: Any, problem: Problem) -> Shapes:
+    with eval_mode(model), torch.no_grad():
+        outputs = task_outputs(model, inputs, problem.task_names)
+    return {task: tuple(getattr(outputs[task], "shape", ())) for task in problem.task_names}
+
+
+def _kind(inputs: Any, outputs: Shapes) -> str | None:
+    """The kind of backbone, by `recon.models.KINDS`, that gives such outputs; None if no kind does."""
+    if not isinstance(inputs, Tensor) or not all(len(shape) > 1 for shape in outputs.values()):
+        return None
+    samples, dimensions = len(inputs), {len(shape) for shape in outputs.values()}
+    if any(shape[0] != samples for shape in outputs.values()):
+        return None
+    if inputs.ndim == 4 and {shape[2:] for shape in outputs.values()} == {inputs.shape[2:]}:
+        return "dense"
+    return {4: "images", 2: "vectors"}.get(inputs.ndim) if dimensions == {2} else None
+
+
+def _settings(backbone: Callable[..., nn.Module], inputs: Tensor) -> dict[str, Any]:
+    if inputs.ndim == 2:
+        return {"in_features": inputs.shape[1]}
+    sized = "image_size" in inspect.signature(backbone).parameters
+    return {"in_channels": inputs.shape[1], **({"image_size": tuple(inputs.shape[2:])} if sized else {})}
+
+
+def _others(name: str, kind: str | None) -> str:
+    own = "a function of your own, path/to/file.py:function"
+    known = [other for other in models.__all__ if kind and models.KINDS.get(other) == kind and other != name]
+    return f"For this problem there are {', '.join(known)}; or take {own}." if known else f"Take {own}."
+
+
+def _inputs_text(inputs: Any) -> str:
+    shapes = [str(tuple(leaf.shape)) for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)]
+    return f"inputs {some(shapes) or 'without tensors'}"
+
+
+def _shapes_text(shapes: Mapping[str, tuple[int, ...]]) -> str:
+    return some(f"{shape or 'no tensor'} for task {task!r}" for task, shape in shapes.items())
