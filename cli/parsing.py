@@ -11,13 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from recon import models
 from recon.errors import UsageError
 
 if TYPE_CHECKING:
     Verbs = argparse._SubParsersAction["Parser"]
 
 PROBLEM = "a built-in problem (see `recon problems`), path/to/file.py:function or package.module:function"
-BACKBONE = "one of recon.models that fits, such as ResNet18, or path/to/file.py:function"
+BACKBONE = f"one that fits of {', '.join(models.__all__)}, or path/to/file.py:function"
 METHOD = (
     "a gradient method (see `recon methods`), with options as in cagrad:c=0.5; a weighting and an aggregator as in "
     "uw+pcgrad; your own as path/to/file.py:function or package.module:function"

@@ -63,6 +63,7 @@ def add_parser(verbs: Verbs) -> None:
         recon convert digits --map map.json --top-k 4 --select random --seed 1 --out random
         recon convert digits --layers blocks.2.conv1 blocks.2.conv2 --out late
         recon convert digits --map map.json --top-k 4 --init pretrained.pt --out branched
+        recon convert digits --backbone ResNet18 --map resnet.json --top-k 4 --out branched
         recon convert digits --map other.json --rename backbone=blocks --top-k 4 --out branched
         """,
         "`recon plan` shows what a choice would cost. The weights are make_model's, unless --init says otherwise. "

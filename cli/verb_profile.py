@@ -51,6 +51,7 @@ def add_parser(verbs: Verbs) -> None:
         recon profile digits --epochs 1 --threshold -0.05 --seed 1 --out map1.json
         recon profile examples/own_problem.py:problem --method pcgrad --out map.json
         recon profile digits --until-stable 0.9 --top-k 8 --out map.json
+        recon profile digits --backbone ResNet18 --out resnet.json
         recon profile digits --out map.json --resume
         torchrun --nproc-per-node 2 -m recon_cli profile digits --out map.json
         """,

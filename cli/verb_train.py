@@ -42,7 +42,7 @@ def add_parser(verbs: Verbs) -> None:
         recon train digits --out joint
         recon train digits --model branched --method cagrad:c=0.5 --out recon4
         recon train digits --optimizer adamw --lr 0.002 --schedule cosine --warm-up 0.05 --clip 1 --out joint
-        recon train digits --model ResNet18 --schedule step --milestones 4 5 --out resnet
+        recon train digits --backbone ResNet18 --schedule step --milestones 4 5 --out resnet
         recon train digits --single-task --out single
         recon train digits --out joint --resume
         torchrun --nproc-per-node 2 -m recon_cli train digits --out joint
@@ -56,8 +56,7 @@ def add_parser(verbs: Verbs) -> None:
     parser.add_argument(
         "--model",
         metavar="MODEL",
-        help="the folder of a model to start from, which convert or train saved; or another network than the "
-        "problem's: a built-in backbone (ResNet18, SmallResNet) or path/to/file.py:function",
+        help="the folder of a model to start from, which convert or train saved; or what --backbone takes",
     )
     parser.add_argument("--method", help=f"{METHOD} (default: joint)")
     parser.add_argument("--epochs", type=positive_integer, help="default: the problem's own")

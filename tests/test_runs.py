@@ -181,9 +181,8 @@ def test_different_networks_are_noted():
     assert any(f"{words}two ResNet18." in note for note in notes)
     notes = compare({"one": run()}, run(label="single-task", method="single-task", backbone="ViT")).notes
     assert any(f"{words}the baseline 'single-task' ViT." in note for note in notes)
-    assert not any(
-        "networks" in note for note in compare({"one": run(backbone="ViT"), "two": run(backbone="ViT")}).notes
-    )
+    same = {name: run(backbone="ViT") for name in ("one", "two")}
+    assert not any("networks" in note for note in compare(same).notes)
 
 
 def test_the_table_has_what_the_comparison_says():
