@@ -266,7 +266,7 @@ def root(tmp_path):
 
 
 def test_some_samples_are_the_same_for_every_seed(root):
-    some, more = ([o for o in datasets(root, train_samples=count)[0].inputs] for count in (2, 4))
+    some, more = (list(datasets(root, train_samples=count)[0].inputs) for count in (2, 4))
     assert len(some) == 2 and all(torch.equal(a, b) for a, b in zip(some, more, strict=False))
     with pytest.raises(UsageError, match="batches of 2 samples, so 1 training samples"):
         get(NAME, data_root=root, train_samples=1)
@@ -339,7 +339,7 @@ def test_the_real_frames():
     assert train.inputs.dtype == torch.uint8 and train.inputs.shape[1:] == (3, 96, 128)
     assert set(train.targets["segmentation"].unique().tolist()) == {*range(13), 255}
     depth, normals = test.targets["depth"].float(), test.targets["normals"].float()
-    assert 0.5 < depth.min() and depth.max() < 10
+    assert depth.min() > 0.5 and depth.max() < 10
     torch.testing.assert_close(normals.norm(dim=1), torch.ones(654, 96, 128), rtol=0, atol=2e-3)
     floor = test.targets["segmentation"] == 4
     up = normals[:, 1][floor]
