@@ -59,7 +59,7 @@ class SegNetTrunk(nn.Module):
             pooled_at.append(indices)
         decoder = []
         for i in reversed(range(STAGES)):
-            unpooled = F.max_unpool2d(x, pooled_at[i], 2, output_size=encoder[i].last.shape[-2:])
+            unpooled = F.max_unpool2d(x, pooled_at[i], (2, 2), output_size=encoder[i].last.shape[-2:])
             x = self.conv_block_dec[i](self.decoder_block[i](unpooled))
             decoder.append(Stage(unpooled, x))
         return encoder, decoder[::-1]

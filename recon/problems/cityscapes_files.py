@@ -69,8 +69,8 @@ def _read(paths: list[Path], size: tuple[int, int]) -> Frame:
     for path, array, dtypes in ((paths[1], labels, ("u1",)), (paths[2], disparity, ("u2", "i4"))):
         if array.shape != image.size[::-1] or array.dtype.str[1:] not in dtypes:
             raise ProblemError(
-                f"{path} must be a {8 if dtypes[0] == 'u1' else 16}-bit grey image of {image.size[0]}x{image.size[1]} "
-                f"pixels, as its photograph has, but holds {array.dtype} values of shape {array.shape}."
+                f"{path} must be a grey image of {8 if dtypes[0] == 'u1' else 16} bits and {image.size[0]}x"
+                f"{image.size[1]} pixels, as its photograph has, but holds {array.dtype} values of shape {array.shape}."
             )
     rows, columns = (
         ((np.arange(few) + 0.5) * many / few).astype(int) for few, many in zip(size, labels.shape, strict=True)
