@@ -6,12 +6,20 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from recon.models.experts import PLE, MMoE
     from recon.models.resnet import ResNet18
+    from recon.models.shared_bottom import SharedBottom
     from recon.models.small_resnet import SmallResNet
 
-__all__ = ["ResNet18", "SmallResNet"]
+__all__ = ["PLE", "MMoE", "ResNet18", "SharedBottom", "SmallResNet"]
 
-_HOME = {"ResNet18": "resnet", "SmallResNet": "small_resnet"}
+_HOME = {
+    "PLE": "experts",
+    "MMoE": "experts",
+    "ResNet18": "resnet",
+    "SharedBottom": "shared_bottom",
+    "SmallResNet": "small_resnet",
+}
 
 
 def __getattr__(name: str) -> Any:

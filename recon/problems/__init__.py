@@ -27,6 +27,14 @@ _BUILT_IN = {
         "recon.problems.multi_fashion_mnist:multi_fashion_mnist",
         "a digit and a garment overlaid, 2 tasks, 36x36 pixels, ResNet-18; --data-root: MNIST and FashionMNIST",
     ),
+    "adult": (
+        "recon.problems.adult:adult",
+        "income and marital status of 48,842 people, 2 tasks, rows of 94 numbers, MMoE; --data-root: UCI Adult",
+    ),
+    "tox21": (
+        "recon.problems.tox21:tox21",
+        "toxicity of 8,014 molecules, 12 tasks with missing labels, hashed SMILES, an MLP; --data-root: its CSV",
+    ),
 }
 
 _HOW_TO_NAME_ONE = (
