@@ -10,6 +10,24 @@ from torch import Tensor, nn
 from recon.models.shared_bottom import mlp, tower
 
 
+class Experts(nn.ModuleList):
+    """Some multilayer perceptrons of one shape.
+
+    Args:
+        count: how many there are.
+        in_features: numbers in a row of the input.
+        widths: of each one's hidden layers.
+        dropout: the part of each hidden layer's activations that is dropped.
+    """
+
+    def __init__(self, count: int, in_features: int, widths: Sequence[int], dropout: float) -> None:
+        super().__init__(mlp(in_features, widths, dropout) for _ in range(count))
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """Inputs `(N, in_features)` to what each expert says of them, `(N, widths[-1])`."""
+        return [expert(x) for expert in self]
+
+
 class Gate(nn.Module):
     """Mixes experts by weights that depend on its input.
 
@@ -56,7 +74,7 @@ class MMoE(nn.Module):
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        self.experts = _experts(experts, in_features, expert, dropout)
+        self.experts = Experts(experts, in_features, expert, dropout)
         self.gates = nn.ModuleDict({task: Gate(in_features, experts) for task in tasks})
         self.towers = nn.ModuleDict(
             {task: tower(expert[-1], towers, outputs, dropout) for task, outputs in tasks.items()}
@@ -64,7 +82,7 @@ class MMoE(nn.Module):
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         """Rows `(N, in_features)` to `{task: (N, outputs)}`."""
-        said = [expert(x) for expert in self.experts]
+        said = self.experts(x)
         return {task: tower(self.gates[task](x, said)) for task, tower in self.towers.items()}
 
 
@@ -139,10 +157,8 @@ class Extraction(nn.Module):
         is_last: bool,
     ) -> None:
         super().__init__()
-        self.shared_experts = _experts(shared_experts, in_features, expert, dropout)
-        self.task_experts = nn.ModuleDict(
-            {task: _experts(task_experts, in_features, expert, dropout) for task in tasks}
-        )
+        self.shared_experts = Experts(shared_experts, in_features, expert, dropout)
+        self.task_experts = nn.ModuleDict({task: Experts(task_experts, in_features, expert, dropout) for task in tasks})
         self.gates = nn.ModuleDict({task: Gate(in_features, task_experts + shared_experts) for task in tasks})
         self.shared_gate = None if is_last else Gate(in_features, len(tasks) * task_experts + shared_experts)
 
@@ -151,13 +167,9 @@ class Extraction(nn.Module):
 
         The last layer passes the first on as it is.
         """
-        of_all = [expert(shared) for expert in self.shared_experts]
-        of_task = {task: [expert(own[task]) for expert in experts] for task, experts in self.task_experts.items()}
+        of_all = self.shared_experts(shared)
+        of_task = {task: experts(own[task]) for task, experts in self.task_experts.items()}
         mixtures = {task: gate(own[task], of_task[task] + of_all) for task, gate in self.gates.items()}
         if self.shared_gate is not None:
             shared = self.shared_gate(shared, [said for some in of_task.values() for said in some] + of_all)
         return shared, mixtures
-
-
-def _experts(count: int, in_features: int, widths: Sequence[int], dropout: float) -> nn.ModuleList:
-    return nn.ModuleList(mlp(in_features, widths, dropout) for _ in range(count))

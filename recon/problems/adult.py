@@ -42,9 +42,7 @@ CATEGORIES = {
     "France Dominican-Republic Laos Ecuador Taiwan Haiti Columbia Hungary Guatemala Nicaragua Scotland Thailand "
     "Yugoslavia El-Salvador Trinadad&Tobago Peru Hong Holand-Netherlands ?",
 }
-MARITAL = (
-    "Married-civ-spouse Divorced Never-married Separated Widowed Married-spouse-absent Married-AF-spouse".split()
-)
+MARITAL = "Married-civ-spouse Divorced Never-married Separated Widowed Married-spouse-absent Married-AF-spouse".split()
 FEATURES = len(NUMBERS) + sum(len(listed.split()) for listed in CATEGORIES.values())
 # What each task asks: a column, what it may hold, and which of these counts as yes.
 TASKS = {
@@ -105,7 +103,7 @@ def adult(data_root: str | Path | None = None, train_samples: int | None = None)
         make_loaders=make_loaders,
         make_optimizer=lambda parameters: torch.optim.Adam(parameters, lr=1e-3),
         make_scheduler=CosineAnnealingLR,
-        epochs=10,
+        epochs=20,
         description=descriptions()[NAME],
         example_inputs=lambda: torch.zeros(8, FEATURES),
     )
@@ -118,11 +116,16 @@ def _data(folder: Path, train_samples: int | None) -> tuple[TensorBatches, Tenso
         raise UsageError(f"{folder} gives {available} training samples of {NAME}, not {train_samples}. Ask for fewer.")
     train, test = (np.concatenate([_numbers(table), _one_hot(table)], axis=1) for table in tables)
     train = train[:train_samples]
-    numbers = slice(len(NUMBERS))
-    mean, std = train[:, numbers].mean(axis=0), train[:, numbers].std(axis=0)
-    for rows in (train, test):
-        rows[:, numbers] = (rows[:, numbers] - mean) / np.where(std > 0, std, 1)
-    return tuple(_batches(rows, table) for rows, table in zip((train, test), tables, strict=True))  # type: ignore[return-value]
+    _standardise(train[:, : len(NUMBERS)], test[:, : len(NUMBERS)])
+    return _batches(train, tables[0]), _batches(test, tables[1])
+
+
+def _standardise(train: np.ndarray, test: np.ndarray) -> None:
+    """Both in place, by the mean and the deviation of the first."""
+    mean, deviation = train.mean(axis=0), train.std(axis=0)
+    for numbers in (train, test):
+        numbers -= mean
+        numbers /= np.where(deviation > 0, deviation, 1)
 
 
 def _batches(rows: np.ndarray, table: CsvTable) -> TensorBatches:

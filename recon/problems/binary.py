@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -75,6 +76,14 @@ class LabelledBatches(TensorBatches):
     `recon.train`, `recon.profile` and `recon.evaluate` skip what a batch has no target for.
     """
 
+    def __init__(
+        self, inputs: Tensor, targets: Mapping[str, Tensor], transform: Callable[[Tensor], Tensor] | None = None
+    ) -> None:
+        super().__init__(inputs, targets, transform)
+        # Known beforehand: a GPU that is asked at every step whether there is a label makes the CPU wait.
+        self._labelled = torch.stack([~target.isnan() for target in targets.values()], dim=1).cpu()
+
     def __getitem__(self, indices: list[int]) -> tuple[Tensor, dict[str, Tensor]]:
         inputs, targets = super().__getitem__(indices)
-        return inputs, {task: target for task, target in targets.items() if not target.isnan().all()}
+        labelled = self._labelled[indices].any(dim=0).tolist()
+        return inputs, {task: target for (task, target), one in zip(targets.items(), labelled, strict=True) if one}

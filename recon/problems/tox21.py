@@ -93,9 +93,7 @@ def tox21(data_root: str | Path | None = None, train_samples: int | None = None)
 
 
 def _model() -> SharedBottom:
-    return SharedBottom(
-        dict.fromkeys(TASKS, 1), FEATURES, bottom=(256, 128), dropout=0.5, input_dropout=0.2, norm=True
-    )
+    return SharedBottom(dict.fromkeys(TASKS, 1), FEATURES, bottom=(256, 128), dropout=0.5, input_dropout=0.2, norm=True)
 
 
 def _data(path: Path, train_samples: int | None) -> tuple[LabelledBatches, LabelledBatches]:
