@@ -64,10 +64,10 @@ def adult(data_root: str | Path | None = None, train_samples: int | None = None)
     Census-Income (KDD) data; here they are asked of UCI Adult (Kohavi, KDD 1996; 32,561 people to train on, 16,281
     to test). The network is MMoE; `PLE` and `SharedBottom` of `recon.models` fit as well.
 
-    Both answers are left out of the inputs, and so is `relationship`: wives and husbands are married, so that it tells
-    most of the second answer. (The published pairings on the KDD data leave out the two label columns alone; their AUC
-    of 0.99 for marital status comes with household columns of this kind.) `fnlwgt`, a weight of the survey, is left
-    out too.
+    Both answers are left out of the inputs, and so is `relationship`: wives and husbands are married, so that it gives
+    most of the second answer away. (Public code for the KDD data leaves out the two labels alone and keeps household
+    columns of this kind; its AUCs near 0.99 for marital status do not compare.) `fnlwgt`, a weight of the survey, is
+    left out too.
 
     Inputs are `(N, 94)`, float32: five numbers, with mean 0 and variance 1 over the training data, and one column for
     each category that adult.names lists, `?` included where there are unknown values. Targets are `(N,)`, float32,
