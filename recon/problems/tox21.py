@@ -135,7 +135,7 @@ def _split(smiles: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     molecules, molecule = np.unique(smiles, return_inverse=True)
     # RandomState, not default_rng: only its stream is frozen across numpy's versions (NEP 19).
     random = np.random.RandomState(0)
-    tested = random.permutation(len(molecules))[: round(TEST_PART * len(molecules))]
+    tested = random.permutation(len(molecules))[round((1 - TEST_PART) * len(molecules)) :]
     rows = random.permutation(len(smiles))
     is_tested = np.isin(molecule[rows], tested)
     return rows[~is_tested], rows[is_tested]
