@@ -10,19 +10,39 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from recon.models.experts import PLE, MMoE
+    from recon.models.mobilenet_raspp import MobileNetV2RASPP
     from recon.models.mtan import MTAN
     from recon.models.resnet import ResNet18
     from recon.models.segnet import SegNet
+    from recon.models.shared_bottom import SharedBottom
     from recon.models.small_resnet import SmallResNet
     from recon.models.torchvision_dense import deeplabv3_resnet50, fcn_resnet50
     from recon.models.vit import ViT, vit_b_16
 
-__all__ = ["MTAN", "ResNet18", "SegNet", "SmallResNet", "ViT", "deeplabv3_resnet50", "fcn_resnet50", "vit_b_16"]
+__all__ = [
+    "MTAN",
+    "PLE",
+    "MMoE",
+    "MobileNetV2RASPP",
+    "ResNet18",
+    "SegNet",
+    "SharedBottom",
+    "SmallResNet",
+    "ViT",
+    "deeplabv3_resnet50",
+    "fcn_resnet50",
+    "vit_b_16",
+]
 
 _HOME = {
     "MTAN": "mtan",
+    "PLE": "experts",
+    "MMoE": "experts",
+    "MobileNetV2RASPP": "mobilenet_raspp",
     "ResNet18": "resnet",
     "SegNet": "segnet",
+    "SharedBottom": "shared_bottom",
     "SmallResNet": "small_resnet",
     "ViT": "vit",
     "deeplabv3_resnet50": "torchvision_dense",
@@ -31,10 +51,10 @@ _HOME = {
 }
 
 KINDS = {
-    "MMoE": "vectors",
     "MTAN": "dense",
-    "MobileNetV2RASPP": "dense",
     "PLE": "vectors",
+    "MMoE": "vectors",
+    "MobileNetV2RASPP": "dense",
     "ResNet18": "images",
     "SegNet": "dense",
     "SharedBottom": "vectors",

@@ -36,6 +36,14 @@ _BUILT_IN = {
         "13-class segmentation, depth and normals of rooms, 3 tasks, MTAN; --data-root: NYUv2, as MTAN's folders or "
         "packed (normals then derived from depth)",
     ),
+    "adult": (
+        "recon.problems.adult:adult",
+        "income and marital status of 48,842 people, 2 tasks, rows of 94 numbers, MMoE; --data-root: UCI Adult",
+    ),
+    "tox21": (
+        "recon.problems.tox21:tox21",
+        "toxicity of 8,014 molecules, 12 tasks with missing labels, hashed SMILES, an MLP; --data-root: its CSV",
+    ),
 }
 
 _HOW_TO_NAME_ONE = (

@@ -1,0 +1,95 @@
+"""Tables of text whose mistakes are told by file and line."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from recon.errors import ProblemError
+
+
+@dataclass(frozen=True)
+class CsvTable:
+    """The columns of a CSV file.
+
+    Args:
+        path: the file.
+        lines: `(N,)`: the line that each row stands on.
+        columns: `{name: (N,) of str}`.
+    """
+
+    path: Path
+    lines: np.ndarray
+    columns: dict[str, np.ndarray]
+
+    def __len__(self) -> int:
+        return len(self.lines)
+
+    def require(self, column: str, right: np.ndarray, expected: str) -> None:
+        """See that all entries of a column are right.
+
+        Args:
+            column: its name.
+            right: `(N,)` of bool.
+            expected: what they must be, for the error.
+
+        Raises:
+            ProblemError: one is not; the first is named.
+        """
+        if not right.all():
+            first = int(np.argmin(right))
+            value = str(self.columns[column][first])
+            raise ProblemError(
+                f"{self.path}, line {self.lines[first]}: the {column} is {value!r}, but must be {expected}. Mend the "
+                "line, or download the file again."
+            )
+
+
+def read_csv(path: Path, columns: Sequence[str], *, header: bool, comment: str | None = None) -> CsvTable:
+    """The columns of these names, without the spaces around their entries. Empty lines are left out.
+
+    Args:
+        path: the file.
+        columns: the names of the wanted columns, if there is a header; else those of all columns, in order.
+        header: whether the first line names the columns, in any order, others among them.
+        comment: lines that begin with this are left out.
+
+    Raises:
+        ProblemError: the file cannot be read, has no rows, lacks a column, or a row has more or fewer entries.
+    """
+    lines, rows = _rows(path, comment)
+    names = [name.strip() for name in rows.pop(0)] if header and rows else list(columns)
+    lines = lines[len(lines) - len(rows) :]
+    missing = [name for name in columns if name not in names]
+    if missing:
+        raise ProblemError(
+            f"The first line of {path} must name the columns, but lacks {', '.join(missing)}. Download it again."
+        )
+    for line, row in zip(lines, rows, strict=True):
+        if len(row) != len(names):
+            raise ProblemError(
+                f"{path}, line {line}: there must be {len(names)} entries, but there are {len(row)}. Mend the line, or "
+                "download the file again."
+            )
+    if not rows:
+        raise ProblemError(f"{path} has no rows. Download it again.")
+    entries = dict(zip(names, zip(*rows, strict=True), strict=True))
+    return CsvTable(path, np.array(lines), {name: np.char.strip(np.array(entries[name])) for name in columns})
+
+
+def _rows(path: Path, comment: str | None) -> tuple[list[int], list[list[str]]]:
+    lines, rows = [], []
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            reader = csv.reader(file)
+            for row in reader:
+                if row and not (comment and row[0].startswith(comment)):
+                    lines.append(reader.line_num)
+                    rows.append(row)
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise ProblemError(f"Cannot read {path}: {error}. Mend its permissions, or download it again.") from error
+    return lines, rows
