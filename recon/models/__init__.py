@@ -6,12 +6,13 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from recon.models.mobilenet_raspp import MobileNetV2RASPP
     from recon.models.resnet import ResNet18
     from recon.models.small_resnet import SmallResNet
 
-__all__ = ["ResNet18", "SmallResNet"]
+__all__ = ["MobileNetV2RASPP", "ResNet18", "SmallResNet"]
 
-_HOME = {"ResNet18": "resnet", "SmallResNet": "small_resnet"}
+_HOME = {"MobileNetV2RASPP": "mobilenet_raspp", "ResNet18": "resnet", "SmallResNet": "small_resnet"}
 
 
 def __getattr__(name: str) -> Any:
