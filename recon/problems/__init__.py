@@ -27,6 +27,10 @@ _BUILT_IN = {
         "recon.problems.multi_fashion_mnist:multi_fashion_mnist",
         "a digit and a garment overlaid, 2 tasks, 36x36 pixels, ResNet-18; --data-root: MNIST and FashionMNIST",
     ),
+    "celeba": (
+        "recon.problems.celeba:celeba",
+        "attributes of a face, 40 tasks, 64x64 pixels, ResNet-18; --data-root: torchvision's CelebA",
+    ),
 }
 
 _HOW_TO_NAME_ONE = (
