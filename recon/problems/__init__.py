@@ -31,6 +31,10 @@ _BUILT_IN = {
         "recon.problems.celeba:celeba",
         "attributes of a face, 40 tasks, 64x64 pixels, ResNet-18; --data-root: torchvision's CelebA",
     ),
+    "pascal-context": (
+        "recon.problems.pascal_context:pascal_context",
+        "classes, parts, saliency, normals and edges, 5 tasks, 512x512 pixels, MobileNetV2; --data-root: PASCAL_MT",
+    ),
 }
 
 _HOW_TO_NAME_ONE = (
