@@ -7,12 +7,20 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from recon.models.mobilenet_raspp import MobileNetV2RASPP
+    from recon.models.mtan import MTAN
     from recon.models.resnet import ResNet18
+    from recon.models.segnet import SegNet
     from recon.models.small_resnet import SmallResNet
 
-__all__ = ["MobileNetV2RASPP", "ResNet18", "SmallResNet"]
+__all__ = ["MTAN", "MobileNetV2RASPP", "ResNet18", "SegNet", "SmallResNet"]
 
-_HOME = {"MobileNetV2RASPP": "mobilenet_raspp", "ResNet18": "resnet", "SmallResNet": "small_resnet"}
+_HOME = {
+    "MTAN": "mtan",
+    "MobileNetV2RASPP": "mobilenet_raspp",
+    "ResNet18": "resnet",
+    "SegNet": "segnet",
+    "SmallResNet": "small_resnet",
+}
 
 
 def __getattr__(name: str) -> Any:

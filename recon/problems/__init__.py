@@ -27,6 +27,15 @@ _BUILT_IN = {
         "recon.problems.multi_fashion_mnist:multi_fashion_mnist",
         "a digit and a garment overlaid, 2 tasks, 36x36 pixels, ResNet-18; --data-root: MNIST and FashionMNIST",
     ),
+    "cityscapes": (
+        "recon.problems.cityscapes:cityscapes",
+        "7-class segmentation and inverse depth of streets, 2 tasks, 128x256 pixels, SegNet; --data-root: Cityscapes",
+    ),
+    "nyuv2": (
+        "recon.problems.nyuv2:nyuv2",
+        "13-class segmentation, depth and normals of rooms, 3 tasks, MTAN; --data-root: NYUv2, as MTAN's folders or "
+        "packed (normals then derived from depth)",
+    ),
     "celeba": (
         "recon.problems.celeba:celeba",
         "attributes of a face, 40 tasks, 64x64 pixels, ResNet-18; --data-root: torchvision's CelebA",

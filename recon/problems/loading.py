@@ -22,13 +22,18 @@ class TensorBatches(Dataset[tuple[Tensor, dict[str, Tensor]]]):
         targets: `{task name: (N, ...)}`.
         transform: what makes a batch of inputs of what is stored: floats of bytes, say, which take a quarter of the
             memory.
+        target_transform: the same for each task's batch of targets.
 
     Raises:
         ProblemError: a task has more or fewer targets than there are inputs.
     """
 
     def __init__(
-        self, inputs: Tensor, targets: Mapping[str, Tensor], transform: Callable[[Tensor], Tensor] | None = None
+        self,
+        inputs: Tensor,
+        targets: Mapping[str, Tensor],
+        transform: Callable[[Tensor], Tensor] | None = None,
+        target_transform: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         for task, target in targets.items():
             if len(target) != len(inputs):
@@ -38,6 +43,7 @@ class TensorBatches(Dataset[tuple[Tensor, dict[str, Tensor]]]):
         self.inputs = inputs
         self.targets = dict(targets)
         self.transform = transform
+        self.target_transform = target_transform
 
     def __len__(self) -> int:
         return len(self.inputs)
@@ -45,7 +51,10 @@ class TensorBatches(Dataset[tuple[Tensor, dict[str, Tensor]]]):
     def __getitem__(self, indices: list[int]) -> tuple[Tensor, dict[str, Tensor]]:
         inputs = self.inputs[indices]
         inputs = inputs if self.transform is None else self.transform(inputs)
-        return inputs, {task: target[indices] for task, target in self.targets.items()}
+        targets = {task: target[indices] for task, target in self.targets.items()}
+        if self.target_transform is not None:
+            targets = {task: self.target_transform(target) for task, target in targets.items()}
+        return inputs, targets
 
 
 def shuffled(dataset: TensorBatches, batch_size: int, seed: int) -> DataLoader[tuple[Tensor, dict[str, Tensor]]]:

@@ -1,0 +1,115 @@
+"""Reading data sets as preprocessed for MTAN (github.com/lorenmt/mtan): a numpy file for each frame and field."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+
+from recon.errors import ProblemError, some
+from recon.problems.dense import IGNORE
+
+Field = Callable[[np.ndarray], np.ndarray]
+"""Makes of what a file holds what is kept, small. Raises ValueError, with what was wrong and what was expected."""
+
+
+def count_frames(folder: Path, fields: Mapping[str, Field]) -> int:
+    """How many frames a split has; its files are `FIELD/0.npy`, `FIELD/1.npy`, ...
+
+    Raises:
+        ProblemError: there are none, or one lacks a file.
+    """
+    names = {field: {path.name for path in (folder / field).glob("*.npy")} for field in fields}
+    count = max(map(len, names.values()))
+    missing = [f"{field}/{i}.npy" for i in range(count) for field in fields if f"{i}.npy" not in names[field]]
+    if missing or not count:
+        raise ProblemError(
+            f"{folder} must have the files 0.npy, 1.npy, ... in each of {', '.join(fields)}, as many in one as in the "
+            f"other, but lacks {some(missing) or 'all'}. Unpack the preprocessed data set again."
+        )
+    return count
+
+
+def read_frames(folder: Path, fields: Mapping[str, Field], indices: np.ndarray) -> dict[str, np.ndarray]:
+    """`{field: (len(indices), ...)}`: these frames of a split, in this order.
+
+    Raises:
+        ProblemError: a file is missing, damaged, or holds something else.
+    """
+    kept: dict[str, np.ndarray] = {}
+    size = None
+    for row, index in enumerate(indices):
+        for field, compact in fields.items():
+            path = folder / field / f"{index}.npy"
+            frame = _read(path, compact)
+            size = size or frame.shape[-2:]
+            if frame.shape[-2:] != size:
+                raise ProblemError(f"{path} has {_by(frame.shape[-2:])} pixels, but other files have {_by(size)}.")
+            if field not in kept:
+                kept[field] = np.empty((len(indices), *frame.shape), frame.dtype)
+            kept[field][row] = frame
+    return kept
+
+
+def _read(path: Path, compact: Field) -> np.ndarray:
+    try:
+        array = np.load(path, allow_pickle=False)
+        if not isinstance(array, np.ndarray) or array.dtype.kind not in "uif":
+            raise ValueError("it does not hold an array of numbers")
+        return compact(array)
+    except (OSError, EOFError, ValueError) as error:
+        raise ProblemError(f"Cannot read {path}: {error}.") from error
+
+
+# Fields. Frames come with channels last and leave with channels first.
+
+
+def image(array: np.ndarray) -> np.ndarray:
+    """`(H, W, 3)`, bytes or floats from 0 to 1, to `(3, H, W)`, float16."""
+    values = _floats(array, 3) / (255 if array.dtype == np.uint8 else 1)
+    if values.min() < -0.5 or values.max() > 1.5:  # resizing may have left values a little outside
+        raise ValueError(f"its values go from {values.min():g} to {values.max():g}, those of an image from 0 to 1")
+    return values.astype(np.float16)
+
+
+def labels(classes: int) -> Field:
+    """`(H, W)`, classes as numbers of any type, -1 where there is none, to the same as uint8 with `IGNORE`."""
+
+    def compact(array: np.ndarray) -> np.ndarray:
+        if array.ndim != 2:
+            raise ValueError(f"it has shape {array.shape}, but labels have (H, W)")
+        ignored = (array == -1) | (array == IGNORE)
+        if not (ignored | np.isin(array, np.arange(classes))).all():
+            raise ValueError(f"labels must be whole numbers from 0 to {classes - 1}, or -1, but not all are")
+        return np.where(ignored, IGNORE, array).astype(np.uint8)
+
+    return compact
+
+
+def depth(array: np.ndarray) -> np.ndarray:
+    """`(H, W, 1)` or `(H, W)`, 0 where it is not known, to `(1, H, W)`, float16."""
+    values = _floats(array if array.ndim == 3 else array[..., None], 1)
+    if values.min() < 0:
+        raise ValueError("it has values below 0, which no depth is")
+    return values.astype(np.float16)
+
+
+def normals(array: np.ndarray) -> np.ndarray:
+    """`(H, W, 3)`, unit vectors or 0 where they are not known, to `(3, H, W)`, float16."""
+    values = _floats(array, 3)
+    if np.abs(values).max() > 1.5:
+        raise ValueError("it has values above 1, which the components of a unit vector do not have")
+    return values.astype(np.float16)
+
+
+def _floats(array: np.ndarray, channels: int) -> np.ndarray:
+    if array.ndim != 3 or array.shape[-1] != channels or not array.size:
+        raise ValueError(f"it has shape {array.shape}, but (H, W, {channels}) was expected")
+    if not np.isfinite(array).all():
+        raise ValueError("it has values that are no numbers")
+    return np.moveaxis(array, -1, 0).astype(np.float32)
+
+
+def _by(size: tuple[int, ...]) -> str:
+    return "x".join(map(str, size))

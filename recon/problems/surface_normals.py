@@ -1,0 +1,50 @@
+"""Surface normals from depth."""
+
+from __future__ import annotations
+
+import numpy as np
+
+CHUNK = 64  # images at a time: the points of all would take gigabytes
+
+
+def normals_from_depth(depth: np.ndarray, focal: tuple[float, float], centre: tuple[float, float]) -> np.ndarray:
+    """The normals of the surface that each pixel sees.
+
+    Each pixel's point in space follows from its depth and the camera; the normal is perpendicular to the differences
+    of the points to its right and left, and below and above (at the border, of the point itself and the one inside).
+    It points to the camera. Where the depth jumps, at the edge of an object, it is that of a surface across the gap.
+
+    Args:
+        depth: `(N, H, W)` along the camera's axis, in any unit; 0 or no number where it is not known.
+        focal: focal lengths (x, y) in pixels.
+        centre: the principal point (x, y) in pixels from the image's upper left corner, which lies half a pixel
+            outside of the first pixel's centre.
+
+    Returns:
+        `(N, 3, H, W)`, float16: unit vectors with x to the right, y up, z towards the viewer; 0 where the depth of the
+        pixel or of a neighbour is not known.
+    """
+    rows, columns = depth.shape[1:]
+    x = (np.arange(columns) + 0.5 - centre[0]) / focal[0]
+    y = -(np.arange(rows) + 0.5 - centre[1]) / focal[1]
+    rays = np.stack([*np.meshgrid(x, y), np.full((rows, columns), -1.0)]).astype(np.float32)
+    found = np.empty((len(depth), 3, rows, columns), np.float16)
+    for start in range(0, len(depth), CHUNK):
+        found[start : start + CHUNK] = _normals(depth[start : start + CHUNK].astype(np.float32), rays)
+    return found
+
+
+def _normals(depth: np.ndarray, rays: np.ndarray) -> np.ndarray:
+    known = np.isfinite(depth) & (depth > 0)
+    points = np.where(known, depth, 0)[:, None] * rays
+    across, down = np.gradient(points, axis=3), np.gradient(points, axis=2)
+    normals = np.cross(down, across, axis=1)
+    lengths = np.linalg.norm(normals, axis=1, keepdims=True)
+    usable = _all_around(known)[:, None] & (lengths > 0)
+    return np.divide(normals, lengths, out=np.zeros_like(normals), where=usable)
+
+
+def _all_around(known: np.ndarray) -> np.ndarray:
+    """Where a pixel and its four neighbours, as far as they are in the image, are known."""
+    padded = np.pad(known, ((0, 0), (1, 1), (1, 1)), constant_values=True)
+    return known & padded[:, 2:, 1:-1] & padded[:, :-2, 1:-1] & padded[:, 1:-1, 2:] & padded[:, 1:-1, :-2]
