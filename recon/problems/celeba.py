@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 from torch.optim import Adam, Optimizer
 from torch.optim.lr_scheduler import MultiStepLR
 
@@ -21,7 +20,8 @@ from recon.models.pretrained import load_pretrained
 from recon.problem import Batch, Metric, Problem, Search, Task
 from recon.problems import descriptions
 from recon.problems.celeba_files import ATTRIBUTES, IMAGES, LABELS, PARTITION, SIDE, read_images, read_labels
-from recon.problems.images import IMAGENET_MEAN, IMAGENET_STD
+from recon.problems.dense import check_train_samples
+from recon.problems.images import normalised
 from recon.problems.loading import TensorBatches, in_order, shuffled
 from recon.problems.roots import open_root, require_files
 
@@ -66,11 +66,7 @@ def celeba(
         CheckpointError: when a model is made, `pretrained` is no such file.
     """
     root = open_root(NAME, data_root, _EXPECTED)
-    if train_samples is not None and train_samples < BATCH:
-        raise UsageError(
-            f"{NAME} trains on batches of {BATCH} samples, so {train_samples} training samples are too few. Take at "
-            f"least {BATCH}."
-        )
+    check_train_samples(NAME, train_samples, BATCH)
     require_files(NAME, root, [f"{FOLDER}/{name}" for name in (IMAGES, LABELS, PARTITION)], _EXPECTED)
     data = cache(lambda: _data(root / FOLDER, train_samples))  # a run asks for loaders several times
 
@@ -123,9 +119,4 @@ def _split(folder: Path, split: str, names: list[str], labels: np.ndarray, limit
     count = len(names) if limit is None else limit
     images = torch.from_numpy(read_images(folder, split, names, count))
     columns = torch.from_numpy(labels[:count]).T.contiguous()
-    return TensorBatches(images, dict(zip(ATTRIBUTES, columns, strict=True)), transform=_normalised)
-
-
-def _normalised(images: Tensor) -> Tensor:
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
-    return (images.float() / 255 - mean) / std
+    return TensorBatches(images, dict(zip(ATTRIBUTES, columns, strict=True)), transform=normalised)

@@ -57,7 +57,7 @@ class FileLoader(DataLoader):
     ) -> None:
         count = len(dataset)  # type: ignore[arg-type]
         if workers is None:
-            workers = min(os.cpu_count() or 1, count // (_WORTH_A_WORKER * batch_size))
+            workers = min(_processors(), count // (_WORTH_A_WORKER * batch_size))
         generator = torch.Generator().manual_seed(seed or 0)
         super().__init__(
             dataset,
@@ -79,3 +79,8 @@ class FileLoader(DataLoader):
             # A worker process sends its whole traceback, with the error in the last line.
             last = str(error).strip().splitlines()[-1]
             raise ProblemError(last.removeprefix(f"{ProblemError.__module__}.{ProblemError.__name__}: ")) from error
+
+
+def _processors() -> int:
+    """How many this process may use, where the system tells: a container can have fewer than the machine."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

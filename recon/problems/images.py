@@ -4,13 +4,20 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
 from PIL import Image
+from torch import Tensor
 
 from recon.errors import ProblemError
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
-"""Of red, green and blue from 0 to 1: what torchvision's ImageNet weights were trained with."""
+
+def normalised(images: Tensor) -> Tensor:
+    """Bytes `(..., 3, H, W)` as floats whose mean and deviation over ImageNet are 0 and 1 for each colour.
+
+    Torchvision's ImageNet weights were trained with such images.
+    """
+    mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[..., None, None]
+    return (images.float() / 255 - mean) / std
 
 
 def read_image(path: Path, mode: str | None = None) -> Image.Image:

@@ -142,11 +142,11 @@ def balanced_cross_entropy(output: Tensor, target: Tensor, positive_weight: floa
         positive_weight: of ones, from 0 to 1; zeros have what is left to 1. The share of zeros in the batch if not
             given (Xie and Tu, "Holistically-Nested Edge Detection", ICCV 2015, eq. 2).
     """
-    known, ones = target != IGNORE, target == 1
+    logits = output[:, 0].to(torch.promote_types(output.dtype, torch.float32))  # so many pixels overflow half precision
+    known, ones = target != IGNORE, (target == 1).to(logits.dtype)
     weight = 1 - ones.sum() / known.sum() if positive_weight is None else positive_weight
-    weights = torch.where(ones, weight, 1 - weight) * known
-    total = F.binary_cross_entropy_with_logits(output[:, 0], ones.to(output.dtype), weights, reduction="sum")
-    return total / known.sum()
+    weights = (ones * weight + (1 - ones) * (1 - weight)) * known
+    return F.binary_cross_entropy_with_logits(logits, ones, weights, reduction="sum") / known.sum()
 
 
 def normals_loss(output: Tensor, target: Tensor) -> Tensor:

@@ -9,6 +9,8 @@ from torchmetrics.classification import BinaryPrecisionRecallCurve
 
 from recon.problems.dense import IGNORE
 
+THRESHOLDS = [step / 20 for step in range(4, 19)]  # of the probability that a pixel is salient: 0.2 to 0.9
+
 
 class SaliencyIoU(Metric):
     """The intersection over union with the salient pixels, as a mean over images, at the best of 15 thresholds.
@@ -17,19 +19,19 @@ class SaliencyIoU(Metric):
     which nothing is and nothing was found salient counts as 1.
     """
 
-    higher_is_better = True
-    full_state_update = False
+    total: Tensor
+    images: Tensor
 
     def __init__(self) -> None:
         super().__init__()
-        self.register_buffer("thresholds", torch.linspace(0.2, 0.9, 15), persistent=False)
-        self.add_state("total", torch.zeros(15), dist_reduce_fx="sum")
+        self.add_state("total", torch.zeros(len(THRESHOLDS)), dist_reduce_fx="sum")
         self.add_state("images", torch.tensor(0), dist_reduce_fx="sum")
 
     def update(self, output: Tensor, target: Tensor) -> None:
         """Logits `(N, 1, H, W)` against 0, 1 or 255, `(N, H, W)`."""
         known, truth = (target != IGNORE)[:, None], (target == 1)[:, None]
-        found = (output.sigmoid() > self.thresholds[:, None, None]) & known
+        thresholds = torch.tensor(THRESHOLDS, device=output.device)[:, None, None]
+        found = (output.sigmoid() > thresholds) & known
         intersection, union = (found & truth).sum(dim=(2, 3)), (found | truth).sum(dim=(2, 3))
         self.total += torch.where(union > 0, intersection / union.clamp(min=1), 1.0).sum(dim=0)
         self.images += len(output)
@@ -46,10 +48,8 @@ class EdgeF(BinaryPrecisionRecallCurve):
     takes the benchmark program of BSDS500: compare it with itself only.
     """
 
-    higher_is_better = True
-
     def __init__(self) -> None:
-        super().__init__(thresholds=99, ignore_index=IGNORE)
+        super().__init__(thresholds=99, ignore_index=IGNORE, validate_args=False)
 
     def update(self, output: Tensor, target: Tensor) -> None:
         """Logits `(N, 1, H, W)` against 0, 1 or 255, `(N, H, W)`."""
@@ -58,4 +58,4 @@ class EdgeF(BinaryPrecisionRecallCurve):
     def compute(self) -> Tensor:  # type: ignore[override]
         """The largest harmonic mean of precision and recall."""
         precision, recall, _ = super().compute()
-        return (2 * precision * recall / (precision + recall).clamp(min=1e-12)).max()
+        return (2 * precision * recall / (precision + recall)).nan_to_num(0).max()  # NaN where nothing was found

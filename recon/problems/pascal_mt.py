@@ -14,7 +14,7 @@ from torch.utils.data import Dataset, default_collate
 from recon.errors import ProblemError
 from recon.problems.dense import IGNORE
 from recon.problems.file_loading import Key
-from recon.problems.images import IMAGENET_MEAN, IMAGENET_STD, read_image
+from recon.problems.images import normalised, read_image
 from recon.problems.pascal_mat import read_human_parts, read_label_map
 
 FOLDERS = ("JPEGImages", "semseg", "pascal-context/trainval", "human_parts", "normals_distill", "sal_distill")
@@ -106,7 +106,7 @@ def read_sample(folder: Path, name: str) -> Sample:
     Raises:
         ProblemError: a file is missing or damaged, or a target has another size than the image.
     """
-    image = np.asarray(read_image(folder / "JPEGImages" / f"{name}.jpg", "RGB"), np.float32) / 255
+    image = np.asarray(read_image(folder / "JPEGImages" / f"{name}.jpg", "RGB"))
     classes = read_label_map(folder / "pascal-context" / "trainval" / f"{name}.mat")
     parts = read_human_parts(folder / "human_parts" / f"{name}.mat")
     targets = {
@@ -122,10 +122,8 @@ def read_sample(folder: Path, name: str) -> Sample:
                 f"The {task} target of image {name} in {folder} has {_pixels(target)} pixels, but the image has "
                 f"{_pixels(image)}. Unpack both again."
             )
-    image = (image - np.float32(IMAGENET_MEAN)) / np.float32(IMAGENET_STD)
-    normals = targets.pop("normals").transpose(2, 0, 1)
-    tensors = {task: torch.from_numpy(target) for task, target in targets.items()}
-    return torch.from_numpy(image.transpose(2, 0, 1)), {**tensors, "normals": torch.from_numpy(normals.copy())}
+    tensors = {task: _channels_first(target) for task, target in targets.items()}
+    return normalised(_channels_first(image)), tensors
 
 
 def edges(classes: np.ndarray) -> np.ndarray:
@@ -159,3 +157,7 @@ def _normals(path: Path, classes: np.ndarray) -> np.ndarray:
 
 def _pixels(array: np.ndarray) -> str:
     return f"{array.shape[0]}x{array.shape[1]}"
+
+
+def _channels_first(array: np.ndarray) -> Tensor:
+    return torch.from_numpy(np.moveaxis(array, 2, 0).copy() if array.ndim == 3 else array)
