@@ -91,11 +91,17 @@ def add_problem(parser: Parser) -> None:
         help="make do with N training samples (default: all), if the problem can",
     )
     parser.add_argument("--backbone", metavar="NAME", help=f"another network than the problem's: {BACKBONE}")
+    parser.add_argument(
+        "--pretrained",
+        type=Path,
+        metavar="FILE",
+        help="ImageNet weights of torchvision's (.pth) for the problem's backbone, if it takes them",
+    )
 
 
 def problem_options(args: argparse.Namespace) -> dict[str, Any]:
     """What `recon.problems.get` takes beside the problem's name."""
-    return {"data_root": args.data_root, "train_samples": args.train_samples}
+    return {"data_root": args.data_root, "train_samples": args.train_samples, "pretrained": args.pretrained}
 
 
 def problem_arguments(args: argparse.Namespace) -> list[str]:

@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from torchvision.models import VisionTransformer, resnet18, segmentation
+from torchvision.models import VisionTransformer, mobilenet_v2, resnet18, segmentation
 from torchvision.models import vit_b_16 as torchvision_vit_b_16
 
 import recon
 from recon.errors import UsageError
 from recon.layers import find_layers
-from recon.models import ResNet18, SmallResNet, ViT, deeplabv3_resnet50, fcn_resnet50, vit_b_16
+from recon.models import MobileNetV2RASPP, ResNet18, SmallResNet, ViT, deeplabv3_resnet50, fcn_resnet50, vit_b_16
 from tests import oracle
 
 PUBLISHED = Path(__file__).parents[2] / "shared" / "data" / "published-maps"
@@ -70,6 +70,15 @@ def test_resnet18_is_torchvisions_with_heads(resnet):
 def test_channels_and_features_of_resnet18():
     model = ResNet18({"a": 2}, in_channels=3, features=5)
     assert model.heads["a"].in_features == 5 and model(torch.rand(2, 3, 32, 32))["a"].shape == (2, 2)
+
+
+def test_resnet18_without_fc_has_its_heads_on_the_pooled_features():
+    torch.manual_seed(0)
+    model, twin = ResNet18({"a": 2}, in_channels=3, features=None).eval(), resnet18()
+    twin.fc = nn.Identity()
+    assert not twin.load_state_dict(model.state_dict(), strict=False).missing_keys
+    images = torch.rand(2, 3, 32, 32)
+    torch.testing.assert_close(model(images)["a"], model.heads["a"](twin.eval()(images)))
 
 
 def test_resnet18_is_branched_like_any_other_module(resnet):
@@ -207,3 +216,55 @@ def test_a_small_backbone_does_not_wait_for_torchvision():
     assert {"ResNet18", "SmallResNet", "fcn_resnet50"} <= set(dir(recon.models))
     with pytest.raises(AttributeError, match="no attribute 'LeNet'"):
         recon.models.LeNet  # noqa: B018
+
+
+# MobileNetV2 with R-ASPP.
+
+
+def tiny_raspp(tasks=("a", "b", "c")):
+    torch.manual_seed(0)
+    return MobileNetV2RASPP({task: 2 + number for number, task in enumerate(tasks)}, width=8).double()
+
+
+def test_each_task_has_channels_at_the_size_of_the_image():
+    outputs = MobileNetV2RASPP({"seg": 5, "edge": 1}, in_channels=1)(torch.rand(2, 1, 33, 50))
+    assert {task: tuple(out.shape) for task, out in outputs.items()} == {"seg": (2, 5, 33, 50), "edge": (2, 1, 33, 50)}
+
+
+def test_the_dilated_trunk_sees_what_torchvisions_sees_at_twice_the_resolution():
+    model = tiny_raspp()
+    oracle.perturb(model)
+    plain = mobilenet_v2().features[:-1].double()
+    plain.load_state_dict(model.features.state_dict())
+    images = torch.rand(2, 3, 64, 96, dtype=torch.float64)
+    fine, coarse = model.features.eval()(images), plain.eval()(images)
+    assert fine.shape[2:] == (4, 6) and coarse.shape[2:] == (2, 3)
+    torch.testing.assert_close(fine[:, :, ::2, ::2], coarse)
+
+
+def test_the_pooled_branch_is_the_same_everywhere_and_the_local_one_is_a_convolution():
+    raspp = tiny_raspp().raspp
+    oracle.perturb(raspp)
+    x = torch.rand(2, 320, 3, 4, dtype=torch.float64)
+    local = raspp.local.eval()(x)
+    pooled = raspp.pooled.eval()(torch.nn.functional.adaptive_avg_pool2d(x, 1))
+    both = torch.cat([local, torch.nn.functional.interpolate(pooled, size=(3, 4), mode="bilinear")], dim=1)
+    torch.testing.assert_close(raspp.eval()(x), raspp.project.eval()(both))
+
+
+def test_the_decoder_sees_edges_that_the_last_layers_do_not():
+    decoder = tiny_raspp().heads["a"].eval()
+    high, low = torch.zeros(1, 8, 2, 2).double(), torch.zeros(1, 24, 8, 8).double()
+    low[:, :, 3, 5] = 1
+    seen = (decoder(high, low) - decoder(high, torch.zeros_like(low))).abs().sum(dim=1)[0].nonzero()
+    assert seen[:, 0].min() == 1 and seen[:, 0].max() == 5 and seen[:, 1].min() == 3 and seen[:, 1].max() == 7
+
+
+@pytest.mark.parametrize("kind", ["all", "quarter"])
+def test_mobilenet_is_branched_like_any_other_module(kind):
+    model = tiny_raspp()
+    images = torch.rand(2, 3, 32, 32, dtype=torch.float64)
+    branched = recon.convert(model, oracle.random_plan(model, kind, seed=1), images)
+    oracle.perturb(branched)
+    for training in (False, True):
+        oracle.check(tiny_raspp, branched.train(training), images)

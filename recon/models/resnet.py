@@ -19,11 +19,14 @@ class ResNet18(ResNet):
     Args:
         tasks: `{task name: number of classes}`.
         in_channels: channels of the input image.
-        features: how many features `fc` gives to the heads.
+        features: how many features `fc` gives to the heads. None: there is no `fc`, and the heads take the 512 pooled
+            features as they are.
     """
 
-    def __init__(self, tasks: Mapping[str, int], in_channels: int = 1, features: int = 100) -> None:
-        super().__init__(BasicBlock, [2, 2, 2, 2], num_classes=features)
+    def __init__(self, tasks: Mapping[str, int], in_channels: int = 1, features: int | None = 100) -> None:
+        super().__init__(BasicBlock, [2, 2, 2, 2], num_classes=features or 1)
+        if features is None:
+            features, self.fc = 512 * BasicBlock.expansion, nn.Identity()
         # As there, the stem is put in after torchvision's initialisation, and keeps PyTorch's own.
         self.conv1 = nn.Conv2d(in_channels, 64, 7, stride=2, padding=3, bias=False)
         self.heads = nn.ModuleDict({task: nn.Linear(features, classes) for task, classes in tasks.items()})

@@ -44,6 +44,14 @@ _BUILT_IN = {
         "recon.problems.tox21:tox21",
         "toxicity of 8,014 molecules, 12 tasks with missing labels, hashed SMILES, an MLP; --data-root: its CSV",
     ),
+    "celeba": (
+        "recon.problems.celeba:celeba",
+        "attributes of a face, 40 tasks, 64x64 pixels, ResNet-18; --data-root: torchvision's CelebA",
+    ),
+    "pascal-context": (
+        "recon.problems.pascal_context:pascal_context",
+        "classes, parts, saliency, normals and edges, 5 tasks, 512x512 pixels, MobileNetV2; --data-root: PASCAL_MT",
+    ),
 }
 
 _HOW_TO_NAME_ONE = (
@@ -71,8 +79,9 @@ def get(spec: str, **options: Any) -> Problem:
         spec: a built-in name, `package.module:function`, or `path/to/file.py:function`; the function returns a
             `recon.Problem`. (A `recon.Problem` in its place is as good.)
         options: what the function is called with; one that is None counts as not given. The command line gives
-            `data_root`, the folder that holds the problem's data set, and `train_samples`, how many training samples
-            to make do with. A function that has a use for neither takes no arguments.
+            `data_root`, the folder that holds the problem's data set, `train_samples`, how many training samples to
+            make do with, and `pretrained`, a file of weights for its backbone. A function takes those that it has a
+            use for.
 
     Raises:
         UnknownNameError: there is no such problem, file, module or function; names the nearest ones.

@@ -8,7 +8,11 @@ from typing import Any
 
 from recon.errors import UsageError
 
-ON_THE_COMMAND_LINE = {"data_root": "--data-root DIR", "train_samples": "--train-samples N"}
+ON_THE_COMMAND_LINE = {
+    "data_root": "--data-root DIR",
+    "train_samples": "--train-samples N",
+    "pretrained": "--pretrained FILE",
+}
 
 
 def check_options(spec: str, function: Any, options: Mapping[str, Any]) -> None:

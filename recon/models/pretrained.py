@@ -1,0 +1,55 @@
+"""ImageNet weights for the trunk of a backbone, from a file of torchvision's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from recon.errors import CheckpointError, some
+from recon.weights import read_state_dict
+
+
+def load_pretrained(
+    model: nn.Module, path: str | Path, network: str, *, unused: tuple[str, ...], fresh: tuple[str, ...]
+) -> None:
+    """Load a network of torchvision into the layers of `model` that have its names; the others keep their weights.
+
+    All of the trunk must be in the file, and nothing else: a ResNet-34 has every layer of a ResNet-18 too, but its
+    first layers' weights are of little use to one.
+
+    Args:
+        model: what the weights are loaded into.
+        path: a state dict as torchvision publishes it (`resnet18-f37072fd.pth`, say), or as `torch.save` wrote it.
+        network: what torchvision calls the network, for the error.
+        unused: what names in the file begin with that the model has no use for, such as "fc.".
+        fresh: what names in the model begin with that the file cannot have, such as "heads.".
+
+    Raises:
+        CheckpointError: the file is missing, damaged, or of another network.
+    """
+    given = _named(read_state_dict(Path(path)), without=unused)
+    wanted = _named(model.state_dict(), without=fresh)
+    odd = [name for name in {**wanted, **given} if not _alike(wanted.get(name), given.get(name))]
+    if odd:
+        raise CheckpointError(
+            f"{path} does not hold the weights of a {network}: {len(odd)} of its and the model's "
+            f"{len({**wanted, **given})} tensors have no partner of the same name and shape ({some(odd)}). Expected is "
+            f"a state dict of torchvision.models.{network}(), such as the file that "
+            f"torchvision.models.{network}(weights='DEFAULT') downloads."
+        )
+    model.load_state_dict(given, strict=False)
+
+
+def _named(state: Mapping[str, Tensor], without: tuple[str, ...]) -> dict[str, Tensor]:
+    # Torchvision's older files do not count batches, and a count means nothing to a norm with a fixed momentum.
+    return {
+        name: tensor
+        for name, tensor in state.items()
+        if not name.startswith(without) and not name.endswith("num_batches_tracked")
+    }
+
+
+def _alike(one: Tensor | None, other: Tensor | None) -> bool:
+    return one is not None and other is not None and one.shape == other.shape
