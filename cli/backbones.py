@@ -1,41 +1,65 @@
-"""Other networks for a problem: recon's own backbones, and what a user's function makes. Imports torch."""
+"""Other networks for a problem: `--backbone`, and recon's own that `--model` names. Nothing here imports torch."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import argparse
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor, nn
+from recon import models, problems
+from recon.errors import UnknownNameError
+from recon_cli.parsing import problem_options
 
-from recon import models
-from recon.batches import task_outputs, unpack
-from recon.errors import ProblemError, UnknownNameError, UsageError
-from recon.evaluation import eval_mode
-from recon.problem import Problem
-from recon.problems import call_function
+if TYPE_CHECKING:
+    from recon import Problem
+
+_OWN = "A backbone of your own is named path/to/file.py:function, where the function returns a module."
+
+
+def problem_of(args: argparse.Namespace) -> Problem:
+    """The problem of a command line, with the network that `--backbone` names.
+
+    Raises:
+        UsageError: there is no such problem or backbone, or the two do not fit.
+        ProblemError: the user's code raised.
+    """
+    backbone = "" if args.backbone is None else backbone_name(args.backbone)
+    return with_backbone(problems.get(args.problem, **problem_options(args)), backbone)
 
 
 def backbone_name(text: str) -> str:
+    """The backbone that `--backbone` names, as a run keeps it.
+
+    Raises:
+        UnknownNameError: there is none.
+    """
+    name = _name(text)
+    if not name:
+        raise UnknownNameError("backbone", text, models.__all__, _OWN)
+    return name
+
+
+def model_backbone(text: str) -> str:
     """The backbone that `--model` names, as a run keeps it; empty if it names a folder.
 
     Raises:
         UnknownNameError: it is neither.
     """
-    if text in models.__all__ and not Path(text).exists():
+    name = "" if Path(text).exists() else _name(text)
+    if name or Path(text).exists() or Path(text).name != text:
+        return name
+    folders = sorted(path.name for path in Path().iterdir() if path.is_dir())
+    raise UnknownNameError("folder or backbone", text, [*models.__all__, *folders], _OWN)
+
+
+def _name(text: str) -> str:
+    if text in models.__all__:
         return text
     target, colon, function = text.rpartition(":")
-    if colon and not Path(text).exists():
-        return f"{Path(target).resolve()}:{function}" if target.endswith(".py") else text
-    if Path(text).exists() or Path(text).name != text:
+    if not colon:
         return ""
-    raise UnknownNameError(
-        "folder or backbone",
-        text,
-        [*models.__all__, *sorted(path.name for path in Path().iterdir() if path.is_dir())],
-        "A backbone of your own is named path/to/file.py:function, where the function returns a module.",
-    )
+    return f"{Path(target).resolve()}:{function}" if target.endswith(".py") else text
 
 
 def with_backbone(problem: Problem, name: str) -> Problem:
@@ -47,33 +71,6 @@ def with_backbone(problem: Problem, name: str) -> Problem:
     """
     if not name:
         return problem
-    return replace(problem, make_model=_user_s(name) if ":" in name else _built_in(name, problem))
+    from recon_cli.backbone_fit import maker  # late: it imports torch
 
-
-def _user_s(name: str) -> Callable[[], nn.Module]:
-    def make_model() -> nn.Module:
-        model = call_function(name)
-        if not isinstance(model, nn.Module):
-            raise ProblemError(f"{name} must return a torch.nn.Module, but it gave {type(model).__name__}.")
-        return model
-
-    return make_model
-
-
-def _built_in(name: str, problem: Problem) -> Callable[[], nn.Module]:
-    """What makes the backbone, with heads as wide as those of the problem's own network."""
-    backbone, own = getattr(models, name), problem.make_model
-    inputs, _ = unpack(next(iter(problem.make_loaders(0)[0])))
-    if not isinstance(inputs, Tensor) or inputs.ndim != 4:
-        raise UsageError(f"The backbone {name} takes images (N, C, H, W), which {problem.name!r} does not give.")
-    model = own()
-    with eval_mode(model), torch.no_grad():
-        outputs = task_outputs(model, inputs[:2], problem.task_names)
-    for task in problem.task_names:
-        if not isinstance(outputs[task], Tensor) or outputs[task].ndim != 2:
-            raise UsageError(
-                f"The backbone {name} gives each task logits (N, classes), but task {task!r} of {problem.name!r} wants "
-                "something else. Pass a function of your own: --model path/to/file.py:function."
-            )
-    classes = {task: outputs[task].shape[1] for task in problem.task_names}
-    return lambda: backbone(classes, in_channels=inputs.shape[1])
+    return replace(problem, make_model=maker(name, problem), backbone=name)

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     Verbs = argparse._SubParsersAction["Parser"]
 
 PROBLEM = "a built-in problem (see `recon problems`), path/to/file.py:function or package.module:function"
+BACKBONE = "one of recon.models that fits, such as ResNet18, or path/to/file.py:function"
 METHOD = (
     "a gradient method (see `recon methods`), with options as in cagrad:c=0.5; a weighting and an aggregator as in "
     "uw+pcgrad; your own as path/to/file.py:function or package.module:function"
@@ -77,7 +78,7 @@ def add_verb(verbs: Verbs, name: str, run: Run, summary: str, examples: str, det
 
 
 def add_problem(parser: Parser) -> None:
-    """PROBLEM, and the options that some problems take."""
+    """What `recon_cli.backbones.problem_of` reads: PROBLEM, the options that some take, and another network for it."""
     parser.add_argument("problem", metavar="PROBLEM", help=PROBLEM)
     parser.add_argument(
         "--data-root", type=Path, metavar="DIR", help="where the problem's data set is, if it needs one"
@@ -88,6 +89,7 @@ def add_problem(parser: Parser) -> None:
         metavar="N",
         help="make do with N training samples (default: all), if the problem can",
     )
+    parser.add_argument("--backbone", metavar="NAME", help=f"another network than the problem's: {BACKBONE}")
 
 
 def problem_options(args: argparse.Namespace) -> dict[str, Any]:
@@ -97,7 +99,8 @@ def problem_options(args: argparse.Namespace) -> dict[str, Any]:
 
 def problem_arguments(args: argparse.Namespace) -> list[str]:
     """The arguments that name the same problem with the same options to another verb."""
-    given = [(option, value) for option, value in problem_options(args).items() if value is not None]
+    options = {**problem_options(args), "backbone": args.backbone}
+    given = [(option, value) for option, value in options.items() if value is not None]
     flags = [word for option, value in given for word in (f"--{option.replace('_', '-')}", str(value))]
     return [args.problem, *flags]
 

@@ -19,7 +19,6 @@ from recon.runs import RUN_FILE, SINGLE_TASK, Run
 from recon.surgery import plan_of
 from recon.weights import WEIGHTS_FILE
 from recon_cli import ranks, workbench
-from recon_cli.backbones import with_backbone
 from recon_cli.best import Evaluations
 from recon_cli.counting import ConflictCounter, Counting
 from recon_cli.optimizers import depends_on_length, make_optimizer, make_scheduler
@@ -45,7 +44,6 @@ class Training:
         device: where the model runs.
         method: the gradient method, or `SINGLE_TASK`.
         source: a folder with the model to start from; a fresh one if None.
-        backbone: the fresh model, if it is not the problem's own.
         train_samples: what the problem was cut down to, if it was.
         evaluations: when, and what is best.
         tensorboard: whether TensorBoard's events are written.
@@ -64,7 +62,6 @@ class Training:
     device: torch.device
     method: str = "joint"
     source: Path | None = None
-    backbone: str = ""
     train_samples: int | None = None
     evaluations: Evaluations = field(default_factory=Evaluations)
     tensorboard: bool = False
@@ -91,7 +88,7 @@ class Training:
         return {
             "PROBLEM": self.home,
             "--method": self.method,
-            "--model": self.backbone or (None if self.source is None else str(self.source)),
+            "--model": (self.problem.backbone or None) if self.source is None else str(self.source),
             "--train-samples": self.train_samples,
             "--seed": self.seed,
             **({} if self.plan is None else {"branched layers": list(self.plan.layers)}),
@@ -102,11 +99,10 @@ class Training:
 
     def run(self) -> Run:
         """Train, evaluate, save."""
-        problem = with_backbone(self.problem, self.backbone)
         if not self.resume:
             for folder in self.folders.values():
                 (folder / PICTURE_FILE).unlink(missing_ok=True)  # of an older run, whose weights changed
-        return self._single_tasks(problem) if self.method == SINGLE_TASK else self._together(problem)
+        return self._single_tasks() if self.method == SINGLE_TASK else self._together()
 
     def left(self) -> str:
         """What an interruption left of the models, for people; empty if nothing."""
@@ -117,53 +113,53 @@ class Training:
         folder = next((self.folders[task] for task in last["losses"] if task in self.folders), self.folder)
         return f"{folder} holds the model after epoch {last['number']} of {self.epochs}. "
 
-    def _together(self, problem: Problem) -> Run:
+    def _together(self) -> Run:
         """One model for all tasks."""
-        model, origin = self._start(problem)
+        model, origin = self._start()
         layers = tuple(plan_of(model).layers) if hasattr(model, "branch_plan") else ()
         surgery = origin.surgery if origin else self.surgery or (f"K={len(layers)}" if layers else "")
         run = self._new_run(f"{self.method} + {surgery}" if surgery else self.method)
         run.surgery, run.branched_layers = surgery, layers
-        run.backbone = self.backbone or (origin.backbone if origin else "")
-        costs = workbench.costs_per_sample(model, self._example_inputs(problem))
+        run.backbone = origin.backbone if origin else self.problem.backbone
+        costs = workbench.costs_per_sample(model, self._example_inputs())
         run.parameters, run.macs = costs.parameters, costs.macs
-        run.results = self._fit(run, problem, model, problem.tasks, self.folder)
+        run.results = self._fit(run, model, self.problem.tasks, self.folder)
         self._finish(run)
         best = self.evaluations.best(run.history, run.higher_is_better)
         if best is not None and ranks.number() == 0:
             replace(run, results=best["results"]).save(self.folder / BEST)
         return run
 
-    def _single_tasks(self, problem: Problem) -> Run:
+    def _single_tasks(self) -> Run:
         """One fresh model for each task."""
         run = self._new_run(SINGLE_TASK)
-        run.backbone = self.backbone
-        model, _ = self._start(problem)
-        costs = workbench.single_task_costs(model, run.tasks, self._example_inputs(problem))
+        run.backbone = self.problem.backbone
+        model, _ = self._start()
+        costs = workbench.single_task_costs(model, run.tasks, self._example_inputs())
         run.parameters, run.macs = costs.parameters, costs.macs
         if ranks.number() == 0:
             run.save(self.folder)  # the folder must be known as a run's before a task's folder lies in it
         results: dict[str, Mapping[str, float]] = {}
-        for task in problem.tasks:
-            model, _ = self._start(problem)
-            results |= self._fit(run, problem, model, [task], self.folders[task.name])
+        for task in self.problem.tasks:
+            model, _ = self._start()
+            results |= self._fit(run, model, [task], self.folders[task.name])
         run.results = results
         if ranks.number() == 0:
             self._remove_older_model()
         return self._finish(run)
 
-    def _start(self, problem: Problem) -> tuple[nn.Module, Run | None]:
+    def _start(self) -> tuple[nn.Module, Run | None]:
         if self.source is None:
-            model = workbench.make_model(problem, self.seed).to(self.device)
+            model = workbench.make_model(self.problem, self.seed).to(self.device)
             if self.plan is not None:
-                model = recon.convert(model, self.plan, workbench.few_samples(self._example_inputs(problem))[0])
+                model = recon.convert(model, self.plan, workbench.few_samples(self._example_inputs())[0])
             return model, None
-        model, origin = workbench.load_model(problem, self.source, self.seed)
+        model, origin = workbench.load_model(self.problem, self.source, self.seed)
         return model.to(self.device), origin
 
-    def _example_inputs(self, problem: Problem) -> object:
-        train, _ = workbench.make_loaders(problem, self.seed)
-        return workbench.first_batch(problem, train, self.device)[0]
+    def _example_inputs(self) -> object:
+        train, _ = workbench.make_loaders(self.problem, self.seed)
+        return workbench.first_batch(self.problem, train, self.device)[0]
 
     def _new_run(self, label: str) -> Run:
         """A record; a resumed training's has the epochs that were done."""
@@ -183,18 +179,17 @@ class Training:
             settings=self.settings(),
         )
 
-    def _fit(
-        self, run: Run, problem: Problem, model: nn.Module, tasks: Sequence[Task], folder: Path
-    ) -> dict[str, dict[str, float]]:
+    def _fit(self, run: Run, model: nn.Module, tasks: Sequence[Task], folder: Path) -> dict[str, dict[str, float]]:
         """Train one model; gives its results after the last epoch."""
         # Fresh loaders and random state: what was looked at before must not shift the order of the batches.
+        problem = self.problem
         train, test = workbench.make_loaders(problem, self.seed)
         workbench.seed_everything(self.seed)
         losses: dict[str, Loss] = {task.name: task.loss for task in tasks}
         keeper = RunFolder(folder, run, self.folder, model, tasks, test, self.evaluations)
         counter = None
         if self.counting is not None and not run.is_single_task:
-            counter = ConflictCounter(model, problem.task_names, self.counting)
+            counter = ConflictCounter(model, self.problem.task_names, self.counting)
         several = ranks.count() > 1
         fixed = {"--epochs": self.epochs} if depends_on_length(problem, self.recipe) else {}
         history = recon.train(
@@ -218,7 +213,7 @@ class Training:
         )
         keeper.finish(history)
         if counter is not None and ranks.number() == 0:
-            counter.save(folder, {"problem": problem.name, "method": self.method, "seed": self.seed})
+            counter.save(folder, {"problem": self.problem.name, "method": self.method, "seed": self.seed})
         run.seconds_per_step += history.seconds / max(1, history.steps)
         return history.epochs[-1].results
 

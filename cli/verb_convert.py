@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import recon
-from recon import problems
 from recon.runs import Run
 from recon.tables import short_number, text_table
+from recon_cli.backbones import problem_of
 from recon_cli.map_fit import fit_data, fit_line, match_map
 from recon_cli.outputs import check_folder
 from recon_cli.parsing import (
@@ -21,7 +21,6 @@ from recon_cli.parsing import (
     add_problem,
     add_verb,
     problem_arguments,
-    problem_options,
     seed,
 )
 from recon_cli.renames import renames
@@ -102,7 +101,7 @@ def run(args: argparse.Namespace) -> Report:
     _check_options(args)
     check_folder(args.out)
     cmap = recon.ConflictMap.load(args.map) if args.map else None
-    problem = problems.get(args.problem, **problem_options(args))
+    problem = problem_of(args)
     from recon.cost_model import CostModel  # late: these import torch
     from recon.surgery import plan_of
     from recon.timing import step_seconds
@@ -155,6 +154,7 @@ def _save(args: argparse.Namespace, problem: Problem, branched: nn.Module, plan:
         seed=args.seed,
         parameters=costs.parameters,
         macs=costs.macs,
+        backbone=problem.backbone,
     )
     run.save(args.out)
     recon.save(branched, args.out)

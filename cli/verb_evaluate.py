@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import recon
-from recon import problems
 from recon.tables import metrics_table
-from recon_cli.parsing import Report, add_device_option, add_problem, add_verb, problem_options, seed
+from recon_cli.backbones import problem_of
+from recon_cli.parsing import Report, add_device_option, add_problem, add_verb, seed
 
 if TYPE_CHECKING:
     import torch
@@ -38,7 +38,7 @@ def add_parser(verbs: Verbs) -> None:
 
 def run(args: argparse.Namespace) -> Report:
     """Load and evaluate."""
-    problem = problems.get(args.problem, **problem_options(args))
+    problem = problem_of(args)
     from recon_cli import workbench  # late: it imports torch
 
     device = workbench.choose_device(args.device)
@@ -48,14 +48,13 @@ def run(args: argparse.Namespace) -> Report:
 
 
 def _evaluate(problem: Problem, folder: Path, seed: int | None, device: torch.device) -> dict[str, dict[str, float]]:
-    from recon_cli import workbench  # late: these import torch
-    from recon_cli.backbones import with_backbone
+    from recon_cli import workbench  # late: it imports torch
 
     record = workbench.read_record(problem, folder)
     # A problem may split its data by the seed: another one would test on what was trained on.
     seed = (record.seed if record else 0) if seed is None else seed
     _, test = workbench.make_loaders(problem, seed)
-    problem = with_backbone(problem, record.backbone if record else "")
+    problem = workbench.as_recorded(problem, record, folder)
     if record is None or not record.is_single_task:
         model, _ = workbench.load_model(problem, folder, seed)
         return recon.evaluate(model.to(device), test, problem.tasks)

@@ -8,10 +8,10 @@ import textwrap
 from typing import TYPE_CHECKING, Any
 
 import recon
-from recon import problems
 from recon.tables import short_number, text_table
+from recon_cli.backbones import problem_of
 from recon_cli.map_fit import fit_data, fit_line, match_map
-from recon_cli.parsing import Report, add_problem, add_verb, problem_arguments, problem_options, seed
+from recon_cli.parsing import Report, add_problem, add_verb, problem_arguments, seed
 from recon_cli.plan_pictures import add_picture_options, check_pictures, show_pictures
 from recon_cli.renames import renames
 from recon_cli.selectors import (
@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> Report:
     check_selection(args)
     check_pictures(args)
     cmap = recon.ConflictMap.load(args.map) if args.map else None
-    problem = problems.get(args.problem, **problem_options(args))
+    problem = problem_of(args)
     from recon.cost_model import CostModel  # late: these import torch
     from recon.layers import find_layers
     from recon_cli import workbench

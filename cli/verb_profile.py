@@ -15,6 +15,7 @@ from recon import problems
 from recon.errors import MapFileError, UsageError
 from recon.files import remove_partial
 from recon_cli import ranks
+from recon_cli.backbones import problem_of
 from recon_cli.outputs import check_file
 from recon_cli.parsing import (
     METHOD,
@@ -24,7 +25,6 @@ from recon_cli.parsing import (
     add_verb,
     positive_integer,
     problem_arguments,
-    problem_options,
     share,
     threshold,
 )
@@ -96,7 +96,7 @@ def add_parser(verbs: Verbs) -> None:
 def run(args: argparse.Namespace) -> Report:
     """Profile, save the map, show the ranking's top."""
     check_file(args.out, b'"recon conflict map"')
-    problem = problems.get(args.problem, **problem_options(args))
+    problem = problem_of(args)
     recon.methods.parse(args.method)
     from recon_cli import workbench  # late: these import torch
     from recon_cli.resuming import check_resume, checkpoint_beside, resumable

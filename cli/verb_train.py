@@ -12,6 +12,7 @@ from recon import problems
 from recon.errors import UsageError
 from recon.runs import RUN_FILE, SINGLE_TASK, Run
 from recon_cli import ranks
+from recon_cli.backbones import model_backbone, problem_of, with_backbone
 from recon_cli.best import Evaluations
 from recon_cli.outputs import CHECKPOINT_FILE, RUN_MARKS, check_folder
 from recon_cli.parsing import (
@@ -21,7 +22,6 @@ from recon_cli.parsing import (
     add_training_options,
     add_verb,
     positive_integer,
-    problem_options,
 )
 from recon_cli.recipe import add_recipe_options, recipe_of
 
@@ -84,9 +84,10 @@ def run(args: argparse.Namespace) -> Report:
     if args.single_task and args.best_by:
         args.parser.error("--single-task keeps the best model of each task, so it does not go with --best-by")
     check_folder(args.out, RUN_MARKS)
-    problem = problems.get(args.problem, **problem_options(args))
+    backbone = _backbone(args)
+    problem = with_backbone(problem_of(args), backbone)
     recon.methods.parse("joint" if args.method is None else args.method)
-    job = _job(args, problem)
+    job = _job(args, problem, None if backbone or not args.model else Path(args.model))
     from recon_cli.resuming import check_resume, resumable  # late: these import torch
     from recon_cli.training_report import report
 
@@ -103,17 +104,23 @@ def run(args: argparse.Namespace) -> Report:
     return report(job, trained)
 
 
-def _job(args: argparse.Namespace, problem: Problem) -> Training:
+def _backbone(args: argparse.Namespace) -> str:
+    """The backbone that `--model` names; empty if it names a folder, or nothing."""
+    backbone = model_backbone(args.model) if args.model else ""
+    if backbone and args.backbone:
+        args.parser.error(f"--model {args.model} is a backbone, so it does not go with --backbone {args.backbone}")
+    return backbone
+
+
+def _job(args: argparse.Namespace, problem: Problem, source: Path | None) -> Training:
     epochs = args.epochs or problem.epochs
     recipe, evaluations = recipe_of(args, epochs), Evaluations(args.evaluate_every, args.best_by)
     from recon.evaluation import directions  # late: these import torch
-    from recon_cli import backbones, tensorboard, training, workbench
+    from recon_cli import tensorboard, training, workbench
 
     evaluations.check(directions(problem.tasks))
     if args.tensorboard:
         tensorboard.check_tensorboard()
-    backbone = backbones.backbone_name(args.model) if args.model else ""
-    source = Path(args.model) if args.model and not backbone else None
     if args.single_task and source is not None:
         args.parser.error("--single-task trains fresh models, so it does not go with the folder of one in --model")
     return training.Training(
@@ -125,7 +132,6 @@ def _job(args: argparse.Namespace, problem: Problem) -> Training:
         device=workbench.choose_device(args.device),
         method=SINGLE_TASK if args.single_task else args.method or "joint",
         source=source,
-        backbone=backbone,
         train_samples=args.train_samples,
         evaluations=evaluations,
         tensorboard=args.tensorboard,

@@ -72,15 +72,13 @@ def load_model(problem: Problem, folder: Path, seed: int) -> tuple[nn.Module, Ru
 
     Raises:
         CheckpointError: there is no model, or it is another problem's.
-        UsageError: the folder holds one model for each task.
+        UsageError: the folder holds one model for each task, or a model of another backbone than `--backbone`.
     """
     record = read_record(problem, folder)
     if record is not None and record.is_single_task:
         one = task_folder(folder, record.tasks[0])
         raise UsageError(f"{folder} holds one model for each task. Pass one of them, as in --model {one}.")
-    if record is not None:
-        problem = with_backbone(problem, record.backbone)
-    return recon.load(folder, make_model(problem, seed)), record
+    return recon.load(folder, make_model(as_recorded(problem, record, folder), seed)), record
 
 
 def read_record(problem: Problem, folder: Path) -> Run | None:
@@ -98,6 +96,23 @@ def read_record(problem: Problem, folder: Path) -> Run | None:
             "another folder."
         )
     return record
+
+
+def as_recorded(problem: Problem, record: Run | None, folder: Path) -> Problem:
+    """The problem with the network of the model in a folder.
+
+    Raises:
+        UsageError: `--backbone` names another one.
+    """
+    if record is None or record.backbone == problem.backbone:
+        return problem
+    if problem.backbone:
+        recorded = record.backbone or "the problem's own network"
+        raise UsageError(
+            f"--backbone {problem.backbone} contradicts {folder}, whose model is {recorded}. Leave --backbone out, or "
+            "pass another folder."
+        )
+    return with_backbone(problem, record.backbone)
 
 
 def task_folder(folder: Path, task: str) -> Path:

@@ -98,6 +98,7 @@ class Problem:
         example_inputs: gives a few inputs, of any values, without reading the data: costs are counted on them. The
             first batch of the train loader serves where it is not given.
         search: which layers Recon's authors branch, and how they find them; None where they have no say.
+        backbone: the name of the network, where it is another than the one that the problem comes with.
     """
 
     name: str
@@ -110,6 +111,7 @@ class Problem:
     description: str = ""
     example_inputs: Callable[[], Any] | None = None
     search: Search | None = None
+    backbone: str = ""
 
     def __post_init__(self) -> None:
         odd = [task for task in self.tasks if not isinstance(task, Task)]

@@ -63,7 +63,7 @@ class Run:
         history: the epochs' records (`recon.Epoch`), as plain values.
         finished: whether all epochs and the evaluation were done.
         versions: of recon, Python and torch.
-        backbone: the network, if it is not the problem's own, as `recon train --model` names it.
+        backbone: the network, if it is not the problem's own, as `--backbone` names it.
         settings: the command's other options, by name.
     """
 
