@@ -72,7 +72,9 @@ class Demo:
             heatmap(cmap, self.folder / "conflicts_by_layer.png", branched=list(plan.layers))
             outcomes = self._train_all(variants)
             runs = self._runs(variants, outcomes)
-            before, after = (mean_table([o.conflicts for o in outcomes[k]]) for k in ("joint", f"joint + {self.surgery}"))
+            before, after = (
+                mean_table([o.conflicts for o in outcomes[k]]) for k in ("joint", f"joint + {self.surgery}")
+            )
             before_after(before, after, self.folder / "conflicts_before_after.png")
             minutes = (time.perf_counter() - start) / 60
             story = Story(self.seeds, self.epochs, self.surgery, cmap, plan, runs, outcomes, before, after, minutes)
