@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -110,6 +111,7 @@ def run(args: argparse.Namespace) -> Report:
         args.parser.error(f"--methods {' '.join(preset.methods)} names a method twice")
     from recon_cli import bench, bench_report, workbench  # late: these import torch
     from recon_cli.bench_settings import BenchSettings, fingerprint
+    from recon_cli.resuming import TrainingStoppedError, command_line
     from recon_cli.study import default_workers
 
     device = workbench.choose_device(args.device)
@@ -144,7 +146,13 @@ def run(args: argparse.Namespace) -> Report:
         workers=args.workers or default_workers(device),
         rounds=preset.rounds,
     )
-    return bench_report.report(job, reason)
+    try:
+        return bench_report.report(job, reason)
+    except KeyboardInterrupt as error:
+        again = shlex.join(command_line(args))
+        raise TrainingStoppedError(
+            f"Interrupted. {args.out} keeps what was trained. Go on with the same command:\n  {again}"
+        ) from error
 
 
 def _preset(args: argparse.Namespace, problem: Problem) -> Preset:
