@@ -130,7 +130,7 @@ class Bench:
         seconds = earlier.get("seconds_per_step", {})
         if {variant.label for variant in variants} - seconds.keys():
             say("Timing the training steps of all, in turn")
-            warm_up = min(3, self.rounds)
+            warm_up = min(3, self.rounds // 3)
             seconds = time_steps(self.problem, variants, device_of(self.settings), self.rounds, warm_up)
         return BenchRuns(cmap, top_k, variants, notes, runs, seconds)
 
@@ -168,8 +168,8 @@ class Bench:
             raise UsageError(f"{path} is not a results file of `recon bench`. Choose another --out.")
         asked = self._document()["settings"]
         # Another data set's map may join the runs that are there, and be left out again.
-        asked = {_TRANSFERRED: had.get(_TRANSFERRED), **asked}
-        had = {_TRANSFERRED: asked[_TRANSFERRED], **had}
+        joined = asked.get(_TRANSFERRED) or had.get(_TRANSFERRED)
+        asked, had = ({**one, _TRANSFERRED: one.get(_TRANSFERRED) or joined} for one in (asked, had))
         other = [
             f"{name} was {had.get(name)!r}, not {asked.get(name)!r}"
             for name in {**asked, **had}
