@@ -93,7 +93,7 @@ def results_table(rows: Sequence[Row]) -> str:
     columns = _columns(rows[0])
     plain = [row for row in rows if not row.surgery and row.method != rows[0].method]
     reference = next((row for row in rows if row.label == REFERENCE), (plain or list(rows))[0])
-    header = ["method", *(title for title, _ in columns), "Δm %", "#P", "multiply-adds", "ms/step"]
+    header = ["method", *(title for title, _ in columns), "Δm %", "#P", "multiply-\nadds", "ms/step"]
     cells = [
         [
             row.title,
@@ -112,9 +112,9 @@ def _columns(row: Row) -> list[tuple[str, list[tuple[str, str]]]]:
     """Titles, and the metrics that each is the mean of."""
     names = list(row.metrics)
     if len(names) <= _MOST_METRICS:
-        return [(f"{task} {name}", [(task, name)]) for task, name in names]
+        return [(f"{task}\n{name}", [(task, name)]) for task, name in names]
     kinds = dict.fromkeys(name for _, name in names)
-    return [(f"mean {kind}", [(task, name) for task, name in names if name == kind]) for kind in kinds]
+    return [(f"mean\n{kind}", [(task, name) for task, name in names if name == kind]) for kind in kinds]
 
 
 def _mean_over(row: Row, names: Sequence[tuple[str, str]]) -> list[float]:
