@@ -20,7 +20,7 @@ from recon.user_code import user_frame
 from recon_cli import ranks
 from recon_cli.parsing import Parser
 
-VERBS = ("profile", "plan", "convert", "train", "evaluate", "compare", "map", "problems", "methods", "demo")
+VERBS = ("profile", "plan", "convert", "train", "evaluate", "compare", "map", "problems", "methods", "bench", "demo")
 """Each is a module `verb_<name>` with `add_parser(verbs)`, which calls `recon_cli.parsing.add_verb`."""
 
 DONE, FAILED, WRONG_USAGE = 0, 1, 2

@@ -20,6 +20,7 @@ from recon.surgery import plan_of
 from recon.weights import WEIGHTS_FILE
 from recon_cli import ranks, workbench
 from recon_cli.best import Evaluations
+from recon_cli.counting import ConflictCounter, Counting
 from recon_cli.optimizers import depends_on_length, make_optimizer, make_scheduler
 from recon_cli.outputs import CHECKPOINT_FILE, METRICS_FILE
 from recon_cli.recipe import Recipe
@@ -48,6 +49,9 @@ class Training:
         tensorboard: whether TensorBoard's events are written.
         resume: go on from the checkpoints.
         home: the file or module that the problem comes from.
+        plan: what a fresh model is branched by; not at all if None.
+        surgery: how the plan's layers were chosen.
+        counting: how conflicts are counted while one model learns all tasks; they are not if None.
     """
 
     problem: Problem
@@ -63,6 +67,9 @@ class Training:
     tensorboard: bool = False
     resume: bool = False
     home: str = ""
+    plan: recon.BranchPlan | None = None
+    surgery: str = ""
+    counting: Counting | None = None
 
     @property
     def folders(self) -> dict[str, Path]:
@@ -84,6 +91,7 @@ class Training:
             "--model": (self.problem.backbone or None) if self.source is None else str(self.source),
             "--train-samples": self.train_samples,
             "--seed": self.seed,
+            **({} if self.plan is None else {"branched layers": list(self.plan.layers)}),
             "--evaluate-every": self.evaluations.every,
             "--best-by": self.evaluations.best_by,
             **self.recipe.settings(),
@@ -109,7 +117,7 @@ class Training:
         """One model for all tasks."""
         model, origin = self._start()
         layers = tuple(plan_of(model).layers) if hasattr(model, "branch_plan") else ()
-        surgery = origin.surgery if origin else f"K={len(layers)}" if layers else ""
+        surgery = origin.surgery if origin else self.surgery or (f"K={len(layers)}" if layers else "")
         run = self._new_run(f"{self.method} + {surgery}" if surgery else self.method)
         run.surgery, run.branched_layers = surgery, layers
         run.backbone = origin.backbone if origin else self.problem.backbone
@@ -142,7 +150,10 @@ class Training:
 
     def _start(self) -> tuple[nn.Module, Run | None]:
         if self.source is None:
-            return workbench.make_model(self.problem, self.seed).to(self.device), None
+            model = workbench.make_model(self.problem, self.seed).to(self.device)
+            if self.plan is not None:
+                model = recon.convert(model, self.plan, workbench.few_samples(self._example_inputs())[0])
+            return model, None
         model, origin = workbench.load_model(self.problem, self.source, self.seed)
         return model.to(self.device), origin
 
@@ -176,6 +187,9 @@ class Training:
         workbench.seed_everything(self.seed)
         losses: dict[str, Loss] = {task.name: task.loss for task in tasks}
         keeper = RunFolder(folder, run, self.folder, model, tasks, test, self.evaluations)
+        counter = None
+        if self.counting is not None and not run.is_single_task:
+            counter = ConflictCounter(model, self.problem.task_names, self.counting)
         several = ranks.count() > 1
         fixed = {"--epochs": self.epochs} if depends_on_length(problem, self.recipe) else {}
         history = recon.train(
@@ -189,6 +203,7 @@ class Training:
             clip=self.recipe.clip,
             accumulate=self.recipe.accumulate,
             amp=self.recipe.amp,
+            profiler=counter,
             recorder=recon.Recorder(folder / METRICS_FILE, [Events(folder / EVENTS)] if self.tensorboard else []),
             on_epoch=keeper.end_epoch,
             progress=workbench.shows_progress(),
@@ -197,6 +212,8 @@ class Training:
             settings={"problem": problem.name, **self.settings(), **fixed, "device": self.device.type},
         )
         keeper.finish(history)
+        if counter is not None and ranks.number() == 0:
+            counter.save(folder, {"problem": self.problem.name, "method": self.method, "seed": self.seed})
         run.seconds_per_step += history.seconds / max(1, history.steps)
         return history.epochs[-1].results
 

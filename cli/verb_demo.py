@@ -39,7 +39,8 @@ def run(args: argparse.Namespace) -> Report:
     """Run it all and report."""
     check_folder(args.out, marks=("map.json", "results.json"))
     from recon_cli import workbench  # late: these import torch
-    from recon_cli.demo import Demo, default_workers
+    from recon_cli.demo import Demo
+    from recon_cli.study import default_workers
 
     device = workbench.choose_device(args.device)
     workers = args.workers or default_workers(device)

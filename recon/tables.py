@@ -9,11 +9,14 @@ def text_table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int =
     """Columns of equal width under a ruled header.
 
     Args:
-        header: one title a column.
+        header: one title a column; a line break in it makes a second line.
         rows: one text a column.
         left: how many of the first columns are aligned to the left; the others, numbers, to the right.
     """
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    titles = [title.split("\n") for title in header]
+    lines = max(map(len, titles))
+    header_rows = list(zip(*([*[""] * (lines - len(title)), *title] for title in titles), strict=True))
+    widths = [max(map(len, column)) for column in zip(*header_rows, *rows, strict=True)]
 
     def line(cells: Sequence[str]) -> str:
         padded = [
@@ -22,7 +25,7 @@ def text_table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int =
         ]
         return "  ".join(padded).rstrip()
 
-    return "\n".join([line(header), "  ".join("-" * width for width in widths), *map(line, rows)])
+    return "\n".join([*map(line, header_rows), "  ".join("-" * width for width in widths), *map(line, rows)])
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
