@@ -333,7 +333,7 @@ def test_a_truncated_pickle(kept, tmp_path):
         (["--data-root", "nowhere"], "There is no folder nowhere"),
         (["--data-root", "."], "MNIST/raw/train-images-idx3-ubyte"),
         (["--data-root", "data", "--train-samples", "100"], "100 training samples are too few"),
-        (["--data-root", "data", "--train-samples", "1000"], "gives 300 training samples"),
+        (["--data-root", "data", "--train-samples", "1000"], "are 300 training samples"),
         (["--data-root", "data", "--train-samples", "none"], "argument --train-samples: 'none' is not a whole number"),
     ],
 )

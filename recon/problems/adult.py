@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
-from recon.errors import UsageError
 from recon.models import MMoE
 from recon.problem import Batch, Problem
 from recon.problems import descriptions
@@ -18,6 +17,7 @@ from recon.problems.binary import accuracy, auc, binary_task
 from recon.problems.csv_table import CsvTable, read_csv
 from recon.problems.loading import TensorBatches, in_order, shuffled
 from recon.problems.roots import open_root, require_files
+from recon.problems.subsets import check_available, check_train_samples
 
 NAME = "adult"
 TRAIN, TEST = "adult.data", "adult.test"
@@ -83,11 +83,7 @@ def adult(data_root: str | Path | None = None, train_samples: int | None = None)
         ProblemError: files are missing or, when they are read, damaged: the error names the line.
     """
     root = open_root(NAME, data_root, _EXPECTED)
-    if train_samples is not None and train_samples < BATCH:
-        raise UsageError(
-            f"{NAME} trains on batches of {BATCH} samples, so {train_samples} training samples are too few. Take at "
-            f"least {BATCH}."
-        )
+    check_train_samples(NAME, train_samples, BATCH)
     folder = root if (root / TRAIN).is_file() else root / NAME
     require_files(NAME, root, [folder / TRAIN, folder / TEST], _EXPECTED)
     data = cache(lambda: _data(folder, train_samples))  # a run asks for loaders several times
@@ -112,8 +108,7 @@ def adult(data_root: str | Path | None = None, train_samples: int | None = None)
 def _data(folder: Path, train_samples: int | None) -> tuple[TensorBatches, TensorBatches]:
     tables = [read_csv(folder / name, COLUMNS, header=False, comment="|") for name in (TRAIN, TEST)]
     available = len(tables[0])
-    if train_samples is not None and train_samples > available:
-        raise UsageError(f"{folder} gives {available} training samples of {NAME}, not {train_samples}. Ask for fewer.")
+    check_available(NAME, available, train_samples)
     train, test = (np.concatenate([_numbers(table), _one_hot(table)], axis=1) for table in tables)
     train = train[:train_samples]
     _standardise(train[:, : len(NUMBERS)], test[:, : len(NUMBERS)])

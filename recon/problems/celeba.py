@@ -14,16 +14,15 @@ import torch.nn.functional as F
 from torch.optim import Adam, Optimizer
 from torch.optim.lr_scheduler import MultiStepLR
 
-from recon.errors import UsageError
 from recon.models import ResNet18
 from recon.models.pretrained import load_pretrained
 from recon.problem import Batch, Metric, Problem, Search, Task
 from recon.problems import descriptions
 from recon.problems.celeba_files import ATTRIBUTES, IMAGES, LABELS, PARTITION, SIDE, read_images, read_labels
-from recon.problems.dense import check_train_samples
 from recon.problems.images import normalised
 from recon.problems.loading import TensorBatches, in_order, shuffled
 from recon.problems.roots import open_root, require_files
+from recon.problems.subsets import check_available, check_train_samples
 
 if TYPE_CHECKING:  # importing torchmetrics takes longer than importing torch
     from torchmetrics import Metric as MetricState
@@ -106,12 +105,7 @@ def _error() -> MetricState:
 
 def _data(folder: Path, train_samples: int | None) -> tuple[TensorBatches, TensorBatches]:
     labels = read_labels(folder)
-    available = len(labels["train"][0])
-    if available < (train_samples or BATCH):
-        raise UsageError(
-            f"{folder} gives {available} training samples of {NAME}, not {train_samples or BATCH}. "
-            + ("Ask for fewer." if train_samples else "They are too few for a batch.")
-        )
+    check_available(NAME, len(labels["train"][0]), train_samples)
     return _split(folder, "train", *labels["train"], train_samples), _split(folder, "test", *labels["test"], None)
 
 

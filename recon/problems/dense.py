@@ -12,10 +12,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import MultiStepLR
 
-from recon.errors import UsageError
 from recon.problem import Task
 from recon.problems import dense_metrics as metrics
 from recon.problems.loading import TensorBatches
+from recon.problems.subsets import check_available
 
 IGNORE = 255
 """The label of pixels that belong to no class."""
@@ -84,27 +84,13 @@ def _unpacked(target: Tensor) -> Tensor:
     return target.float() if target.is_floating_point() else target.long()
 
 
-def check_train_samples(name: str, train_samples: int | None, batch: int) -> None:
-    """See that they fill a batch.
-
-    Raises:
-        UsageError: they do not.
-    """
-    if train_samples is not None and train_samples < batch:
-        raise UsageError(
-            f"{name} trains on batches of {batch} samples, so {train_samples} training samples are too few. Take at "
-            f"least {batch}."
-        )
-
-
 def chosen(name: str, available: int, train_samples: int | None) -> np.ndarray:
     """The indices of the training samples to make do with, spread over all: neighbours often show the same place.
 
     Raises:
         UsageError: there are fewer.
     """
-    if train_samples is not None and train_samples > available:
-        raise UsageError(f"There are {available} training samples of {name}, not {train_samples}. Ask for fewer.")
+    check_available(name, available, train_samples)
     # RandomState: its stream is frozen across numpy's versions (NEP 19).
     return np.random.RandomState(0).permutation(available)[:train_samples]
 

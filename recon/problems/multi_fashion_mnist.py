@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import MultiStepLR
 
-from recon.errors import ProblemError, UsageError
+from recon.errors import ProblemError
 from recon.models import ResNet18
 from recon.problem import Batch, Problem, Search, Task
 from recon.problems import descriptions
@@ -23,6 +23,7 @@ from recon.problems.loading import TensorBatches, in_order, shuffled
 from recon.problems.metrics import accuracy
 from recon.problems.pareto_mtl import read_pickle
 from recon.problems.roots import open_root, require_files
+from recon.problems.subsets import check_available, check_train_samples
 
 NAME = "multi-fashion-mnist"
 TASKS = ("digit", "fashion")
@@ -70,11 +71,7 @@ def multi_fashion_mnist(data_root: str | Path | None = None, train_samples: int 
         ProblemError: files are missing or, when they are read, damaged.
     """
     root = open_root(NAME, data_root, _EXPECTED)
-    if train_samples is not None and train_samples < BATCH:
-        raise UsageError(
-            f"{NAME} trains on batches of {BATCH} samples, so {train_samples} training samples are too few. Take at "
-            f"least {BATCH}."
-        )
+    check_train_samples(NAME, train_samples, BATCH)
     _check_files(root)
     data = cache(lambda: _data(root, train_samples))  # a run asks for loaders several times
 
@@ -111,8 +108,7 @@ def _check_files(root: Path) -> None:
 def _data(root: Path, train_samples: int | None) -> tuple[TensorBatches, TensorBatches]:
     train, test = read_pickle(root / PICKLE, CANVAS, CLASSES) if (root / PICKLE).is_file() else _make(root)
     available = len(train[0])
-    if train_samples is not None and train_samples > available:
-        raise UsageError(f"{root} gives {available} training samples of {NAME}, not {train_samples}. Ask for fewer.")
+    check_available(NAME, available, train_samples)
     if train_samples is not None:
         canvases, labels = train
         train = canvases[:train_samples].copy(), labels[:train_samples].copy()  # the rest need not stay in memory

@@ -18,6 +18,7 @@ from recon.problem import Batch, Problem, Search
 from recon.problems import dense, descriptions, npy_folders
 from recon.problems.loading import TensorBatches, in_order, shuffled
 from recon.problems.roots import open_root, require_files
+from recon.problems.subsets import check_train_samples
 from recon.problems.surface_normals import normals_from_depth
 
 NAME = "nyuv2"
@@ -72,7 +73,7 @@ def nyuv2(data_root: str | Path | None = None, train_samples: int | None = None)
         ProblemError: files are missing or, when they are read, damaged.
     """
     root = open_root(NAME, data_root, _EXPECTED)
-    dense.check_train_samples(NAME, train_samples, BATCH)
+    check_train_samples(NAME, train_samples, BATCH)
     read, size = _layout(root)
     data = cache(lambda: read(train_samples))  # a run asks for loaders several times
 

@@ -14,16 +14,16 @@ from torch import Tensor
 from torch.optim import Adam, Optimizer
 from torch.optim.lr_scheduler import MultiStepLR
 
-from recon.errors import UsageError
 from recon.models import MobileNetV2RASPP
 from recon.models.pretrained import load_pretrained
 from recon.problem import Batch, Loss, Metric, Problem, Search, Task
 from recon.problems import descriptions
-from recon.problems.dense import IGNORE, check_train_samples, segmentation_loss
+from recon.problems.dense import IGNORE, segmentation_loss
 from recon.problems.dense_metrics import mean_angle, mean_iou
 from recon.problems.file_loading import FileLoader
 from recon.problems.pascal_mt import CLASSES, FOLDERS, SPLITS, PascalMT, collate, read_names
 from recon.problems.roots import open_root, require_files
+from recon.problems.subsets import check_available, check_train_samples
 
 if TYPE_CHECKING:  # importing torchmetrics takes longer than importing torch
     from torchmetrics import Metric as MetricState
@@ -124,9 +124,7 @@ def _scheduler(optimizer: Optimizer, steps: int) -> MultiStepLR:
 
 def _names(folder: Path, train_samples: int | None) -> dict[str, list[str]]:
     names = {split: read_names(folder, split) for split in SPLITS}
-    available, wanted = len(names["train"]), train_samples or BATCH
-    if available < wanted:
-        raise UsageError(f"{folder} gives {available} training samples of {NAME}, but {wanted} are wanted.")
+    check_available(NAME, len(names["train"]), train_samples)
     return {**names, "train": names["train"][:train_samples]}
 
 

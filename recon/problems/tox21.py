@@ -12,7 +12,6 @@ from sklearn.feature_extraction.text import HashingVectorizer
 from torch import Tensor
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
-from recon.errors import UsageError
 from recon.models import SharedBottom
 from recon.problem import Batch, Problem
 from recon.problems import descriptions
@@ -20,6 +19,7 @@ from recon.problems.binary import LabelledBatches, auc, binary_task
 from recon.problems.csv_table import CsvTable, read_csv
 from recon.problems.loading import in_order, shuffled
 from recon.problems.roots import open_root, require_files
+from recon.problems.subsets import check_available, check_train_samples
 
 NAME = "tox21"
 FILE = "tox21.csv"
@@ -66,11 +66,7 @@ def tox21(data_root: str | Path | None = None, train_samples: int | None = None)
         ProblemError: the file is missing or, when it is read, damaged: the error names the line.
     """
     root = open_root(NAME, data_root, _EXPECTED)
-    if train_samples is not None and train_samples < BATCH:
-        raise UsageError(
-            f"{NAME} trains on batches of {BATCH} samples, so {train_samples} training samples are too few. Take at "
-            f"least {BATCH}."
-        )
+    check_train_samples(NAME, train_samples, BATCH)
     path = root / FILE if (root / FILE).is_file() else root / NAME / FILE
     require_files(NAME, root, [path], _EXPECTED)
     data = cache(lambda: _data(path, train_samples))  # a run asks for loaders several times
@@ -102,8 +98,7 @@ def _data(path: Path, train_samples: int | None) -> tuple[LabelledBatches, Label
     table.require(SMILES, smiles != "", "the molecule's formula")
     counts, labels = _count(smiles), _labels(table)
     train, test = _split(smiles)
-    if train_samples is not None and train_samples > len(train):
-        raise UsageError(f"{path} gives {len(train)} training samples of {NAME}, not {train_samples}. Ask for fewer.")
+    check_available(NAME, len(train), train_samples)
     return _batches(counts, labels, train[:train_samples]), _batches(counts, labels, test)
 
 
