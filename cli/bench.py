@@ -305,7 +305,7 @@ def train(job: Job) -> Run:
         device=device_of(settings),
         method=variant.method,
         train_samples=settings.train_samples,
-        evaluations=Evaluations(every=settings.epochs),
+        evaluations=Evaluations(every=settings.epochs, keep_best=False),
         resume=True,
         home=settings.as_dict()["PROBLEM"],
         plan=variant.plans[job.seed] if variant.plans else None,

@@ -25,10 +25,12 @@ class Evaluations:
         every: evaluate after each n-th epoch, and after the last.
         best_by: `task.metric`, which tells the best epoch. When not given, it is the mean over tasks, and over the
             metrics of each, of the relative improvement on the training's first evaluation.
+        keep_best: whether the best epoch's model is kept beside the last one.
     """
 
     every: int = 1
     best_by: str | None = None
+    keep_best: bool = True
 
     def check(self, directions: Directions) -> None:
         """See that there is such a metric.

@@ -56,7 +56,8 @@ class RunFolder:
                 epoch.results = recon.evaluate(self.model, self.test, self.tasks, across_ranks=False)
             self._note(epoch)
             if ranks.number() == 0:
-                self._keep_best(epoch.number)
+                if self.evaluations.keep_best:
+                    self._keep_best(epoch.number)
                 self.run.save(self.home)
         workbench.show_epoch(epoch, self.run.epochs, f"{self.tasks[0].name}: " if self.run.is_single_task else "")
 

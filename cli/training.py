@@ -126,7 +126,7 @@ class Training:
         run.results = self._fit(run, model, self.problem.tasks, self.folder)
         self._finish(run)
         best = self.evaluations.best(run.history, run.higher_is_better)
-        if best is not None and ranks.number() == 0:
+        if best is not None and self.evaluations.keep_best and ranks.number() == 0:
             replace(run, results=best["results"]).save(self.folder / BEST)
         return run
 

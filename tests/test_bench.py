@@ -94,6 +94,7 @@ def test_the_whole_table(bench_of, ask, files):
     for shares in found["cosines"]["whole"].values():
         assert sum(shares) == pytest.approx(1)
     assert (files / "out" / "conflicts_by_layer.png").exists()
+    assert not list(files.glob("out/**/best"))  # evaluated once, the last model is the best
 
     # More seeds are added to what is there; other settings are refused.
     before = {path: path.stat().st_mtime_ns for path in files.glob("out/*/seed-[01]/run.json")}
