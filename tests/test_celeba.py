@@ -226,14 +226,11 @@ def test_a_damaged_image_is_named_and_nothing_half_written_stays(content, root):
     assert not [*(root / "celeba").glob("*64x64*"), *(root / "celeba").glob(".*")]
 
 
-def test_too_few_or_too_many_samples(root, monkeypatch):
+def test_too_few_or_too_many_samples(root):
     with pytest.raises(UsageError, match="3 training samples are too few"):
         get(NAME, data_root=root, train_samples=3)
     with pytest.raises(UsageError, match=r"are 11 training samples of celeba, not 12\. Ask for fewer"):
         datasets(root, train_samples=12)
-    monkeypatch.setattr(celeba, "BATCH", 12)
-    with pytest.raises(UsageError, match="They are too few for a batch"):
-        datasets(root)
 
 
 # The command line.
