@@ -27,6 +27,8 @@ def problem_of(args: argparse.Namespace) -> Problem:
         ProblemError: the user's code raised.
     """
     backbone = "" if args.backbone is None else backbone_name(args.backbone)
+    if backbone and args.pretrained is not None:
+        args.parser.error("--pretrained is of the problem's own network, so it does not go with --backbone")
     return with_backbone(problems.get(args.problem, **problem_options(args)), backbone)
 
 

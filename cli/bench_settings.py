@@ -27,6 +27,7 @@ class BenchSettings:
         problem_name: as on the command line.
         data_root: where its data are.
         train_samples: how many training samples to make do with; all if None.
+        pretrained: weights to start from, of a problem that takes them.
         backbone: the network; the problem's own if empty.
         preset: the preset's name.
         epochs: of every training.
@@ -42,6 +43,7 @@ class BenchSettings:
     problem_name: str
     data_root: Path | None
     train_samples: int | None
+    pretrained: Path | None
     backbone: str
     preset: str
     epochs: int
@@ -68,6 +70,7 @@ class BenchSettings:
         return {
             "PROBLEM": problems.home_of(self.problem_name),
             "--train-samples": self.train_samples,
+            "--pretrained": None if self.pretrained is None else str(self.pretrained),
             "--backbone": self.backbone,
             "--preset": self.preset,
             "--epochs": self.epochs,
@@ -83,7 +86,7 @@ class BenchSettings:
 
 @cache  # a worker trains several models on the same data
 def _problem(settings: BenchSettings) -> Problem:
-    options = {"data_root": settings.data_root, "train_samples": settings.train_samples}
+    options = {name: getattr(settings, name) for name in ("data_root", "train_samples", "pretrained")}
     problem = with_backbone(problems.get(settings.problem_name, **options), settings.backbone)
 
     def make_loaders(seed: int) -> tuple[Iterable[Batch], Iterable[Batch]]:

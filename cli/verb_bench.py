@@ -121,6 +121,7 @@ def run(args: argparse.Namespace) -> Report:
         problem_name=args.problem,
         data_root=args.data_root,
         train_samples=args.train_samples,
+        pretrained=args.pretrained,
         backbone=problem.backbone,
         preset=preset.name,
         epochs=epochs,

@@ -108,6 +108,8 @@ def _backbone(args: argparse.Namespace) -> str:
     backbone = model_backbone(args.model) if args.model else ""
     if backbone and args.backbone:
         args.parser.error(f"--model {args.model} is a backbone, so it does not go with --backbone {args.backbone}")
+    if backbone and args.pretrained is not None:
+        args.parser.error(f"--pretrained is of the problem's own network, so it does not go with --model {args.model}")
     return backbone
 
 

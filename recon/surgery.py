@@ -18,6 +18,7 @@ from recon.errors import FanError, PlanError, UsageError
 from recon.fan_trees import value_for
 from recon.hooks import SplitOutputs, TasksOnly
 from recon.initial import Init, draw_copies, initialise
+from recon.partition import Partition
 from recon.per_task import PerTaskForward, find_statistics_by_value
 from recon.references import STRUCTURE
 from recon.rotations import NAME, Rotations
@@ -109,8 +110,10 @@ def _tell_what_is_left_out(model: nn.Module, plan: BranchPlan, example_inputs: A
 def _fan_form(model: nn.Module, branched: nn.Module, plan: BranchPlan, example_inputs: Any) -> nn.Module:
     if plan.statistics is None:
         _refuse_meta(branched)
-        plan = replace(plan, statistics=find_statistics(branched, example_inputs))
-    branched = split_statistics(branched, plan.statistics or {})
+        branched, statistics = _follow_fans(branched, example_inputs)
+        plan = replace(plan, statistics=statistics)
+    else:
+        branched = split_statistics(branched, plan.statistics)
     branched.register_forward_hook(SplitOutputs(plan.tasks))
     if plan.task_modules is None:
         plan = replace(plan, task_modules=find_task_modules(branched, plan.tasks, example_inputs, original=model))
@@ -118,6 +121,18 @@ def _fan_form(model: nn.Module, branched: nn.Module, plan: BranchPlan, example_i
         module_at(branched, path).register_forward_pre_hook(TasksOnly(tasks), with_kwargs=True)
     branched.branch_plan = plan  # type: ignore[assignment]
     return branched
+
+
+def _follow_fans(branched: nn.Module, example_inputs: Any) -> tuple[nn.Module, dict[str, Partition]]:
+    """Split the statistics that differ between tasks, and those that do so only because of the first ones' groups."""
+    statistics: dict[str, Partition] = {}
+    while True:
+        found = find_statistics(branched, example_inputs)
+        new = {path: partition for path, partition in found.items() if path not in statistics}
+        if not new:
+            return branched, statistics
+        branched = split_statistics(branched, new)
+        statistics |= new
 
 
 def _per_task_form(model: nn.Module, branched: nn.Module, plan: BranchPlan, example_inputs: Any) -> nn.Module:

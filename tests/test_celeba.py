@@ -266,6 +266,14 @@ def test_wrong_usage_exits_with_2(options, message, samples, tmp_path, monkeypat
     assert message in capsys.readouterr().err
 
 
+def test_weights_of_the_problems_network_do_not_go_with_another(samples, tmp_path, monkeypatch, capsys):
+    write(tmp_path / "data", samples)
+    monkeypatch.chdir(tmp_path)
+    options = ["--data-root", "data", "--pretrained", "weights.pth", "--backbone", "ViT"]
+    assert main(["train", NAME, *options, "--out", "run"]) == 2
+    assert "--pretrained is of the problem's own network" in capsys.readouterr().err
+
+
 def test_a_problem_that_takes_no_weights_says_so(capsys):
     assert main(["train", "digits", "--pretrained", "weights.pth", "--out", "run"]) == 2
     assert "does not take pretrained (--pretrained FILE)" in capsys.readouterr().err

@@ -577,6 +577,25 @@ def test_a_plan_for_some_of_the_tasks_tells_what_it_leaves_out(caplog):
         assert "also has 'c', which the branched model leaves out" in caplog.text
 
 
+def test_statistics_behind_statistics_that_follow_a_fan_from_one_tasks_layer():
+    class MasksOfTasks(nn.Module):
+        """Every task's values pass the same norm in turn, between norms of its own."""
+
+        def __init__(self):
+            super().__init__()
+            self.before, self.after = (nn.ModuleDict({t: nn.BatchNorm1d(6) for t in TASKS}) for _ in range(2))
+            self.shared = nn.BatchNorm1d(6)
+
+        def forward(self, x):
+            return {task: self.after[task](self.shared(self.before[task](x)).relu()) for task in TASKS}
+
+    torch.manual_seed(0)
+    model = MasksOfTasks().double()
+    branched = convert(model, BranchPlan.per_task([f"before.{TASKS[1]}"], TASKS), vector(8))
+    assert set(plan_of(branched).statistics) == {"shared", *(f"after.{task}" for task in TASKS)}
+    verify(model, branched, vector(8))
+
+
 def test_extract_from_a_plain_model_or_for_an_unknown_task():
     _, branched, _ = branch(ZOO["PlainConv"], "one", 0)
     with pytest.raises(PlanError, match="no task 'd' in this model"):
