@@ -36,13 +36,13 @@ def require_files(name: str, root: Path, paths: Iterable[str | Path], expected: 
     Args:
         name: of the problem.
         root: its data root.
-        paths: relative to the root, or in it.
+        paths: relative to the root, or beginning with it.
         expected: see `open_root`.
 
     Raises:
         ProblemError: some are missing.
     """
-    places = [root / path for path in paths]
+    places = [path if path.is_relative_to(root) else root / path for path in map(Path, paths)]
     missing = [str(place.relative_to(root)) for place in places if not place.exists()]
     if missing:
         raise ProblemError(f"{root} lacks files of {name}: {some(missing, 8)}. {expected}")
