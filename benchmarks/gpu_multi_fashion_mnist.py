@@ -87,9 +87,7 @@ class Bench:
         plan = recon.plan(cmap, problem.make_model(), top_k=TOP_K)
         self.branch: Callable[[nn.Module], nn.Module] = lambda model: recon.convert(model, plan, example)
         for loader in problem.make_loaders(0):  # the loaders of all seeds share their data sets
-            data = loader.dataset  # type: ignore[attr-defined]
-            data.inputs = data.inputs.to(device)
-            data.targets = {task: target.to(device) for task, target in data.targets.items()}
+            loader.dataset.to(device)  # type: ignore[attr-defined]
 
     def train(
         self, variant: Variant, seed: int, epochs: int, stop: Callable[[], bool] | None = None
