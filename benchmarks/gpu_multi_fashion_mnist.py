@@ -234,6 +234,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     settings = {"train_samples": args.train_samples, "seeds": args.seeds, "amp": args.amp, "device": hardware}
 
+    data: dict[str, Any]
     data = json.loads(args.out.read_text()) if args.out.exists() else {"settings": settings, "runs": {}}
     if data["settings"] != settings or args.epochs not in (None, data.get("epochs", args.epochs)):
         sys.exit(f"{args.out} holds {data.get('epochs')} epochs with {data['settings']}, not this. Take another --out.")
