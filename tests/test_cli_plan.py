@@ -227,7 +227,7 @@ def test_the_shipped_map_of_a_resnet_18_is_answered_in_seconds(tmp_path):
     line = ["plan", "multi-fashion-mnist", "--data-root", str(tmp_path), "--map", str(ARTIFACT), "--max-macs", "1.25"]
     start = time.perf_counter()
     out = json.loads(isolated(f"import sys; from recon_cli.main import main; sys.exit(main({[*line, '--json']}))"))
-    assert time.perf_counter() - start < 10  # 3 s on a quiet machine
+    assert time.perf_counter() - start < 20  # 4 s on a quiet machine
     assert 1 < out["costs"]["ratio"]["macs"] <= 1.25
     assert 0 < out["covered"] < 0.2
     assert "layer4.1.bn1" in names(out)
