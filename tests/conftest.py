@@ -1,4 +1,5 @@
 import json
+import signal
 import sys
 
 import pytest
@@ -8,6 +9,8 @@ from recon_cli.main import main
 
 # The tests' tensors are small: a second thread costs more than it brings, most of all on a busy machine.
 torch.set_num_threads(1)
+# What a shell starts in the background ignores Ctrl-C, and so would all that the tests start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture
