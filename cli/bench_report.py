@@ -123,7 +123,7 @@ def _cosines(
 ) -> list[str]:
     if before is None:
         return ["Add joint to --methods to see how often gradients conflict before and after branching.", ""]
-    every = "every step" if bench.settings.count_every == 1 else f"every {bench.settings.count_every}. step"
+    every = "every step" if bench.settings.count_every == 1 else f"one step in {bench.settings.count_every}"
     bins = "the paper's bins" if table else "the paper's bins on Multi-Fashion+MNIST"
     theirs = f"; in brackets the paper's, table {table.number}" if table else ""
     lines = [
