@@ -32,25 +32,43 @@ _KINDS = {
 def maker(name: str, problem: Problem) -> Callable[[], nn.Module]:
     """What makes the backbone, as `Problem.make_model`.
 
-    One of recon's gets heads as wide as those of the problem's own network. A user's function is not asked yet.
+    One of recon's gets heads as wide as those of the problem's own network. A user's function is not asked yet: it is
+    when it makes its first model that it is found not to fit.
 
     Raises:
         UsageError: a backbone of recon's does not fit the problem.
     """
     if ":" in name:
-        return _user_s(name)
+        return _UserS(name, problem)
     with global_states_kept():
         return _built_in(name, problem)
 
 
-def _user_s(name: str) -> Callable[[], nn.Module]:
-    def make_model() -> nn.Module:
-        model = call_function(name)
+class _UserS:
+    def __init__(self, name: str, problem: Problem) -> None:
+        self.name, self.problem = name, problem
+        # What a user's own problem takes is the user's to say, and its data are not to be read for this.
+        self.checked = problem.example_inputs is None
+
+    def __call__(self) -> nn.Module:
+        model = call_function(self.name)
         if not isinstance(model, nn.Module):
-            raise ProblemError(f"{name} must return a torch.nn.Module, but it gave {type(model).__name__}.")
+            raise ProblemError(f"{self.name} must return a torch.nn.Module, but it gave {type(model).__name__}.")
+        if not self.checked:
+            with global_states_kept():
+                self._check(model)
+            self.checked = True
         return model
 
-    return make_model
+    def _check(self, model: nn.Module) -> None:
+        inputs = workbench.example_inputs(self.problem, seed=0)
+        got, expected = (_shapes(m, inputs, self.problem) for m in (model, self.problem.make_model()))
+        wrong = {task: shape for task, shape in got.items() if shape != expected[task]}
+        if wrong:
+            raise UsageError(
+                f"{self.name} gives {_shapes_text(wrong)}, but {self.problem.name!r} has {_inputs_text(inputs)} and "
+                f"needs {_shapes_text({task: expected[task] for task in wrong})}."
+            )
 
 
 def _built_in(name: str, problem: Problem) -> Callable[[], nn.Module]:

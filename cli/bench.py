@@ -149,10 +149,14 @@ class Bench:
             "format": FORMAT,
             "version": VERSION,
             "problem": self.problem.name,
-            "settings": {**self.settings.as_dict(), **given},
+            "settings": {**self.settings.as_dict(), "parameters": self._size(), **given},
             "versions": versions(),
             "finished": False,
         }
+
+    def _size(self) -> int:
+        # A user's file may make another network than when the runs in the folder were trained.
+        return sum(parameter.numel() for parameter in workbench.make_model(self.problem, 0).parameters())
 
     def _earlier(self) -> dict[str, Any]:
         """What an earlier command measured that stays true: step times. More methods and seeds may be added to it."""

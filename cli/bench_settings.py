@@ -79,7 +79,7 @@ class BenchSettings:
             "--test-batches": self.test_batches,
             "--threshold": self.threshold,
             "--device": self.device,
-            "count every": self.count_every,
+            "conflicts counted at one step in": self.count_every,
             **self.recipe.settings(),
         }
 

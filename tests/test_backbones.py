@@ -250,6 +250,18 @@ def test_a_network_of_one_s_own(files, ask):
     assert run["backbone"] == f"{files / 'own.py'}:wide"
 
 
+def test_a_network_of_one_s_own_that_does_not_fit(files, refused):
+    (files / "nets.py").write_text(
+        "from recon.models import SmallResNet\n"
+        "def wide(): return SmallResNet({'top_left': 10, 'bottom_right': 12})\n"
+        "def of(width): return SmallResNet({'top_left': width, 'bottom_right': width})\n"
+    )
+    words = "gives (8, 12) for task 'bottom_right', but 'digits' has inputs (8, 1, 12, 12) and needs (8, 10)"
+    for verb in ("train digits --out new", "plan digits --layers stem.conv", "profile digits --out new.json"):
+        refused(f"{verb} --backbone nets.py:wide", words)
+    refused("plan digits --layers stem.conv --backbone nets.py:of", "nets.py:of needs width.")
+
+
 @pytest.fixture
 def folders(files, ask):
     if not (files / "small").exists():  # once is enough

@@ -230,6 +230,17 @@ def test_a_folder_of_other_settings_is_refused(refused, files):
     refused(f"bench digits {SIZE} --out out --epochs 2", "--epochs was 7, not 2")
 
 
+def test_another_network_of_the_same_name_is_refused(refused, command, files):
+    net = "from recon.models import SmallResNet\nclass Net(SmallResNet): pass\n"
+    make = "def make():\n    model = Net({'top_left': 10, 'bottom_right': 10})\n"
+    line = f"bench digits {SIZE} --epochs 1 --methods joint --controls none --seeds 1 --backbone net.py:make --out own"
+    (files / "net.py").write_text(f"{net}{make}    return model\n")
+    assert command(line)[0] == 0
+    (files / "net.py").write_text(f"{net}{make}    model.more = Net({{'a': 2}})\n    return model\n")
+    sys.modules.pop("net", None)
+    refused(line, "parameters was")
+
+
 def test_help_does_not_wait_for_torch():
     code = "import sys; from recon_cli.main import main; main(['bench', '--help']); assert 'torch' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -30,12 +30,10 @@ def check_options(spec: str, function: Any, options: Mapping[str, Any]) -> None:
     unknown = [] if any(p.kind is p.VAR_KEYWORD for p in parameters) else [n for n in options if n not in names]
     if unknown:
         takes = f"It takes {_list(names)}." if names else "It takes no options."
-        raise UsageError(f"The problem {spec} does not take {_list(unknown)}. {takes}")
+        raise UsageError(f"{spec} does not take {_list(unknown)}. {takes}")
     needed = [p.name for p in named if p.default is p.empty and p.name not in options]
     if needed:
-        raise UsageError(
-            f"The problem {spec} needs {_list(needed)}. Pass it, or give it a default where the function is defined."
-        )
+        raise UsageError(f"{spec} needs {_list(needed)}. Pass it, or give it a default where the function is defined.")
 
 
 def _list(names: list[str]) -> str:

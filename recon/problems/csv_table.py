@@ -91,5 +91,5 @@ def _rows(path: Path, comment: str | None) -> tuple[list[int], list[list[str]]]:
                     lines.append(reader.line_num)
                     rows.append(row)
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise ProblemError(f"Cannot read {path}: {error}. Mend its permissions, or download it again.") from error
+        raise ProblemError(f"Cannot read {path}: {error}. Download it again, or mend its permissions.") from error
     return lines, rows

@@ -60,6 +60,7 @@ def digits(train_samples: int | None = None) -> Problem:
         make_scheduler=CosineAnnealingLR,
         epochs=6,
         description=descriptions()["digits"],
+        example_inputs=lambda: torch.zeros(8, 1, CANVAS, CANVAS),
     )
 
 

@@ -74,4 +74,4 @@ def _bytes(path: Path) -> bytes:
         data = path.read_bytes()
         return gzip.decompress(data) if path.suffix == ".gz" else data
     except (OSError, EOFError, zlib.error) as error:  # gzip raises all three on a damaged file
-        raise ProblemError(f"Cannot read {path}: {error}. Mend its permissions, or download it again.") from error
+        raise ProblemError(f"Cannot read {path}: {error}. Download it again, or mend its permissions.") from error
