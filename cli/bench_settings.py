@@ -90,7 +90,8 @@ def _problem(settings: BenchSettings) -> Problem:
     problem = with_backbone(problems.get(settings.problem_name, **options), settings.backbone)
 
     def make_loaders(seed: int) -> tuple[Iterable[Batch], Iterable[Batch]]:
-        train, test = workbench.make_loaders(problem, seed)
+        # Here, not around the first batches: what a wrapped loader holds would not move to a GPU.
+        train, test = workbench.make_loaders(problem, seed, device_of(settings))
         return first_batches(train, settings.train_batches), first_batches(test, settings.test_batches)
 
     return replace(problem, make_loaders=make_loaders)
