@@ -149,11 +149,12 @@ class Bench:
             "format": FORMAT,
             "version": VERSION,
             "problem": self.problem.name,
-            "settings": {**self.settings.as_dict(), "parameters": self._size(), **given},
+            "settings": {**self.settings.as_dict(), "parameters": self._size, **given},
             "versions": versions(),
             "finished": False,
         }
 
+    @cached_property
     def _size(self) -> int:
         # A user's file may make another network than when the runs in the folder were trained.
         return sum(parameter.numel() for parameter in workbench.make_model(self.problem, 0).parameters())

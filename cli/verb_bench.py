@@ -129,7 +129,7 @@ def run(args: argparse.Namespace) -> Report:
         train_batches=preset.train_batches,
         test_batches=preset.test_batches,
         count_every=preset.count_every,
-        threshold=args.threshold if args.threshold is not None else search.threshold if search else -0.1,
+        threshold=workbench.threshold_of(problem, args.threshold),
         recipe=preset.recipe,
         device=device.type,
     )

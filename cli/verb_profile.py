@@ -120,12 +120,6 @@ def run(args: argparse.Namespace) -> Report:
     return _report(args, problem, cmap)
 
 
-def _threshold(args: argparse.Namespace, problem: Problem) -> float:
-    if args.threshold is not None:
-        return float(args.threshold)
-    return problem.search.threshold if problem.search else -0.1
-
-
 def _profile(args: argparse.Namespace, problem: Problem, device: torch.device, checkpoint: Path) -> ConflictMap:
     from recon.distributed import RankBatches  # late: these import torch
     from recon_cli import optimizers, workbench
@@ -158,7 +152,7 @@ def _profile(args: argparse.Namespace, problem: Problem, device: torch.device, c
         problem.losses,
         optimizer=optimizers.make_optimizer(problem, model, Recipe(lr=args.lr)),
         epochs=args.epochs,
-        threshold=_threshold(args, problem),
+        threshold=workbench.threshold_of(problem, args.threshold),
         method=args.method,
         every=args.every,
         until_stable=args.until_stable,

@@ -145,6 +145,13 @@ def make_loaders(
             )
 
 
+def threshold_of(problem: Problem, asked: float | None) -> float:
+    """S: what was asked for, else the problem's own, else -0.1."""
+    if asked is not None:
+        return asked
+    return problem.search.threshold if problem.search else -0.1
+
+
 def first_batch(problem: Problem, loader: Iterable[Batch], device: torch.device) -> Batch:
     """The train loader's first batch.
 
