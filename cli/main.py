@@ -14,11 +14,12 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from importlib.metadata import version
 from pathlib import Path
 
-from recon.errors import ReconError, UnknownNameError, UsageError
+from recon.errors import ReconError, UnknownNameError, UsageError, readable
 from recon.runs import json_values
 from recon.user_code import user_frame
 from recon_cli import ranks
 from recon_cli.parsing import Parser
+from recon_cli.terminal import StdoutError, flush, for_terminals, show, tell
 
 VERBS = ("profile", "plan", "convert", "train", "evaluate", "compare", "map", "problems", "methods", "bench", "demo")
 """Each is a module `verb_<name>` with `add_parser(verbs)`, which calls `recon_cli.parsing.add_verb`."""
@@ -29,6 +30,11 @@ DONE, FAILED, WRONG_USAGE = 0, 1, 2
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code: 0 done, 1 failed while running, 2 wrong usage or input."""
     argv = sys.argv[1:] if argv is None else list(argv)
+    with for_terminals():
+        return _run(argv)
+
+
+def _run(argv: list[str]) -> int:
     try:
         args = _parse(argv)
         if args is None:
@@ -38,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with _silenced() if ranks.number() else redirect_stdout(sys.stderr):
             report = args.run(args)
         if ranks.number() == 0:
-            _print(json.dumps(json_values(report.data), indent=1) if args.json else report.text)
+            show(json.dumps(json_values(report.data), indent=1) if args.json else report.text)
     except (Exception, KeyboardInterrupt, SystemExit) as error:
         return _fail(error, as_json="--json" in argv, debug="--debug" in argv)
     return DONE
@@ -51,6 +57,7 @@ def _parse(argv: list[str]) -> argparse.Namespace | None:
     try:
         args, unknown = _root_parser().parse_known_args(argv)
     except SystemExit:
+        flush()
         return None
     for option in unknown:
         near = difflib.get_close_matches(option.partition("=")[0], args.parser.option_names(), n=1)
@@ -78,23 +85,19 @@ def _root_parser() -> Parser:
     return parser
 
 
-def _print(text: str) -> None:
-    try:
-        print(text, flush=True)
-    except BrokenPipeError:  # the reader, `head` say, has seen enough; the interpreter's own last flush must not fail
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
 def _fail(error: BaseException, *, as_json: bool, debug: bool) -> int:
     if debug:
         traceback.print_exception(error)
     message = _message(error)
     if ranks.number():
-        print(f"[rank {ranks.number()}] error: {message}", file=sys.stderr)
-    elif as_json:
-        _print(json.dumps({"error": {"type": type(error).__name__, "message": message}}, indent=1))
+        tell(f"[rank {ranks.number()}] error: {message}")
+    elif as_json and not isinstance(error, StdoutError):
+        try:
+            show(json.dumps({"error": {"type": type(error).__name__, "message": message}}, indent=1))
+        except StdoutError:
+            tell(f"error: {message}")
     else:
-        print(f"error: {message}", file=sys.stderr)
+        tell(f"error: {message}")
     return WRONG_USAGE if isinstance(error, UsageError) else FAILED
 
 
@@ -106,9 +109,9 @@ def _message(error: BaseException) -> str:
     what = f"{type(error).__name__}: {error}"
     frame = user_frame(error, Path(__file__).parent)
     if frame is None:
-        return f"{what}\nThis was not expected; rerun with --debug for the traceback."
+        return f"{readable(what)}\nThis was not expected; rerun with --debug for the traceback."
     where = f"{frame.filename}:{frame.lineno}, in {frame.name}"
-    return f"Your code raised {what} ({where}). Rerun with --debug for the traceback."
+    return f"Your code raised {readable(what)} ({where}). Rerun with --debug for the traceback."
 
 
 if __name__ == "__main__":

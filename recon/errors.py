@@ -3,17 +3,54 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
+
+_LONGEST_WORD, _LONGEST_MESSAGE = 1000, 4000  # letters: deep paths stay whole
+_LONG_WORD = re.compile(rf"\S{{{_LONGEST_WORD + 1},}}")
+_MOST_COMPARED = 5000  # names among which the nearest are looked for: difflib takes a second for so many
+
+
+def printable(text: str, keep: str = "\n") -> str:
+    """The text with control, escape and other invisible characters shown escaped: safe for a terminal.
+
+    Names in a message may come from a file that somebody else wrote.
+
+    Args:
+        text: what will be shown.
+        keep: such characters that stay.
+    """
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c in keep else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
+def shortened(text: str, limit: int) -> str:
+    """The text with its middle left out, if it is longer than `limit` letters: what to try stands at the end."""
+    if len(text) <= limit:
+        return text
+    head = 2 * (limit - 5) // 3
+    return f"{text[:head]} ... {text[len(text) - (limit - 5 - head) :]}"
+
+
+def readable(message: str) -> str:
+    """A message of bounded length, safe for a terminal."""
+    message = shortened(message, 10 * _LONGEST_MESSAGE)  # before anything looks at each of its letters
+    message = _LONG_WORD.sub(lambda word: shortened(word[0], _LONGEST_WORD), printable(message))
+    return shortened(message, _LONGEST_MESSAGE)
 
 
 def some(names: Iterable[str], limit: int = 4) -> str:
     """The first of these names, for a message."""
     names = list(names)
-    return ", ".join(names[:limit]) + (", ..." if len(names) > limit else "")
+    return ", ".join(printable(name, keep="") for name in names[:limit]) + (", ..." if len(names) > limit else "")
 
 
 class ReconError(Exception):
-    """Base of every error that recon raises on purpose."""
+    """Base of every error that recon raises on purpose; its message is of bounded length, and safe for a terminal."""
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(readable(message))
 
 
 class UsageError(ReconError):
@@ -25,7 +62,7 @@ class UnknownNameError(UsageError):
 
     def __init__(self, kind: str, name: str, known: Iterable[str], hint: str = "") -> None:
         known = list(known)
-        near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+        near = difflib.get_close_matches(name[:_LONGEST_WORD], known[:_MOST_COMPARED], n=3, cutoff=0.5)
         tail = f"Did you mean {' or '.join(map(repr, near))}?" if near else f"Known: {some(known, 12) or 'none'}."
         super().__init__(f"There is no {kind} named {name!r}. {tail}{' ' + hint if hint else ''}")
         self.name = name
