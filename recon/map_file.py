@@ -12,9 +12,11 @@ import numpy as np
 from recon.conflict_map import BINS, SERIES, STAGES, ConflictMap, Counts, LayerConflicts
 from recon.errors import MapFileError, UsageError
 from recon.files import write_text
+from recon.map_checks import MOST_LAYERS, MOST_STEPS, MOST_TASKS, check, check_shapes
 
 FORMAT = "recon conflict map"
 VERSION = 2
+_MOST = 10**16  # of an entry: a few hundred of them add up within int64
 
 
 def save(cmap: ConflictMap, path: str | Path) -> None:
@@ -100,20 +102,20 @@ class _Reader:
         layers = self._get(document, "layers", list)
         if not layers:
             raise self.fail("field 'layers' is empty")
+        for key, entries, most in (("tasks", tasks, MOST_TASKS), ("layers", layers, MOST_LAYERS)):
+            if len(entries) > most:
+                raise self.fail(f"field {key!r} has {len(entries)} entries; recon reads maps of at most {most}")
         cmap = ConflictMap(
             tasks=tuple(tasks),
-            threshold=float(self._get(document, "threshold", (int, float))),
-            steps=self._get(document, "steps", (int, type(None))),
-            skipped=self._get(document, "skipped_non_finite", (int, type(None))),
+            threshold=self._threshold(document),
+            steps=self._count_or_none(document, "steps"),
+            skipped=self._count_or_none(document, "skipped_non_finite"),
             stage_steps=self._stage_steps(document),
             layers=[self._layer(entry, number, len(tasks)) for number, entry in enumerate(layers)],
             made_by=self._get(document, "made_by", dict),
-            bin_steps=self._get(document, "bin_steps", int),
+            bin_steps=self._count_or_none(document, "bin_steps", int),
         )
-        for key, count in (("steps", cmap.steps), ("skipped_non_finite", cmap.skipped), ("bin_steps", cmap.bin_steps)):
-            if count is not None and count < 0:
-                raise self.fail(f"field {key!r} is {count}, but counts something")
-        self._check(cmap)
+        check(cmap, self.fail)
         return cmap
 
     def _get(self, entry: Any, key: str, kind: type | tuple[type, ...], where: str = "") -> Any:
@@ -125,6 +127,20 @@ class _Reader:
             raise self.fail(f"field {label!r} has the wrong type ({type(value).__name__})")
         return value
 
+    def _threshold(self, document: dict[str, Any]) -> float:
+        value = self._get(document, "threshold", (int, float))
+        if not -1 < value <= 0:  # also of an integer that no float holds
+            raise self.fail(f"field 'threshold' is {value}, not a multiple of 0.01 in (-1, 0], such as -0.1")
+        return float(value)
+
+    def _count_or_none(
+        self, entry: Any, key: str, kind: type | tuple[type, ...] = (int, type(None)), where: str = ""
+    ) -> Any:
+        count = self._get(entry, key, kind, where)
+        if count is not None and not 0 <= count <= MOST_STEPS:
+            raise self.fail(f"field '{where}{key}' is {count}, not a count from 0 to {MOST_STEPS}")
+        return count
+
     def _stage_steps(self, document: dict[str, Any]) -> tuple[int, ...]:
         unknown = self._get(document, "stage_steps", list) == []
         return () if unknown else tuple(self._counts(document, "stage_steps", (STAGES,)).tolist())
@@ -135,7 +151,8 @@ class _Reader:
             array = np.array(value)
         except ValueError:
             array = np.array(None)
-        if array.dtype.kind != "i" or array.shape != tuple(shape) or (array < 0).any():
+        whole = array.dtype.kind == "i" and array.shape == tuple(shape)
+        if not whole or not ((array >= 0) & (array <= _MOST)).all():
             raise self.fail(f"field '{where}{key}' is not an array of counts of shape {tuple(shape)}")
         return array.astype(np.int64)
 
@@ -146,13 +163,11 @@ class _Reader:
     def _layer(self, entry: Any, number: int, tasks: int) -> LayerConflicts:
         where = f"layers[{number}]."
         shapes = self._get(entry, "shapes", dict, where)
-        if not all(isinstance(s, list) and all(isinstance(n, int) for n in s) for s in shapes.values()):
+        if not all(isinstance(shape, list) and all(type(side) is int for side in shape) for shape in shapes.values()):
             raise self.fail(f"field '{where}shapes' is not a table of shapes")
+        check_shapes(shapes, self._get(entry, "parameters", (int, type(None)), where), where, self.fail)
         pairs = tasks * (tasks - 1) // 2
         series = self._get(entry, "series", (list, type(None)), where)
-        score = self._get(entry, "score", (int, type(None)), where)
-        if score is not None and score < 0:
-            raise self.fail(f"field '{where}score' is {score}, not a count")
         return LayerConflicts(
             name=self._get(entry, "name", str, where),
             kind=self._get(entry, "type", str, where),
@@ -161,56 +176,8 @@ class _Reader:
             conflicts=self._counts_or_none(entry, "conflicts", (STAGES, pairs), where),
             observed=self._counts_or_none(entry, "observed", (STAGES, pairs), where),
             series=None if series is None else self._counts(entry, "series", (len(series),), where),
-            score=score,
+            score=self._count_or_none(entry, "score", where=where),
         )
-
-    def _check(self, cmap: ConflictMap) -> None:
-        """What the fields say must agree, within each layer and between them."""
-        if len({layer.name for layer in cmap.layers}) < len(cmap.layers):
-            raise self.fail("field 'layers' names a layer twice")
-        for number, layer in enumerate(cmap.layers):
-            self._check_unknown(cmap, layer, f"layers[{number}].")
-        try:
-            scores = cmap.scores()
-        except UsageError as error:
-            raise self.fail(f"field 'threshold': {error}") from None
-        for number, layer in enumerate(cmap.layers):
-            self._check_sums(layer, scores[layer.name], f"layers[{number}].")
-        self._check_series(cmap)
-
-    def _check_unknown(self, cmap: ConflictMap, layer: LayerConflicts, where: str) -> None:
-        """Counts are known for all layers or for none; the score stands in for them, and only then."""
-        for key in ("histogram", "conflicts", "observed"):
-            if (getattr(layer, key) is None) != (getattr(cmap.layers[0], key) is None):
-                raise self.fail(f"field '{where}{key}' is known here and not in layers[0], or the other way round")
-        if (layer.conflicts is None) != (layer.observed is None):
-            raise self.fail(f"field '{where}conflicts' goes with 'observed': both are known, or neither")
-        if layer.histogram is None and layer.score is None:
-            raise self.fail(f"field '{where}score' is missing, and there is no histogram to take it from")
-        if layer.histogram is None and (layer.conflicts is not None or layer.series is not None):
-            raise self.fail(f"field '{where}histogram' is missing, though the counts made with it are there")
-
-    def _check_sums(self, layer: LayerConflicts, score: int, where: str) -> None:
-        if layer.score not in (None, score):
-            raise self.fail(f"field '{where}score' is {layer.score}, but its histogram says {score}")
-        if layer.histogram is None or layer.conflicts is None or layer.observed is None:
-            return
-        if layer.histogram.sum() != layer.observed.sum() or score != layer.conflicts.sum():
-            raise self.fail(f"field '{where}histogram' does not add up to its counts")
-
-    def _check_series(self, cmap: ConflictMap) -> None:
-        series = [layer.series for layer in cmap.layers]
-        lengths = {-1 if values is None else len(values) for values in series}
-        if len(lengths) > 1:
-            raise self.fail("field 'series' has not the same length in all layers")
-        if cmap.bin_steps < 0 or (cmap.bin_steps > 0) != (lengths not in (set(), {-1})):
-            raise self.fail(f"field 'bin_steps' is {cmap.bin_steps}: above 0 with series in the layers, 0 without")
-        if max(lengths, default=0) > SERIES or 0 in lengths:
-            raise self.fail(f"field 'series' has {max(lengths)} bins, not 1 to {SERIES}")
-        scores = cmap.scores()
-        for number, layer in enumerate(cmap.layers):
-            if layer.series is not None and layer.series.sum() != scores[layer.name]:
-                raise self.fail(f"field 'layers[{number}].series' does not add up to the score")
 
 
 def _looks_like_scores(document: dict[str, Any]) -> bool:

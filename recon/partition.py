@@ -46,10 +46,11 @@ class Partition:
         """
         tasks = _checked(tasks)
         groups = [[group] if isinstance(group, str) else list(group) for group in groups]
-        label = {}
+        known = set(tasks)
+        label: dict[str, int] = {}
         for number, group in enumerate(groups):
             for task in group:
-                if task not in tasks:
+                if task not in known:
                     raise PlanError(f"Groups {groups} name {task!r}, which is none of the tasks {list(tasks)}.")
                 if task in label:
                     raise PlanError(f"Groups {groups} name task {task!r} twice; each task goes into one group.")
@@ -75,7 +76,8 @@ class Partition:
     @lru_cache(maxsize=4096)  # noqa: B019  (partitions are few, small and live as long as the process)
     def restrict(self, tasks: Group) -> Partition:
         """The same groups, for some of the tasks only."""
-        kept = [task for task in self.tasks if task in tasks]
+        wanted = set(tasks)
+        kept = [task for task in self.tasks if task in wanted]
         return _canonical(tuple(kept), tuple(self.label_of[task] for task in kept))
 
 

@@ -6,6 +6,7 @@ import math
 import pickle
 import re
 import zipfile
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -162,7 +163,8 @@ def _check_tasks(path: Path, pairs: int, tasks: Sequence[str]) -> None:
 def _plain_names(path: Path, names: Sequence[str]) -> dict[str, str]:
     """The names in a plain network; one is lost if a layer was branched already, when there is nothing to import."""
     plain = {name: _COPY.sub("", name).removeprefix(_WRAPPER) for name in names}
-    twice = [name for name in names if list(plain.values()).count(plain[name]) > 1]
+    copies = Counter(plain.values())
+    twice = [name for name in names if copies[plain[name]] > 1]
     if twice:
         raise _wrong(
             path, f"has several copies of the layer {plain[twice[0]]!r} ({some(twice)}): the network was branched"

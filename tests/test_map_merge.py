@@ -12,7 +12,16 @@ TASKS = ("a", "b", "c")
 
 
 def three():
-    return [replace(make_map(tasks=TASKS, seed=seed, steps=20 + 20 * seed), skipped=seed) for seed in range(3)]
+    maps = [make_map(tasks=TASKS, seed=seed, steps=20 + 20 * seed) for seed in range(3)]
+    return [  # with a skipped step in each quarter of the second, two of the third
+        replace(
+            cmap,
+            steps=cmap.steps + 4 * seed,
+            skipped=4 * seed,
+            stage_steps=tuple(steps + seed for steps in cmap.stage_steps),
+        )
+        for seed, cmap in enumerate(maps)
+    ]
 
 
 def test_everything_adds_up():
@@ -22,8 +31,8 @@ def test_everything_adds_up():
         assert merged.scores(threshold) == {
             name: sum(cmap.scores(threshold)[name] for cmap in maps) for name in ("conv", "norm", "fc")
         }
-    assert (merged.tasks, merged.threshold, merged.steps, merged.skipped) == (TASKS, -0.1, 20 + 40 + 60, 3)
-    assert merged.stage_steps == (5 + 10 + 15,) * 4
+    assert (merged.tasks, merged.threshold, merged.steps, merged.skipped) == (TASKS, -0.1, 20 + 44 + 68, 12)
+    assert merged.stage_steps == (5 + 11 + 17,) * 4
     for number, layer in enumerate(merged.layers):
         for key in ("histogram", "conflicts", "observed"):
             expected = np.sum([getattr(cmap.layers[number], key) for cmap in maps], axis=0)
