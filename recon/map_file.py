@@ -9,13 +9,14 @@ from typing import Any
 
 import numpy as np
 
-from recon.conflict_map import BINS, SERIES, STAGES, ConflictMap, Counts, LayerConflicts
-from recon.errors import MapFileError, UsageError
+from recon.conflict_map import BINS, STAGES, ConflictMap, Counts, LayerConflicts
+from recon.errors import MapFileError
 from recon.files import write_text
 from recon.map_checks import MOST_LAYERS, MOST_STEPS, MOST_TASKS, check, check_shapes
 
 FORMAT = "recon conflict map"
 VERSION = 2
+_INT_OR_NONE = (int, type(None))
 _MOST = 10**16  # of an entry: a few hundred of them add up within int64
 
 
@@ -134,7 +135,7 @@ class _Reader:
         return float(value)
 
     def _count_or_none(
-        self, entry: Any, key: str, kind: type | tuple[type, ...] = (int, type(None)), where: str = ""
+        self, entry: Any, key: str, kind: type | tuple[type, ...] = _INT_OR_NONE, where: str = ""
     ) -> Any:
         count = self._get(entry, key, kind, where)
         if count is not None and not 0 <= count <= MOST_STEPS:
@@ -165,7 +166,7 @@ class _Reader:
         shapes = self._get(entry, "shapes", dict, where)
         if not all(isinstance(shape, list) and all(type(side) is int for side in shape) for shape in shapes.values()):
             raise self.fail(f"field '{where}shapes' is not a table of shapes")
-        check_shapes(shapes, self._get(entry, "parameters", (int, type(None)), where), where, self.fail)
+        check_shapes(shapes, self._get(entry, "parameters", _INT_OR_NONE, where), where, self.fail)
         pairs = tasks * (tasks - 1) // 2
         series = self._get(entry, "series", (list, type(None)), where)
         return LayerConflicts(

@@ -83,7 +83,7 @@ def test_scores_that_no_training_can_give(tmp_path):
     cmap = score_map({"fc": 3, "conv": 9}, tasks=("a", "b"))
     cmap.steps = 8
     cmap.save(tmp_path / "map.json")
-    with pytest.raises(MapFileError, match="'layers.1..score' counts more than 8 steps of 1 pairs have"):
+    with pytest.raises(MapFileError, match=r"'layers.1..score' counts more than 8 steps of 1 pairs have"):
         ConflictMap.load(tmp_path / "map.json")
 
 
