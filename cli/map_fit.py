@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from recon_cli.terminal import tell
 
 if TYPE_CHECKING:
     from torch import nn
@@ -23,7 +24,7 @@ def match_map(cmap: ConflictMap, problem: Problem, model: nn.Module, rename: Map
     if set(cmap.tasks) != set(problem.task_names):
         notes.append(f"The map was made for {_tasks(cmap)}; the copies are for {', '.join(problem.task_names)}.")
     for note in notes:
-        print(f"note: {note}", file=sys.stderr)
+        tell(f"note: {note}")
     return found
 
 

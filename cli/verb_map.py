@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +13,7 @@ from recon_cli.outputs import check_file
 from recon_cli.parsing import Parser, Report, add_verb, positive_integer, threshold
 from recon_cli.ranking import ranked_layers, ranking_table, unsure_why
 from recon_cli.renames import add_rename_option, renames
+from recon_cli.terminal import tell
 
 if TYPE_CHECKING:
     from recon import ConflictMap
@@ -203,7 +203,7 @@ def import_(args: argparse.Namespace) -> Report:
 
     check_file(args.out, _MARK)
     if args.file.suffix != ".json":  # a log of a whole training takes a minute
-        print(f"Reading {args.file} ...", file=sys.stderr)
+        tell(f"Reading {args.file} ...")
     cmap = read_published(args.file, args.threshold, args.tasks)
     return _save(cmap, args, f"{args.file} imported")
 
