@@ -26,8 +26,6 @@ class IMTLG(SolvedAggregator):
     the step climbs. `config` has the same direction, always downhill. A task whose gradient is zero is left out.
     """
 
-    ignores_zero = True
-
     def _solve(self, G: Array, positions: Sequence[int]) -> Array:
         weights = equal_projections(G) / np.sqrt(G.diagonal())
         total = weights.sum()
@@ -49,8 +47,6 @@ class ConFIG(SolvedAggregator):
     Where the gradients are dependent, so that there may be no such direction, the cosines are equal in the sense of
     least squares. A task whose gradient is zero is left out.
     """
-
-    ignores_zero = True
 
     def _solve(self, G: Array, positions: Sequence[int]) -> Array:
         weights = equal_projections(G) / np.sqrt(G.diagonal())

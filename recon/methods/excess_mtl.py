@@ -34,6 +34,7 @@ class ExcessMTL(RemembersTasks):
     Args:
         lr: of the weights; 0.01 and less are usual.
         warmup: steps of a task whose average is the unit; until all tasks of a step have had theirs, the weights stay.
+            Steps in which the task's gradient is zero do not count.
             The paper takes the steps of three epochs.
 
     Raises:
@@ -100,7 +101,7 @@ class ExcessMTL(RemembersTasks):
         """The tasks' shares after this step, which add up to 1."""
         first, steps, log_shares = (self.memory[name] for name in ("first_risks", "steps", "log_shares"))
         warming = steps[positions] < self.warmup
-        steps[positions] += 1
+        steps[positions] += (risks > 0).to(steps)  # a gradient of zero says nothing of what risks are usual
         first[positions] += torch.where(warming, risks / self.warmup, 0.0)
         known = first[positions] > 0
         excess = torch.where(known & ~warming, risks / torch.where(known, first[positions], 1.0), 0.0)

@@ -31,8 +31,6 @@ class NashMTL(SolvedAggregator):
     also clips the update to length 1: that is left to the training.
     """
 
-    ignores_zero = True
-
     def _solve(self, G: Array, positions: Sequence[int]) -> Array:
         return _fair_weights(G, 1.0)
 
@@ -61,8 +59,6 @@ class FairGrad(SolvedAggregator):
     Raises:
         UsageError: alpha is not between 0.1 and 10.
     """
-
-    ignores_zero = True
 
     def __init__(self, alpha: float = 2.0) -> None:
         super().__init__()

@@ -131,7 +131,7 @@ class GradNorm(NormWeighting):
 
     def _inverse_rates(self, losses: Tensor, positions: list[int]) -> Tensor:
         initial = self.initial[positions]
-        initial = torch.where(initial.isnan() & (losses > 0), losses, initial)
+        initial = torch.where(initial.isnan() & (losses > 0) & losses.isfinite(), losses, initial)
         self.initial[positions] = initial
         ratios = torch.where(initial.isnan(), 1.0, losses / initial)
         mean = ratios.mean()

@@ -37,8 +37,6 @@ class GradVac(RememberingTorchJDAggregator):
         UsageError: beta is not between 0 and 1.
     """
 
-    ignores_zero = True
-
     def __init__(self, beta: float = 0.01, seed: int = 0) -> None:
         if not 0 <= beta <= 1:
             raise UsageError(f"GradVac's beta must be a number from 0 to 1, but got {beta}.")

@@ -16,7 +16,9 @@ class LearnedScales(Weighting):
     """Weighs every loss by a learned number s, whose own term in the objective keeps it from running away.
 
     Every s starts at 0, where all weights are 1. They are parameters, made by `setup`, for the caller's optimizer to
-    train along with the model, without weight decay. Those of absent tasks get no gradient.
+    train along with the model, without weight decay. Those of absent tasks get no gradient, and that of a task whose
+    loss is exactly 0 one of 0: nothing in such a loss says how large its weight should be, and the term of s alone would
+    drive it out of all bounds.
 
     Attributes:
         factor: of TorchJD's objective, for weights of 1 at the start.
@@ -45,9 +47,10 @@ class LearnedScales(Weighting):
         """See `Weighting.combine`."""
         positions = self._positions(losses)
         values = self._stack(losses)
-        terms = [self.scales[i](value) for i, value in zip(positions, values, strict=True)]
+        terms = torch.stack([self.scales[i](value) for i, value in zip(positions, values, strict=True)])
         weights = self.weights(len(self.tasks))[positions].to(values)
-        return self.factor * torch.stack(terms).sum(), dict(zip(losses, weights, strict=True))
+        total = torch.where(values.detach() == 0, weights * values, self.factor * terms).sum()
+        return total, dict(zip(losses, weights, strict=True))
 
     @torch.no_grad()
     def weights(self, count: int) -> Tensor:

@@ -24,8 +24,9 @@ _NORMALIZATIONS = ("none", "l2", "loss", "loss+")
 class MGDA(SolvedAggregator):
     """The shortest vector in the convex hull of the task gradients, times T.
 
-    It is zero exactly where no direction helps all tasks, so also where one task's gradient is zero. Solved
-    exactly: the usual Frank-Wolfe iteration stops far from the optimum where gradients differ in length.
+    It is zero exactly where no direction helps all tasks. A task whose gradient is zero, which any direction leaves as
+    it is, is left out: the others train on. Solved exactly: the usual Frank-Wolfe iteration stops far from the optimum
+    where gradients differ in length.
 
     Args:
         normalize: what the gradients are divided by to find the weights, which are then applied to the gradients as

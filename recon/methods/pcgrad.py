@@ -25,8 +25,6 @@ class PCGrad(TorchJDAggregator):
             stream is part of the state_dict.
     """
 
-    ignores_zero = True
-
     def __init__(self, seed: int = 0) -> None:
         super().__init__(PCGradWeighting(), seed)
         self.seed = seed

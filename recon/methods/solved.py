@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from recon.methods.base import GramianAggregator
+from recon.methods.zero_gradients import has_direction
 
 Array = NDArray[np.float64]
 
@@ -21,12 +22,12 @@ class SolvedAggregator(GramianAggregator):
     What it solves is small, so it is done on the CPU in float64, with the gradients counted in units of their
     root mean square norm: no solver meets a scale that it was not made for.
 
-    Attributes:
-        ignores_zero: a task whose gradient is zero is left out, as if it were absent, because the method divides
-            by the gradients' norms.
+    A task whose gradient is as good as zero (`zero_gradients.NEGLIGIBLE`) is left out, as if it were absent. No
+    direction helps it or harms it, so the methods have nothing to say of it; but some would divide by its length, and
+    others, which look after the task that gains least, would stand still for its sake.
     """
 
-    ignores_zero = False
+    scale_free = True
 
     def weights(self, gramian: Tensor, tasks: Sequence[str] | None = None) -> Tensor:
         """See `GramianAggregator.weights`."""
@@ -34,8 +35,8 @@ class SolvedAggregator(GramianAggregator):
         positions = self._positions(tasks, len(G))
         weights = torch.ones(len(G), dtype=torch.float64)
         squares = G.diagonal()
-        kept = [i for i, square in enumerate(squares.tolist()) if square > 0 or not self.ignores_zero]
-        if squares.any():
+        kept = has_direction(squares.sqrt()).nonzero().flatten().tolist()
+        if kept:
             units = G[kept][:, kept] / squares[kept].mean()
             weights[kept] = torch.from_numpy(self._solve(units.numpy(), [positions[i] for i in kept]))
         return weights.to(gramian)

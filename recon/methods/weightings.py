@@ -17,6 +17,8 @@ from recon.methods.learned_scales import LearnedScales
 from recon.methods.registry import register
 from recon.methods.task_values import TaskValues
 
+_HIGHEST_RATE = 10.0  # of DWA
+
 
 @register(
     "joint",
@@ -110,7 +112,8 @@ class DWA(Weighting):
 
     `w_k = T exp(r_k / temperature) / Σ_i exp(r_i / temperature)`, where r_k is the ratio of task k's average
     losses over the last two epochs in which it took part; an average counts the steps where it did. A task
-    with fewer than two such epochs, or whose average was zero, counts as unchanged: r_k = 1.
+    with fewer than two such epochs, or one of whose averages is not above zero, counts as unchanged: r_k = 1. No ratio
+    counts as more than 10: a loss that rises from next to nothing would leave the others no weight.
 
     Args:
         temperature: the larger, the more even the weights. The paper uses 2.
@@ -139,8 +142,10 @@ class DWA(Weighting):
         """See `Weighting.combine`."""
         positions = self._positions(losses)
         values = self._stack(losses)
-        self.loss_sum[positions] += values.detach().to(self.loss_sum)
-        self.steps[positions] += 1
+        # What is not finite would never leave the sum, though a GradScaler skips the step.
+        finite = values.detach().isfinite()
+        self.loss_sum[positions] += values.detach().where(finite, 0.0).to(self.loss_sum)
+        self.steps[positions] += finite.to(self.steps)
         weights = self.weights(len(self.tasks))[positions].to(values)
         return (weights * values).sum(), dict(zip(losses, weights, strict=True))
 
@@ -149,7 +154,7 @@ class DWA(Weighting):
         if not self.tasks:
             return torch.ones(count)
         older, newer = self.averages
-        rates = torch.where((newer / older).isfinite(), newer / older, 1.0)
+        rates = torch.where((older > 0) & (newer > 0), newer / older, 1.0).clamp(max=_HIGHEST_RATE)
         return count * torch.softmax(rates / self.temperature, dim=0)
 
     def end_epoch(self) -> None:

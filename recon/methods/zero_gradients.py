@@ -1,0 +1,26 @@
+"""Which tasks have a say in a step: a gradient of zero has no direction, and its weight no meaning."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+NEGLIGIBLE = 1e-8
+"""A gradient below this times the longest is as good as zero: a sum in float32 would not notice it."""
+
+
+def has_direction(lengths: Tensor) -> Tensor:
+    """(T,) booleans: which of these gradients, of such lengths, have a direction to speak of."""
+    return (lengths > 0) & (lengths > NEGLIGIBLE * lengths.max())
+
+
+def with_meaning(weights: Mapping[str, Tensor], lengths: Tensor) -> dict[str, Tensor]:
+    """The weights without those of tasks whose gradient is as good as zero: any other would have done there.
+
+    Args:
+        weights: `{task: weight}`.
+        lengths: (T,), of the tasks' gradients, in the same order.
+    """
+    kept = has_direction(lengths).tolist()
+    return {task: weight for (task, weight), keep in zip(weights.items(), kept, strict=True) if keep}
