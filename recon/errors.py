@@ -101,5 +101,9 @@ class GradientError(ReconError):
     """A gradient that cannot be used: absent for a whole task, or not finite."""
 
 
+class NonFiniteError(GradientError):
+    """A task's gradient that is infinite or NaN."""
+
+
 class LoaderError(ReconError):
     """A data loader that raised in the middle of a training."""

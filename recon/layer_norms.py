@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from recon.backward_passes import dense
 from recon.distributed import agree_on_reach, average_, gather, world_size
-from recon.errors import GradientError, UsageError
+from recon.errors import NonFiniteError, UsageError
 from recon.gradients import as_real
 from recon.layers import Layer, canonical_name, find_layers, unwrapped
+from recon.methods.base import WHAT_TO_LOOK_AT
 from recon.reach import find_reach, last_uses
 
 
@@ -34,7 +35,7 @@ def layer_norms(losses: Mapping[str, Tensor], model: nn.Module, name: str = "") 
     Raises:
         UnknownNameError: there is no such layer.
         UsageError: a task does not reach the layer, or no layer is shared by all.
-        GradientError: a gradient is not finite.
+        NonFiniteError: a gradient is not finite.
     """
     layers = find_layers(unwrapped(model))
     name = name and canonical_name(layers, name)
@@ -50,9 +51,9 @@ def layer_norms(losses: Mapping[str, Tensor], model: nn.Module, name: str = "") 
     finite = torch.stack(list(norms.values())).isfinite().tolist()
     bad = [task for task, good in zip(norms, finite, strict=True) if not good]
     if bad:
-        raise GradientError(
+        raise NonFiniteError(
             f"The gradients of the tasks {bad} are not finite in layer {layer.name!r}, so their norms say nothing. "
-            "Look at those tasks' losses on this batch, or lower the learning rate."
+            f"{WHAT_TO_LOOK_AT}"
         )
     return norms
 

@@ -21,6 +21,7 @@ from recon.gradients import TaskJacobian, Workspace, as_real
 from recon.gramians import layer_gramians
 from recon.layers import find_layers, unwrapped
 from recon.reach import Reach
+from recon.scaled_losses import LossScaleLike
 from recon.sketch import GradientSketch, sketch_gramians
 from recon.tally import Tally
 from recon.updates import backward
@@ -107,16 +108,17 @@ class Profiler:
         """How many steps were profiled."""
         return 0 if self._tally is None else self._tally.steps
 
-    def backward(self, losses: Mapping[str, Tensor]) -> None:
+    def backward(self, losses: Mapping[str, Tensor], *, loss_scale: LossScaleLike | None = None) -> None:
         """Record one step, and leave `.grad` as `sum(losses).backward()` would.
 
         Args:
             losses: `{task name: scalar loss}`; a task missing from the batch is left out.
+            loss_scale: see `recon.backward`; cosines are the same at every scale.
 
         Raises:
             GradientError: a task's loss depends on no trainable parameter.
         """
-        backward(losses, self.model, profiler=self)
+        backward(losses, self.model, profiler=self, loss_scale=loss_scale)
 
     def begin_step(self) -> bool:
         """Whether the step that begins is one to profile."""

@@ -8,11 +8,12 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.amp import GradScaler
 from torch.nn.parallel import DistributedDataParallel
 
 from recon.batches import model_device
 from recon.distributed import agree_on_reach, average_, average_losses, world_size
-from recon.errors import GradientError, UsageError
+from recon.errors import GradientError, NonFiniteError, UsageError
 from recon.gradients import (
     TaskJacobian,
     Workspace,
@@ -35,7 +36,9 @@ from recon.methods import (
     Weighting,
     wrap,
 )
+from recon.methods.zero_gradients import with_meaning
 from recon.reach import find_reach, no_gradient
+from recon.scaled_losses import LossScaleLike, learns_at, let_scaler_skip, read_scale, warn_if_scaled, without_scale
 
 if TYPE_CHECKING:
     from recon.profiler import Profiler
@@ -44,7 +47,12 @@ _workspaces: WeakKeyDictionary[Method, Workspace] = WeakKeyDictionary()  # no pa
 
 
 def backward(
-    losses: Mapping[str, Tensor], model: nn.Module, method: Method | None = None, *, profiler: Profiler | None = None
+    losses: Mapping[str, Tensor],
+    model: nn.Module,
+    method: Method | None = None,
+    *,
+    profiler: Profiler | None = None,
+    loss_scale: LossScaleLike | None = None,
 ) -> dict[str, Tensor]:
     """Accumulate the method's update into the parameters' `.grad`, in place of `sum(losses).backward()`.
 
@@ -61,13 +69,18 @@ def backward(
         method: from `recon.methods.get`, or one of TorchJD's (see `recon.methods.wrap`); joint training (the sum of the
             losses) when not given.
         profiler: records this step's conflicts from the same gradients.
+        loss_scale: what every loss was multiplied by: a number (`1 / 4` for losses divided by 4), or the
+            `torch.amp.GradScaler` that did it. Methods see the losses and gradients without it, and `.grad`, that of
+            a method's own parameters included, is as large as it makes them. With a scaler, gradients that overflow are
+            no error: they are left so that the scaler skips the step.
 
     Returns:
         `{task name: weight}`, what the loss or the gradient of each task was multiplied by; empty for a method
-        that has no such weights.
+        that has no such weights. A task whose gradient an aggregator found to be zero has none.
 
     Raises:
-        GradientError: a task's loss depends on no parameter, or a gradient that the method needs is not finite.
+        GradientError: a task's loss depends on no parameter.
+        NonFiniteError: a gradient that the method needs is not finite.
         UnknownNameError: the model has no layer of the name that the method was given.
         UsageError: no losses, a method that is not a `recon.methods.Method`, or one that works from task gradients
             while the profiler keeps none.
@@ -75,15 +88,38 @@ def backward(
     method = _checked(method, losses, profiler)
     if not method.tasks:
         method.setup(tuple(losses))
+    scale = read_scale(loss_scale, losses)
+    if scale is None:
+        warn_if_scaled(losses, method)
+        return _backward(losses, model, method, profiler)
+    try:
+        with learns_at(scale, method):
+            return _backward(without_scale(losses, scale), model, method, profiler, scale)
+    except NonFiniteError:
+        if not isinstance(loss_scale, GradScaler):
+            raise
+        let_scaler_skip(model, method)
+        return {}
+
+
+def _backward(
+    losses: Mapping[str, Tensor],
+    model: nn.Module,
+    method: Method,
+    profiler: Profiler | None,
+    loss_scale: Tensor | None = None,
+) -> dict[str, Tensor]:
+    """See `backward`; here, the scale is in the losses' gradients alone."""
     if isinstance(method, FeatureMethod):
         with _full_precision(model_device(model)):
-            return method.backward(losses, model)
+            return method.backward(losses, model, **({} if loss_scale is None else {"loss_scale": loss_scale}))
     parameters = list(model.parameters()) if profiler is None else profiler.parameters
     recorder = profiler if profiler is not None and profiler.begin_step() else None
     weighting = method.weighting if isinstance(method, Composition) else method
     if isinstance(weighting, NormWeighting):
         with _full_precision(parameters[0].device):
-            weighting.observe_norms(layer_norms(losses, model, weighting.layer))
+            norms = layer_norms(losses, model, weighting.layer)
+            weighting.observe_norms({task: _unscaled(norm, loss_scale) for task, norm in norms.items()})
     if isinstance(method, Weighting):
         if recorder is not None:
             with _full_precision(recorder.device):
@@ -104,8 +140,12 @@ def backward(
         if aggregator.needs_losses:
             aggregator.observe_losses(average_losses(losses, jacobian.tasks, parameters[0].device))
         if isinstance(method, Composition):
-            return _apply_composition(method, losses, jacobian)
-        return _apply_aggregator(method, jacobian)
+            return _apply_composition(method, losses, jacobian, loss_scale)
+        return _apply_aggregator(method, jacobian, loss_scale)
+
+
+def _unscaled(tensor: Tensor, scale: Tensor | None, power: int = 1) -> Tensor:
+    return tensor if scale is None else tensor / scale.to(tensor) ** power
 
 
 def _full_precision(device: torch.device) -> torch.autocast:
@@ -158,15 +198,24 @@ def _recorded_weighting(method: Weighting, losses: Mapping[str, Tensor], profile
         write_combination(jacobian)
         write_own(jacobian)
     else:
-        write_combination(jacobian, torch.stack([weights[task] for task in jacobian.tasks]))
-        write_own(jacobian, weights)
+        ordered = _in_order(weights, jacobian.tasks)
+        write_combination(jacobian, ordered)
+        write_own(jacobian, dict(zip(jacobian.tasks, ordered, strict=True)))
     return weights
+
+
+def _in_order(weights: Mapping[str, Tensor], tasks: Sequence[str]) -> Tensor:
+    """(T,), zero for a task that a weighting left out of the step: its loss is."""
+    nothing = torch.zeros_like(next(iter(weights.values())))
+    return torch.stack([weights.get(task, nothing) for task in tasks])
 
 
 def _sketched_weighting(method: Weighting, losses: Mapping[str, Tensor], profiler: Profiler) -> dict[str, Tensor]:
     reach = agree_on_reach(find_reach(losses, profiler.parameters), profiler.parameters)
     weights = _weigh(method, losses, reach.tasks, profiler.device)
-    total = profiler.observe_sketched(losses, reach, None if _adds_up(method) else weights)
+    plain = _adds_up(method) or not weights
+    ordered = None if plain else dict(zip(reach.tasks, _in_order(weights, reach.tasks), strict=True))
+    total = profiler.observe_sketched(losses, reach, ordered)
     for parameter, gradient in total.items():
         add_gradient(parameter, gradient)
     return weights
@@ -182,7 +231,7 @@ def _averaged_weighting(
     reached = [p for p in parameters if p in anywhere]
     found: Sequence[Tensor | None] = [None] * len(reached)
     if losses:
-        total = torch.stack([loss * weights[task] for task, loss in losses.items()]).sum()
+        total = torch.stack([loss * weights.get(task, 0.0) for task, loss in losses.items()]).sum()
         found = torch.autograd.grad(total, reached, allow_unused=True)
     gradients = [torch.zeros_like(p) if g is None else g.clone() for p, g in zip(reached, found, strict=True)]
     average_(gradients)
@@ -204,35 +253,49 @@ def _weigh(
     return weights
 
 
-def _apply_aggregator(method: Aggregator, jacobian: TaskJacobian) -> dict[str, Tensor]:
-    weights: dict[str, Tensor] = {}
+def _apply_aggregator(method: Aggregator, jacobian: TaskJacobian, loss_scale: Tensor | None) -> dict[str, Tensor]:
     if not jacobian.tasks:
-        return weights
+        return {}
     if isinstance(method, GramianAggregator):
-        vector = method.weights(gramian(jacobian), tasks=jacobian.tasks)
-        weights = dict(zip(jacobian.tasks, vector, strict=True))
+        products = _unscaled(gramian(jacobian), loss_scale, power=2)
+        vector = method.weights(products, tasks=jacobian.tasks)
+        weights = with_meaning(dict(zip(jacobian.tasks, vector, strict=True)), products.diagonal().sqrt())
         write_combination(jacobian, vector)
     else:
-        update, weights = method.combine(jacobian.matrix, jacobian.tasks)
-        write_update(jacobian, update)
+        weights = _write_combined(method, jacobian, loss_scale)
     write_own(jacobian)
     return weights
 
 
-def _apply_composition(method: Composition, losses: Mapping[str, Tensor], jacobian: TaskJacobian) -> dict[str, Tensor]:
+def _apply_composition(
+    method: Composition, losses: Mapping[str, Tensor], jacobian: TaskJacobian, loss_scale: Tensor | None
+) -> dict[str, Tensor]:
     """The aggregator's update of the weighted task gradients; what one task alone reaches gets the task's weight."""
     scales = _weigh(method.weighting, losses, jacobian.tasks, jacobian.matrix.device)
     if not scales:
         return {}
-    scale = torch.stack([scales[task] for task in jacobian.tasks])
+    scale = _in_order(scales, jacobian.tasks)
     if isinstance(method.aggregator, GramianAggregator):
-        vector = method.gramian_weights(gramian(jacobian), scale, jacobian.tasks)
-        weights = dict(zip(jacobian.tasks, vector, strict=True))
+        products = _unscaled(gramian(jacobian), loss_scale, power=2)
+        vector = method.gramian_weights(products, scale, jacobian.tasks)
+        weights = with_meaning(dict(zip(jacobian.tasks, vector, strict=True)), products.diagonal().sqrt())
         write_combination(jacobian, vector)
     else:
-        rows = jacobian.matrix.mul_(scale.to(jacobian.matrix)[:, None])  # what was recorded of them is recorded
-        update, further = method.aggregator.combine(rows, jacobian.tasks)
-        weights = {task: scales[task] * weight for task, weight in further.items()}
-        write_update(jacobian, update)
-    write_own(jacobian, scales)
-    return weights
+        jacobian.matrix.mul_(scale.to(jacobian.matrix)[:, None])  # what was recorded of them is recorded
+        further = _write_combined(method.aggregator, jacobian, loss_scale)
+        weights = {task: scales[task] * weight for task, weight in further.items() if task in scales}
+    write_own(jacobian, dict(zip(jacobian.tasks, scale, strict=True)))
+    return {task: weight for task, weight in weights.items() if task in scales}
+
+
+def _write_combined(method: Aggregator, jacobian: TaskJacobian, loss_scale: Tensor | None) -> dict[str, Tensor]:
+    """Of a method that needs the gradients themselves."""
+    if loss_scale is None:
+        update, weights = method.combine(jacobian.matrix, jacobian.tasks)
+    else:
+        factor = loss_scale.to(jacobian.matrix)
+        update, weights = method.combine(jacobian.matrix.div_(factor), jacobian.tasks)
+        update = update * factor
+    lengths = torch.linalg.vector_norm(jacobian.matrix, dim=1) if weights else update
+    write_update(jacobian, update)
+    return with_meaning(weights, lengths) if weights else weights

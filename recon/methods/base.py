@@ -10,7 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from recon.errors import GradientError, UnknownNameError, UsageError
+from recon.errors import NonFiniteError, UnknownNameError, UsageError
+
+WHAT_TO_LOOK_AT = (
+    "Look at that task's loss on this batch: a logarithm, root or division of zero, an empty mask, an overflow in float16, "
+    "or torch.where over NaN targets, whose gradient is NaN though its value is not (choose the labelled entries before "
+    "the loss: mask = ~target.isnan(); loss(output[mask], target[mask])). Or lower the learning rate."
+)
+"""What a gradient that is not finite comes from."""
 
 
 class Method(nn.Module, ABC):
@@ -23,11 +30,13 @@ class Method(nn.Module, ABC):
     Attributes:
         name: what the registry calls it.
         needs_new_losses: whether `after_step` must be called.
+        scale_free: whether it weighs alike when all losses of a step are multiplied by one number, another in each step.
         tasks: all task names of the run, in order; empty before `setup`.
     """
 
     name: str = ""
     needs_new_losses: bool = False
+    scale_free: bool = False
 
     def __init__(self) -> None:
         super().__init__()
@@ -206,7 +215,7 @@ class Aggregator(Method):
             such weights.
 
         Raises:
-            GradientError: a gradient is not finite; the message names the tasks at fault.
+            NonFiniteError: a gradient is not finite; the message names the tasks at fault.
         """
         return self(J), {}
 
@@ -226,7 +235,7 @@ class Aggregator(Method):
         """Refuses what is no (T, P), and gradients that are not finite, in one pass over the memory if they are."""
         check_rows(J)
         if not J.sum(dim=1).isfinite().all() and not (finite := J.isfinite().all(dim=1)).all():
-            raise GradientError(_non_finite((~finite).nonzero().flatten().tolist(), self._names(tasks, len(J))))
+            raise NonFiniteError(non_finite((~finite).nonzero().flatten().tolist(), self._names(tasks, len(J))))
 
     def _names(self, tasks: Sequence[str] | None, count: int) -> Sequence[str]:
         """The rows' task names, if they are known."""
@@ -249,7 +258,7 @@ class GramianAggregator(Aggregator):
             (T,), on the Gramian's device and in its dtype.
 
         Raises:
-            GradientError: the Gramian is not finite; the message names the tasks at fault.
+            NonFiniteError: the Gramian is not finite; the message names the tasks at fault.
             UsageError: not a square matrix.
         """
 
@@ -270,7 +279,7 @@ class GramianAggregator(Aggregator):
             # One bad gradient spoils its whole row and column; only the diagonal tells whose it was.
             bad = (~G.diagonal().isfinite()).nonzero().flatten().tolist()
             bad = bad or (~G.isfinite()).any(dim=1).nonzero().flatten().tolist()
-            raise GradientError(_non_finite(bad, self._names(tasks, len(G))))
+            raise NonFiniteError(non_finite(bad, self._names(tasks, len(G))))
         return G
 
 
@@ -281,28 +290,37 @@ class FeatureMethod(Method):
     """
 
     @abstractmethod
-    def backward(self, losses: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    def backward(
+        self, losses: Mapping[str, Tensor], model: nn.Module, loss_scale: Tensor | None = None
+    ) -> dict[str, Tensor]:
         """Accumulate the update into the parameters' `.grad`.
 
         Args:
             losses: `{task: scalar loss}` of the latest forward pass; an absent task takes no part and keeps its state.
             model: what the method was attached to.
+            loss_scale: what the losses' gradients, though not their values, were multiplied by; those that are
+                accumulated stay so.
 
         Returns:
             `{task: weight}`: detached scalars, what the gradient of each task was multiplied by.
 
         Raises:
-            GradientError: a gradient is not finite.
+            NonFiniteError: a gradient is not finite.
             UsageError: the method is not attached, or the losses are not those of a forward pass since.
         """
 
 
-def _non_finite(bad: Sequence[int], tasks: Sequence[str]) -> str:
+def non_finite(bad: Sequence[int], tasks: Sequence[str]) -> str:
+    """What to say of task gradients that are not finite.
+
+    Args:
+        bad: their rows.
+        tasks: the rows' names, if they are known.
+    """
     named = ", ".join(f"{i} ({tasks[i]!r})" if tasks else f"{i}" for i in bad)
     return (
         f"The gradient of task {named} is not finite, so there is no update that is right for all tasks. "
-        "Look at that task's loss on this batch (a logarithm or division of zero, an empty mask, an overflow "
-        "in float16), or lower the learning rate."
+        f"{WHAT_TO_LOOK_AT}"
     )
 
 

@@ -31,6 +31,7 @@ class Composition(Aggregator):
         self.weighting = weighting
         self.aggregator = aggregator
         self.name = f"{weighting.name}+{aggregator.name}"
+        self.scale_free = weighting.scale_free and aggregator.scale_free
         self.needs_new_losses = weighting.needs_new_losses or aggregator.needs_new_losses
 
     @property

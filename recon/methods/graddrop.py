@@ -37,6 +37,8 @@ class GradDrop(Aggregator):
         UsageError: leak is not between 0 and 1.
     """
 
+    scale_free = True
+
     def __init__(self, leak: float = 0.0, seed: int = 0) -> None:
         super().__init__()
         if not 0 <= leak <= 1:

@@ -28,6 +28,8 @@ class RLW(LossWeights):
             state_dict.
     """
 
+    scale_free = True
+
     def __init__(self, seed: int = 0) -> None:
         super().__init__()
         self.seed = seed

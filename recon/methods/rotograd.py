@@ -13,10 +13,10 @@ from torch.optim import Adam
 
 from recon.branch_point import leaves_behind, shared_leaves
 from recon.distributed import world_size
-from recon.errors import GradientError, UnknownNameError, UsageError, some
+from recon.errors import NonFiniteError, UnknownNameError, UsageError, some
 from recon.gradients import add_gradient
 from recon.layers import unwrapped
-from recon.methods.base import FeatureMethod, check_rows
+from recon.methods.base import WHAT_TO_LOOK_AT, FeatureMethod, check_rows
 from recon.methods.registry import register
 from recon.reach import leaves_before
 from recon.rotations import Feature, Rotations, attach_rotations, by_feature
@@ -87,7 +87,9 @@ class RotoGrad(FeatureMethod):
             raise UsageError("This RotoGrad is attached to another model. Make a new one for each model.")
         self._attached = (rotations,)
 
-    def backward(self, losses: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    def backward(
+        self, losses: Mapping[str, Tensor], model: nn.Module, loss_scale: Tensor | None = None
+    ) -> dict[str, Tensor]:
         """See `FeatureMethod.backward`."""
         rotations = self._rotations(losses)
         features = {task: rotations.features[task] for task in losses}
@@ -96,6 +98,8 @@ class RotoGrad(FeatureMethod):
         gradients = {task: rotations.turn(g, task, back=True) for task, g in rotated.items()}
         norms = {task: torch.linalg.vector_norm(g, dtype=torch.float64) for task, g in gradients.items()}
         _refuse_non_finite(norms)
+        if loss_scale is not None:
+            norms = {task: norm / loss_scale.to(norm) for task, norm in norms.items()}
         for task, norm in norms.items():
             if task not in self._initial and norm > 0:
                 self._initial[task] = norm
@@ -104,6 +108,8 @@ class RotoGrad(FeatureMethod):
         groups = _by_shared(features)
         sums = [torch.stack([scaled[task] for task in group]).sum(dim=0) for _, group in groups]
         _accumulate(trunk, torch.autograd.grad([z for z, _ in groups], trunk, sums, allow_unused=True))
+        if loss_scale is not None:  # from here on, it serves the rotations alone
+            gradients, rotated = ({t: g / loss_scale.to(g) for t, g in of.items()} for of in (gradients, rotated))
         units = {task: g / norms[task].to(g).clamp(min=torch.finfo(g.dtype).tiny) for task, g in gradients.items()}
         # Alone, a task has nothing to turn to: what is left is rounding errors, which Adam would make steps of.
         several = [group for _, group in groups if len(group) > 1]
@@ -232,7 +238,7 @@ def _accumulate(leaves: Sequence[Tensor], gradients: Sequence[Tensor | None]) ->
 def _refuse_non_finite(norms: Mapping[str, Tensor]) -> None:
     bad = [task for task, norm in norms.items() if not norm.isfinite()]
     if bad:
-        raise GradientError(
+        raise NonFiniteError(
             f"The gradient of task {', '.join(map(repr, bad))} at the shared features is not finite, so there is no "
-            "update that is right for all tasks. Look at that task's loss on this batch, or lower the learning rate."
+            f"update that is right for all tasks. {WHAT_TO_LOOK_AT}"
         )

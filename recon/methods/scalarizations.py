@@ -46,6 +46,8 @@ class GLS(_Scalarization):
         UsageError: from `combine`: a loss is not positive.
     """
 
+    scale_free = True
+
     def __init__(self) -> None:
         super().__init__()
         self._mean = scalarization.GeometricMean()

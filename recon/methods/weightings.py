@@ -38,6 +38,8 @@ class Joint(Weighting):
         UnknownNameError: from `setup`: a weight is for no task of the run.
     """
 
+    scale_free = True
+
     def __init__(self, weights: TaskValues | None = None) -> None:
         super().__init__()
         self.static = None if weights is None else task_values.read(weights, "weights")

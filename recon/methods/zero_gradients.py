@@ -22,5 +22,7 @@ def with_meaning(weights: Mapping[str, Tensor], lengths: Tensor) -> dict[str, Te
         weights: `{task: weight}`.
         lengths: (T,), of the tasks' gradients, in the same order.
     """
+    if not weights:
+        return {}
     kept = has_direction(lengths).tolist()
     return {task: weight for (task, weight), keep in zip(weights.items(), kept, strict=True) if keep}
