@@ -17,6 +17,7 @@ from recon_cli.run_folder import BEST
 from recon_cli.training import PICTURE_FILE, Training
 
 _CHANGE = 1e-6  # of a weight, relative: less is rounding
+_LARGEST = 100.0  # of a static weight that is worth trying: it multiplies the learning rate of all that its task trains
 
 
 def report(job: Training, run: Run) -> Report:
@@ -24,8 +25,7 @@ def report(job: Training, run: Run) -> Report:
     best = _best_records(job, run)
     weights, picture = ({}, None) if run.is_single_task or ranks.number() else _weights(job, run)
     other = "joint" if run.is_single_task else "single"
-    listed = "/".join(f"{weight:.4g}" for weight in weights.values())
-    option = f"joint:weights={listed}" if weights and min(weights.values()) >= 0 else None
+    option = static_option(weights, run.tasks)
     text = [
         f"{run.label}: epochs {run.epochs}, seed {run.seed}",
         "",
@@ -51,6 +51,15 @@ def report(job: Training, run: Run) -> Report:
         "static_weights": option,
     }
     return Report("\n".join(text), data)
+
+
+def static_option(weights: Mapping[str, float], tasks: Sequence[str]) -> str | None:
+    """The method that trains with these weights; None where a task has none, or one that no training would survive."""
+    listed = [f"{weights[task]:.4g}" for task in tasks if task in weights]
+    sound = [0 <= float(weight) <= _LARGEST for weight in listed]
+    if len(listed) < len(tasks) or not all(sound) or not any(map(float, listed)):
+        return None
+    return f"joint:weights={'/'.join(listed)}"
 
 
 def _best_records(job: Training, run: Run) -> dict[str, Record]:

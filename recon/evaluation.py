@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from statistics import fmean
@@ -16,6 +18,8 @@ from recon.problem import Batch, Task
 
 if TYPE_CHECKING:  # importing torchmetrics takes longer than importing torch
     from torchmetrics import Metric as MetricState
+
+logger = logging.getLogger(__name__)
 
 Results = Mapping[str, Mapping[str, float]]
 """`{task name: {metric name: value}}`."""
@@ -78,9 +82,17 @@ def evaluate(
             f"No batch had a target for task {', '.join(map(repr, unlabelled))}; the loader's targets were "
             f"{', '.join(map(repr, keys)) or 'none at all'}. The names in a batch must be the tasks' names."
         )
-    return {
+    results = {
         task: {name: _number(state, task, name) for name, state in metrics.items()} for task, metrics in states.items()
     }
+    spoilt = [task for task, metrics in results.items() if math.isnan(metrics.get(LOSS, 0.0)) and LOSS in states[task]]
+    if spoilt:
+        logger.warning(
+            "The mean loss of %s is NaN: one batch is enough for that, one without any label say (0 / 0). Leave the "
+            "target out of such a batch, or let it be None.",
+            spoilt,
+        )
+    return results
 
 
 def directions(tasks: Sequence[Task]) -> dict[str, dict[str, bool]]:

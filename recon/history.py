@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -11,8 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from recon.distributed import gather
+from recon.distributed import gather, rank, world_size
 from recon.errors import GradientError, ProblemError
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -26,7 +29,8 @@ class Epoch:
         seconds: wall time of the steps, loading included. Saving checkpoints does not count, nor does what an
             interruption lost, nor drawing batches again to get back to where it was.
         losses: `{task name: mean loss}` over the steps in which the task had a target.
-        weights: `{task name: mean weight}` that the method gave the task; empty if it has none.
+        weights: `{task name: mean weight}` that the method gave the task, over the steps in which it had one; empty if
+            the method has none.
         results: `{task name: {metric name: value}}` after the epoch, if `on_epoch` evaluated the model and put them
             here.
     """
@@ -68,7 +72,7 @@ class Meter:
         self.counts: dict[str, int] = {}
         self.weight_sums: dict[str, Tensor] = {}
         self.weight_counts: dict[str, int] = {}
-        self.unchecked: Mapping[str, Tensor] = {}
+        self.unchecked: list[Mapping[str, Tensor]] = []
         self._seconds = 0.0
         self._start: float | None = None
 
@@ -96,31 +100,29 @@ class Meter:
     def check(self, losses: Mapping[str, Tensor]) -> None:
         """Refuse a loss that is not finite before it reaches the weights.
 
-        On a GPU, reading a loss right away would wait for it: there the losses of the step before are read, which
-        are known by now.
+        Where reading a loss would wait for a GPU, or one rank alone would know of it, this is left to `settle`.
 
         Raises:
             GradientError: the loss of a task is infinite or NaN.
         """
-        losses = {task: loss.detach() for task, loss in losses.items()}
-        late, self.unchecked = self.unchecked, losses
-        self._refuse_non_finite(losses if self.device.type == "cpu" else late)
+        self.unchecked.append({task: loss.detach() for task, loss in losses.items()})
+        if self.device.type == "cpu" and world_size() == 1:
+            self.settle()
 
     def settle(self) -> None:
-        """Check the losses that `check` left for later.
+        """Check the losses that `check` left for later; every rank must call it in the same step.
 
         Raises:
             GradientError: see `check`.
         """
-        self._refuse_non_finite(self.unchecked)
-        self.unchecked = {}
-
-    def _refuse_non_finite(self, losses: Mapping[str, Tensor]) -> None:
-        if losses and not torch.stack(list(losses.values())).isfinite().all():
-            task, loss = next((t, v) for t, v in losses.items() if not v.isfinite())
+        unchecked, self.unchecked = self.unchecked, []
+        if not unchecked:  # between two steps: one rank alone may ask
+            return
+        bad = {t: v.item() for losses in unchecked for t, v in losses.items() if not v.isfinite()}
+        for task, loss in [item for found in gather(bad) for item in found.items()][:1]:
             raise GradientError(
-                f"The loss of task {task!r} is {loss.item()} near step {self.steps + 1} of epoch {self.number}. Lower "
-                "the learning rate, or look at this task's loss and targets (log of 0, an empty mask)."
+                f"The loss of task {task!r} is {loss} in step {self.steps + 1} of epoch {self.number}. Lower the "
+                "learning rate, or look at this task's loss and targets (log of 0, an empty mask)."
             )
 
     def add(self, losses: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
@@ -159,9 +161,7 @@ class Meter:
 
         Raises:
             ProblemError: a task never had a target.
-            GradientError: see `check`.
         """
-        self.settle()
         everyone = gather(self._totals())
         counts, *others = (_added_up(tables, tasks) for tables in zip(*everyone, strict=True))
         never = [task for task in tasks if task not in counts]
@@ -175,7 +175,18 @@ class Meter:
                 f"No batch of epoch {self.number} had a target for {never}. The loader yields (inputs, {{task name: "
                 "target}); check the names, and that it is not empty."
             )
+        self._warn_of_nothing(others[0])
         return self._record(counts, *others)
+
+    def _warn_of_nothing(self, sums: Mapping[str, float]) -> None:
+        """A loss that is always 0 looks like one that is learned."""
+        nothing = [task for task, total in sums.items() if total == 0]
+        if nothing and self.number == 1 and rank() == 0:
+            logger.warning(
+                "The loss of %s was exactly 0 in every step of epoch 1. If nothing is labelled there, leave the target "
+                "out of the batch, or let it be None: the task then takes no part.",
+                nothing,
+            )
 
     def state_dict(self) -> dict[str, Any]:
         """What `load_state_dict` takes."""

@@ -32,7 +32,8 @@ class Step:
         epoch: its epoch, from 1.
         number: counted through all epochs, from 1.
         losses: `{task: mean loss}` over the step's batches, before the step; NaN for a task without a target.
-        weights: `{task: weight}` that the method gave the tasks, as `recon.backward` returns them.
+        weights: `{task: weight}` that the method gave the tasks, as `recon.backward` returns them: none for a task
+            whose weight has no meaning in the step, since its gradient is zero.
         lr: the first parameter group's learning rate.
     """
 

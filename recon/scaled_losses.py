@@ -53,9 +53,7 @@ def read_scale(loss_scale: LossScaleLike | None, losses: Mapping[str, Tensor]) -
 
 def without_scale(losses: Mapping[str, Tensor], scale: Tensor) -> dict[str, Tensor]:
     """The losses' own values; on the way back, the gradients stay as large as the scale makes them."""
-    return {
-        task: (loss.detach() / scale).to(loss.dtype) + (loss - loss.detach()) for task, loss in losses.items()
-    }
+    return {task: (loss.detach() / scale).to(loss.dtype) + (loss - loss.detach()) for task, loss in losses.items()}
 
 
 @contextmanager

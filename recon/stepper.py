@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,9 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from recon.backward_passes import dense
 from recon.batches import to_device, unpack
-from recon.distributed import average_losses, gather, world_size
-from recon.errors import ProblemError
+from recon.distributed import average_, average_losses, gather, world_size
+from recon.errors import GradientError, NonFiniteError, ProblemError
+from recon.layers import unwrapped
+from recon.methods.base import WHAT_TO_LOOK_AT
 from recon.precision import Precision
 from recon.problem import Batch, Loss
 from recon.random_states import global_states_kept
@@ -58,8 +62,10 @@ class Stepper:
                 if parameter.grad is not None:
                     parameter.grad.div_(len(done))
         if not run.precision.came_through(run.method):
+            run.meter.settle()  # a loss that is not finite is no overflow on the way back
             run.meter.skipped += 1
             return
+        self._refuse_non_finite(done)
         if self.clip is not None:
             own = set(run.method.parameters())
             nn.utils.clip_grad_norm_([p for p in self._parameters() if p not in own], self.clip)
@@ -86,9 +92,53 @@ class Stepper:
         if not losses and world_size() == 1:  # other ranks may have some
             return []
         run.meter.check(losses)
-        weights = run.precision.backward(losses, run.model, run.method, run.profiler)
+        try:
+            weights = run.precision.backward(losses, run.model, run.method, run.profiler)
+        except NonFiniteError:
+            run.meter.settle()  # a loss that is NaN says more than its gradient
+            raise
         run.meter.add(losses, weights)
         return [_Part(batch, _detached(losses), _detached(weights))]
+
+    def _refuse_non_finite(self, done: Sequence[_Part]) -> None:
+        """See that the update is finite, and all losses: on a GPU, the one time in a step that it is waited for.
+
+        Raises:
+            GradientError: it is not; the message names the task, which a second look at the batches tells.
+        """
+        meter, device = self.run.meter, self.run.device
+        gradients = [_values(p.grad) for p in self._parameters() if p.grad is not None and p.grad.numel()]
+        finite = [nn.utils.get_total_norm(gradients, math.inf).isfinite()] if gradients else []
+        finite += [loss.isfinite() for losses in meter.unchecked for loss in losses.values()]
+        share = (
+            torch.stack([flag.to(device) for flag in finite]).float().mean()
+            if finite
+            else torch.ones((), device=device)
+        )
+        average_([share])  # a rank that alone raised would leave the others waiting
+        if share < 1:
+            meter.settle()
+            raise self._culprit(done)
+        meter.unchecked.clear()
+
+    def _culprit(self, done: Sequence[_Part]) -> GradientError:
+        run = self.run
+        model, bad = unwrapped(run.model), set()
+        for part in done:
+            with undisturbed(model), global_states_kept():
+                bad |= non_finite_tasks(task_losses(model, *part.batch, self.losses, run.precision), model)
+        everyone = set().union(*gather(bad))
+        tasks = [task for task in self.losses if task in everyone]
+        where = f"in step {run.meter.steps + 1} of epoch {run.epoch}"
+        if not tasks:
+            return NonFiniteError(
+                f"The update is not finite {where}, though each task's gradient is: their sum, or what method "
+                f"{run.method.name!r} makes of them, overflows. Lower the learning rate, or look at the tasks' losses."
+            )
+        return NonFiniteError(
+            f"The gradient of task {', '.join(map(repr, tasks))} is not finite {where}, though the loss is; no weight "
+            f"was changed by it. {WHAT_TO_LOOK_AT}"
+        )
 
     def _parameters(self) -> list[Tensor]:
         return [p for group in self.run.optimizer.param_groups for p in group["params"]]
@@ -142,6 +192,21 @@ def task_losses(
                 f"The loss of task {task!r} must be a scalar tensor, but is {got}. Reduce it, e.g. mean()."
             )
     return step_losses
+
+
+def non_finite_tasks(losses: Mapping[str, Tensor], model: nn.Module) -> set[str]:
+    """The tasks whose gradient is not finite somewhere; the losses' graph is freed."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    bad = set()
+    for number, (task, loss) in enumerate(losses.items(), start=1):
+        found = torch.autograd.grad(loss, parameters, retain_graph=number < len(losses), allow_unused=True)
+        if any(not dense(g).isfinite().all() for g in found if g is not None):
+            bad.add(task)
+    return bad
+
+
+def _values(gradient: Tensor) -> Tensor:
+    return gradient.coalesce().values() if gradient.is_sparse else gradient
 
 
 def _warn_of_other_names(targets: Mapping[str, Any], tasks: Iterable[str]) -> None:

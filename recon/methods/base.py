@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from recon.errors import NonFiniteError, UnknownNameError, UsageError
 
 WHAT_TO_LOOK_AT = (
-    "Look at that task's loss on this batch: a logarithm, root or division of zero, an empty mask, an overflow in float16, "
-    "or torch.where over NaN targets, whose gradient is NaN though its value is not (choose the labelled entries before "
-    "the loss: mask = ~target.isnan(); loss(output[mask], target[mask])). Or lower the learning rate."
+    "Look at that task's loss on this batch: a logarithm, root or division of zero, an empty mask, an overflow in "
+    "float16, or torch.where over NaN targets, whose gradient is NaN though its value is not (choose the labelled "
+    "entries before the loss: mask = ~target.isnan(); loss(output[mask], target[mask])). Or lower the learning rate."
 )
 """What a gradient that is not finite comes from."""
 
@@ -30,7 +30,7 @@ class Method(nn.Module, ABC):
     Attributes:
         name: what the registry calls it.
         needs_new_losses: whether `after_step` must be called.
-        scale_free: whether it weighs alike when all losses of a step are multiplied by one number, another in each step.
+        scale_free: whether it weighs alike when all losses of a step are multiplied by a number, each step's by its own.
         tasks: all task names of the run, in order; empty before `setup`.
     """
 
