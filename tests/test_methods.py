@@ -488,7 +488,6 @@ def test_mgda_of_two_tasks_has_a_closed_form():
 def test_mgda_is_zero_where_no_direction_helps_all():
     J = gradients("random", 3)
     torch.testing.assert_close(methods.get("mgda")(torch.cat([J, -J[:1]])), torch.zeros(60).double())
-    assert methods.get("mgda")(torch.cat([J, 0 * J[:1]])).equal(torch.zeros(60).double())
 
 
 # --- CAGrad -----------------------------------------------------------------------------------------------

@@ -291,9 +291,40 @@ def test_famo_passes_over_what_took_no_part_in_the_step():
     assert method.logits.value.tolist() == [seg, depth, normal]
 
 
+@pytest.mark.parametrize("name", [name for name in WEIGHTINGS if name != "gls"])  # which refuses it
+@pytest.mark.parametrize("loss", [0.0, 1e-30])
+def test_a_loss_of_next_to_nothing_leaves_the_others_their_weights(name, loss):
+    """Seven epochs, in which the task is solved, forgotten, and solved again."""
+    method = made(name)
+    for epoch in range(7):
+        for _ in range(3):
+            _, weights = step(method, scalars(3e-30 if epoch == 3 else loss, 1.0, 2.0), after=0.9)
+            assert all(math.isfinite(weight) for weight in weights.values())
+            assert min(weights[task] for task in TASKS[1:]) > 0.05
+        method.end_epoch()
+
+
+@pytest.mark.parametrize("name", ["uw", "imtl-l"])
+def test_a_loss_of_zero_says_nothing_of_its_weight(name):
+    method = made(name)
+    for _ in range(50):
+        _, weights = step(method, scalars(0.0, 1.0, 2.0))
+    assert weights[TASKS[0]] == 1
+
+
+def test_dwa_of_an_average_that_is_not_above_zero_or_rises_from_nothing():
+    method = made("dwa")
+    for losses in [(-1.0, 1e-20, 1.0), (-2.0, 1.0, 1.0)]:
+        step(method, scalars(*losses))
+        method.end_epoch()
+    expected = 3 * torch.softmax(torch.tensor([1.0, 10.0, 1.0]) / 2, dim=0)
+    torch.testing.assert_close(method.weights(3), expected)
+
+
 def test_famo_with_a_loss_of_zero_stays_finite():
     method = made("famo")
     for _ in range(3):
         _, weights = step(method, scalars(0.0, 1.0, 2.0))
-        assert sum(weights.values()) == pytest.approx(3)
+        assert sum(weights.values()) == pytest.approx(2)  # as if the task were absent
+        assert min(weights.values()) > 0.5
         assert method.logits.value.isfinite().all()

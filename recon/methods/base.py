@@ -30,7 +30,7 @@ class Method(nn.Module, ABC):
     Attributes:
         name: what the registry calls it.
         needs_new_losses: whether `after_step` must be called.
-        scale_free: whether it weighs alike when all losses of a step are multiplied by a number, each step's by its own.
+        scale_free: whether it weighs alike when all losses of a step are multiplied by a number, another in each step.
         tasks: all task names of the run, in order; empty before `setup`.
     """
 

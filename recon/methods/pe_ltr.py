@@ -50,7 +50,7 @@ class PELTR(SolvedAggregator):
         if len(bounds) != count:
             raise UsageError(f"PE-LTR needs one bound for each of {count} tasks, but got {list(bounds)}.")
         _check(bounds)
-        return np.array(bounds)[list(positions)]
+        return np.array([self.bound if self.bounds is None else bounds[position] for position in positions])
 
     def _solve(self, G: Array, positions: Sequence[int]) -> Array:
         lowest = self._lowest(positions)

@@ -169,6 +169,7 @@ class RotoGrad(FeatureMethod):
     def _turn(self, rotations: Rotations, rotated: Mapping[str, Tensor], means: Mapping[str, Tensor]) -> None:
         """One step of the rotations towards their objective."""
         optimizer = self._optimizer_of(rotations)
+        optimizer.zero_grad()  # of a step that a GradScaler skipped
         with torch.enable_grad():
             for task, mean in means.items():
                 R = rotations.matrix(task)
