@@ -575,7 +575,7 @@ def test_weights_that_are_not_finite_never_replace_a_good_checkpoint(path):
 
     training = Training(path)
     training.optimizer = lambda parameters: Spoils(parameters, 0.01)
-    with pytest.raises(GradientError, match="near step 4"):
+    with pytest.raises(GradientError, match="in step 4"):
         training.resume(checkpoint_seconds=0)
     state = torch.load(path, weights_only=True)
     assert state["stream"]["drawn"] == 2 and all(value.isfinite().all() for value in state["model"].values())
@@ -823,13 +823,13 @@ def test_a_loader_that_raises_on_the_command_line(folder, command):
 def test_a_loss_that_becomes_nan_on_the_command_line(folder, command):
     code, out, err = command("profile tiny.py:nan_later --out map.json")
     assert (code, out) == (1, "")
-    assert "The loss of task 'up' is nan near step 3 of epoch 2" in err and "delete it" in err and "Go on" not in err
+    assert "The loss of task 'up' is nan in step 3 of epoch 2" in err and "delete it" in err and "Go on" not in err
     assert recon.ConflictMap.load("map.json").steps == 12
     assert files(folder) == ["map.json", "map.json.checkpoint"]
 
 
 USELESS = {
-    "nan": (1, "The loss of task 'up' is nan near step 1 of epoch 1"),
+    "nan": (1, "The loss of task 'up' is nan in step 1 of epoch 1"),
     "one_alone": (1, "'down'"),
     "apart": (2, "No layer is shared"),
 }
