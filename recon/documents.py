@@ -1,0 +1,238 @@
+"""Reading JSON documents that others may have written: bounded, whole, and every field as it should be.
+
+A document is refused, naming its file and the field, if it is larger than a bound, no UTF-8, no whole JSON, nested
+deeper than any of recon's is, or if it holds a key twice, NaN, an infinity, or half of a surrogate pair. What its
+fields must be, the reader of each kind of document says, by the methods of `Document`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from reprlib import Repr
+from typing import Any, NoReturn
+
+from recon.errors import UsageError
+
+MOST_BYTES = 64 * 2**20
+"""The largest document that is read: a conflict map of 1,000 layers and 40 tasks takes 40 MB."""
+
+_DEPTH = 24
+_MOST = 2**63 - 1  # what numpy and torch can count
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+
+_short = Repr()
+_short.maxstring = _short.maxother = 80
+_short.maxdict = _short.maxlist = _short.maxlevel = 4
+
+
+def shown(value: Any) -> str:
+    """A value for a message: its repr, escaped and cut."""
+    return _short.repr(value)
+
+
+def read_document(path: str | Path, error: type[UsageError], remedy: str, most: int = MOST_BYTES) -> Document:
+    """The JSON object in a file.
+
+    Args:
+        path: the file.
+        error: what is raised.
+        remedy: what to try, as a sentence; every message ends with it.
+        most: how many bytes are read.
+
+    Raises:
+        UsageError: of the kind `error`: the file cannot be read, or holds no such object (see the module).
+    """
+    source = str(path)
+    try:
+        with Path(path).open("rb") as file:
+            content = file.read(most + 1)
+    except OSError as reason:
+        raise error(f"{source}: cannot be read ({reason.strerror}). {remedy}") from reason
+    if len(content) > most:
+        raise error(f"{source}: is larger than {most >> 20} MiB, and is not read. {remedy}")
+    try:
+        text = content.decode("utf-8")
+    except UnicodeDecodeError as reason:
+        raise error(f"{source}: is no UTF-8 text (byte {reason.start}). {remedy}") from reason
+    return parse_document(text, source, error, remedy)
+
+
+def parse_document(text: str, source: str, error: type[UsageError], remedy: str) -> Document:
+    """The JSON object in a text; `source` names it in messages. See `read_document`.
+
+    Raises:
+        UsageError: of the kind `error`: the text holds no such object.
+    """
+    try:
+        values = json.loads(text, object_pairs_hook=_each_once, parse_constant=_no_number, parse_float=_finite)
+        _check_depth(values)
+        if _SURROGATE.search(text):
+            json.dumps(values, ensure_ascii=False).encode()
+    except (_RefusedError, RecursionError) as reason:
+        what = "is nested too deeply" if isinstance(reason, RecursionError) else str(reason)
+        raise error(f"{source}: {what}. {remedy}") from None
+    except UnicodeEncodeError as reason:
+        raise error(f"{source}: holds half of a character (a lone surrogate). {remedy}") from reason
+    except ValueError as reason:
+        raise error(f"{source}: not whole JSON ({reason}); the file may be truncated. {remedy}") from reason
+    if not isinstance(values, dict):
+        raise error(f"{source}: holds a {type(values).__name__}, not one JSON object. {remedy}")
+    return Document(values, source, error, remedy)
+
+
+class Document:
+    """A JSON object, and typed access to its fields; what is wrong is said with the file and the field.
+
+    Args:
+        values: the fields.
+        source: the file.
+        error: what is raised.
+        remedy: what to try, as a sentence.
+        where: the path of this object in the file, as in `layers[3].`; empty for the whole.
+    """
+
+    def __init__(self, values: Any, source: str, error: type[UsageError], remedy: str, where: str = "") -> None:
+        self.values, self.source, self.error, self.remedy, self.where = values, source, error, remedy, where
+
+    def __contains__(self, key: str) -> bool:
+        return key in self.values
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.values)
+
+    def fail(self, what: str) -> NoReturn:
+        """Refuse the file.
+
+        Raises:
+            UsageError: of the document's kind, always.
+        """
+        raise self.error(f"{self.source}: {what}. {self.remedy}")
+
+    def wrong(self, key: str, what: str) -> NoReturn:
+        """Refuse a field: "field 'seed' is -1, not a number of at least 0".
+
+        Raises:
+            UsageError: of the document's kind, always.
+        """
+        self.fail(f"field {self.name(key)} {what}")
+
+    def name(self, key: str) -> str:
+        """A field's name for a message."""
+        return shown(f"{self.where}{key}")
+
+    def check_format(self, name: str, version: int, hint: str = "") -> None:
+        """See that the document is of this format and version; `hint` is added where it is of another format."""
+        found = self.get("format", str)
+        if found != name:
+            self.wrong("format", f"is {shown(found)}, not {name!r}{hint}")
+        if self.integer("version", least=None) != version:
+            self.wrong("version", f"is {self.values['version']}, but this recon reads version {version}")
+
+    def get(self, key: str, *kinds: type) -> Any:
+        """A field of one of these types; True and False are no numbers."""
+        if key not in self.values:
+            self.wrong(key, "is missing")
+        value = self.values[key]
+        if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+            self.wrong(key, f"has the wrong type ({type(value).__name__})")
+        return value
+
+    def text(self, key: str, *, empty: bool = True) -> str:
+        """A text."""
+        value: str = self.get(key, str)
+        if not value and not empty:
+            self.wrong(key, "is empty")
+        return value
+
+    def flag(self, key: str) -> bool:
+        """True or False."""
+        return bool(self.get(key, bool))
+
+    def integer(self, key: str, *, least: int | None = 0, most: int = _MOST) -> int:
+        """A whole number from `least` to `most`."""
+        value: int = self.get(key, int)
+        if value > most or value < (-most if least is None else least):
+            self.wrong(key, f"is {shown(value)}, not a whole number {_range(least, most)}")
+        return value
+
+    def number(self, key: str, *, least: float | None = None) -> float:
+        """A number; as it is written, a whole one stays one."""
+        value: float = self.get(key, int, float)
+        if (isinstance(value, int) and abs(value) > _MOST) or (least is not None and value < least):
+            self.wrong(key, f"is {shown(value)}, not a number {_range(least, _MOST)}")
+        return value
+
+    def number_or_nan(self, key: str) -> float:
+        """A number; null, which stands for one that is not finite, gives NaN."""
+        return math.nan if key in self.values and self.values[key] is None else self.number(key)
+
+    def names(self, key: str, *, least: int = 0) -> tuple[str, ...]:
+        """A list of different names, none of them empty."""
+        value: list[Any] = self.get(key, list)
+        if not all(isinstance(entry, str) and entry for entry in value):
+            self.wrong(key, "is not a list of names")
+        if len(set(value)) < len(value):
+            self.wrong(key, f"names {shown(_twice(value))} twice")
+        if len(value) < least:
+            self.wrong(key, f"is {shown(value)}, not a list of {least} or more different names")
+        return tuple(value)
+
+    def table(self, key: str) -> Document:
+        """An object within this one."""
+        return self._within(self.get(key, dict), f"{self.where}{key}.")
+
+    def tables(self, key: str) -> Iterator[Document]:
+        """The objects of a list within this one."""
+        for number, value in enumerate(self.get(key, list)):
+            if not isinstance(value, dict):
+                self.wrong(f"{key}[{number}]", f"has the wrong type ({type(value).__name__})")
+            yield self._within(value, f"{self.where}{key}[{number}].")
+
+    def _within(self, values: Any, where: str) -> Document:
+        return Document(values, self.source, self.error, self.remedy, where)
+
+
+class _RefusedError(ValueError):
+    """JSON that recon does not read."""
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    table = dict(pairs)
+    if len(table) < len(pairs):
+        raise _RefusedError(f"holds the key {shown(_twice([key for key, _ in pairs]))} twice in one object")
+    return table
+
+
+def _twice(names: list[str]) -> str:
+    seen: set[str] = set()
+    return next(name for name in names if name in seen or seen.add(name))  # type: ignore[func-returns-value]
+
+
+def _no_number(constant: str) -> NoReturn:
+    raise _RefusedError(f"holds {constant}, which is no number in JSON")
+
+
+def _finite(digits: str) -> float:
+    value = float(digits)
+    if not math.isfinite(value):
+        raise _RefusedError(f"holds the number {shown(digits)}, which is too large")
+    return value
+
+
+def _check_depth(value: Any) -> None:
+    level = [value] if isinstance(value, (dict, list)) else []
+    for _ in range(_DEPTH):
+        entries = (entry.values() if isinstance(entry, dict) else entry for entry in level)
+        level = [inner for outer in entries for inner in outer if isinstance(inner, (dict, list))]
+        if not level:
+            return
+    raise RecursionError
+
+
+def _range(least: float | None, most: float) -> str:
+    bound = f" and at most {most}" if most != _MOST else ""
+    return f"of at least {least}{bound}" if least is not None else "that can be counted with"
