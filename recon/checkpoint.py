@@ -3,26 +3,21 @@
 from __future__ import annotations
 
 import copy
-import json
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from recon.branch_plan import BranchPlan, checked_mode
+from recon.branch_plan import BranchPlan
 from recon.errors import CheckpointError, ReconError, UsageError
 from recon.files import make_folder, write_text
-from recon.partition import Partition
+from recon.plan_file import plan_from_json, plan_to_json
 from recon.rotations import NAME, attach_rotations
 from recon.surgery import convert
 from recon.weights import WEIGHTS_FILE, load_weights, read_metadata, read_weights, save_weights
 
 PLAN_FILE = "plan.json"
-FORMAT = "recon branch plan"
-VERSION = 1
 
 
 def save(model: nn.Module, folder: str | Path) -> None:
@@ -95,47 +90,6 @@ def load_plan(folder: str | Path) -> BranchPlan:
     return plan_from_json(_read_plan(folder, text), str(folder / PLAN_FILE))
 
 
-def plan_to_json(plan: BranchPlan) -> str:
-    """A plan as readable JSON."""
-    document: dict[str, Any] = {
-        "format": FORMAT,
-        "version": VERSION,
-        "tasks": list(plan.tasks),
-        "mode": plan.mode,
-        "layers": {name: _groups(partition) for name, partition in plan.layers.items()},
-        "statistics": {path: _groups(partition) for path, partition in (plan.statistics or {}).items()},
-        "task_modules": {path: list(tasks) for path, tasks in (plan.task_modules or {}).items()},
-    }
-    head = [f" {json.dumps(key)}: {json.dumps(document[key])}" for key in ("format", "version", "tasks", "mode")]
-    tables = [f" {json.dumps(key)}: {_table(document[key])}" for key in ("layers", "statistics", "task_modules")]
-    return "{\n" + ",\n".join(head + tables) + "\n}\n"
-
-
-def plan_from_json(text: str, source: str) -> BranchPlan:
-    """Read a plan; `source` names it in errors.
-
-    Raises:
-        CheckpointError: not a plan, of an unknown version, or with a wrong field.
-    """
-    try:
-        document = json.loads(text)
-        if document["format"] != FORMAT or document["version"] != VERSION:
-            raise ValueError(f"format {document['format']!r}, version {document['version']!r} is not supported")
-        tasks = document["tasks"]
-        plan = BranchPlan.grouped(document["layers"], tasks)
-        statistics = {
-            path: Partition.of_groups(groups, [task for task in tasks if any(task in group for group in groups)])
-            for path, groups in document["statistics"].items()
-        }
-        task_modules = {path: tuple(served) for path, served in document["task_modules"].items()}
-        mode = checked_mode(document["mode"])
-    except KeyError as error:
-        raise CheckpointError(f"{source}: field {error} is missing. Convert and save the model again.") from error
-    except (ValueError, TypeError, AttributeError, ReconError) as error:
-        raise CheckpointError(f"{source}: not a usable plan ({error}). Convert and save the model again.") from error
-    return replace(plan, statistics=statistics, task_modules=task_modules, mode=mode)
-
-
 def _load_weights(model: nn.Module, folder: Path) -> None:
     state = read_weights(folder / WEIGHTS_FILE)
     if any(key.startswith(f"{NAME}.") for key in state):
@@ -157,27 +111,17 @@ def _metadata(folder: Path) -> dict[str, str]:
 
 def _read_plan(folder: Path, text: str) -> str:
     try:
-        readable = (folder / PLAN_FILE).read_text(encoding="utf-8")
+        readable = (folder / PLAN_FILE).read_bytes()
     except OSError as error:
         raise CheckpointError(
             f"{folder / PLAN_FILE} cannot be read ({error.strerror}). Save the model again."
         ) from error
-    if readable != text:
+    if readable.replace(b"\r\n", b"\n") != text.encode():
         raise CheckpointError(
             f"{folder}: {PLAN_FILE} is not the plan that {WEIGHTS_FILE} was saved with. A plan is not changed by "
             "editing the file: convert and save the model again."
         )
-    return readable
-
-
-def _groups(partition: Partition) -> list[list[str]]:
-    return [list(group) for group in partition.groups]
-
-
-def _table(entries: dict[str, Any]) -> str:
-    if not entries:
-        return "{}"
-    return "{\n" + ",\n".join(f"  {json.dumps(k)}: {json.dumps(v)}" for k, v in entries.items()) + "\n }"
+    return text
 
 
 def _first_lines(error: Exception, limit: int = 300) -> str:

@@ -166,9 +166,9 @@ class Document:
             self.wrong(key, f"is {shown(value)}, not a number {_range(least, _MOST)}")
         return value
 
-    def number_or_nan(self, key: str) -> float:
+    def number_or_nan(self, key: str, *, least: float | None = None) -> float:
         """A number; null, which stands for one that is not finite, gives NaN."""
-        return math.nan if key in self.values and self.values[key] is None else self.number(key)
+        return math.nan if key in self.values and self.values[key] is None else self.number(key, least=least)
 
     def names(self, key: str, *, least: int = 0) -> tuple[str, ...]:
         """A list of different names, none of them empty."""

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import math
 import platform
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from recon.documents import Document, read_document, shown
 from recon.errors import CheckpointError
 from recon.files import write_text
 
@@ -20,26 +21,7 @@ VERSION = 1
 SINGLE_TASK = "single-task"
 """The method of a run that trained one model for each task: the baselines of Δm."""
 
-_NUMBER = (int, float)
-_TYPES: dict[str, type | tuple[type, ...]] = {
-    "problem": str,
-    "label": str,
-    "tasks": list,
-    "method": str,
-    "surgery": str,
-    "branched_layers": list,
-    "seed": int,
-    "epochs": int,
-    "parameters": int,
-    "macs": int,
-    "seconds_per_step": _NUMBER,
-    "results": dict,
-    "higher_is_better": dict,
-    "history": list,
-    "finished": bool,
-    "versions": dict,
-}
-_OPTIONAL: dict[str, type | tuple[type, ...]] = {"backbone": str, "settings": dict}
+_MOST_SEED = 2**32 - 1
 
 
 @dataclass
@@ -121,21 +103,34 @@ class Run:
         """
         path = Path(folder)
         path = path if path.name == RUN_FILE else path / RUN_FILE
-        document = _parse(path)
-        for name, expected in (("format", FORMAT), ("version", VERSION)):
-            if document.get(name) != expected:
-                raise _wrong(path, f"field {name!r} is {document.get(name)!r}, not {expected!r}")
-        for name, kind in _TYPES.items():
-            _check_type(path, document, name, kind)
-        for name in _OPTIONAL.keys() & document.keys():
-            _check_type(path, document, name, _OPTIONAL[name])
-        for name in ("tasks", "branched_layers"):
-            if not all(isinstance(entry, str) for entry in document[name]):
-                raise _wrong(path, f"field {name!r} is not a list of names")
-            document[name] = tuple(document[name])
-        document["results"] = _by_task(path, document, "results", _NUMBER)
-        document["higher_is_better"] = _by_task(path, document, "higher_is_better", bool)
-        return cls(**{f.name: document[f.name] for f in fields(cls) if f.name in document})
+        if not path.exists():
+            raise CheckpointError(
+                f"{path.parent} holds no {RUN_FILE}, so it is not a run. Pass the folder that `recon train` wrote."
+            )
+        document = read_document(path, CheckpointError, "Train again with `recon train`.")
+        document.check_format(FORMAT, VERSION)
+        tasks, finished = document.names("tasks", least=1), document.flag("finished")
+        return cls(
+            problem=document.text("problem"),
+            label=document.text("label"),
+            tasks=tasks,
+            method=document.text("method"),
+            surgery=document.text("surgery"),
+            branched_layers=document.names("branched_layers"),
+            seed=document.integer("seed", most=_MOST_SEED),
+            epochs=document.integer("epochs"),
+            parameters=document.integer("parameters"),
+            macs=document.integer("macs"),
+            seconds_per_step=document.number_or_nan("seconds_per_step", least=0),
+            results=_by_task(document, "results", tasks, finished, Document.number_or_nan),
+            higher_is_better=_by_task(document, "higher_is_better", tasks, finished, Document.flag),
+            history=[_epoch(entry) for entry in document.tables("history")],
+            finished=finished,
+            versions=_each(document.table("versions"), Document.text),
+            # Records of before have neither.
+            backbone=document.text("backbone") if "backbone" in document else "",
+            settings=document.get("settings", dict) if "settings" in document else {},
+        )
 
 
 def versions() -> dict[str, str]:
@@ -152,47 +147,34 @@ def json_values(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _parse(path: Path) -> dict[str, Any]:
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        raise CheckpointError(
-            f"{path.parent} holds no {RUN_FILE}, so it is not a run. Pass the folder that `recon train` wrote."
-        ) from None
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror}).") from error
-    except ValueError as error:
-        raise _wrong(path, f"not whole JSON ({error}); the file may be truncated") from error
-    if not isinstance(document, dict):
-        raise _wrong(path, f"holds a {type(document).__name__}, not one JSON object")
-    return document
-
-
-def _check_type(path: Path, document: Mapping[str, Any], name: str, kind: type | tuple[type, ...]) -> None:
-    if name not in document:
-        raise _wrong(path, f"field {name!r} is missing")
-    value = document[name]
-    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        raise _wrong(path, f"field {name!r} has the wrong type ({type(value).__name__})")
+def _epoch(entry: Document) -> dict[str, Any]:
+    """A record of the history: `recon.Epoch` as plain values, of which older records have some only."""
+    entry.integer("number", least=1)
+    entry.values["losses"] = _each(entry.table("losses"), Document.number_or_nan)
+    for key in ("steps", "skipped"):
+        if key in entry:
+            entry.integer(key)
+    if "seconds" in entry:
+        entry.number_or_nan("seconds", least=0)
+    if "weights" in entry:
+        entry.values["weights"] = _each(entry.table("weights"), Document.number_or_nan)
+    if "results" in entry:
+        results = entry.table("results")
+        entry.values["results"] = {task: _each(results.table(task), Document.number_or_nan) for task in results}
+    return dict(entry.values)
 
 
 def _by_task(
-    path: Path, document: Mapping[str, Any], name: str, kind: type | tuple[type, ...]
+    document: Document, key: str, tasks: Sequence[str], finished: bool, read: Callable[[Document, str], Any]
 ) -> dict[str, dict[str, Any]]:
     """`{task: {metric: value}}` for the run's tasks; empty is allowed while the run is not finished."""
-    table = document[name]
-    if set(table) != set(document["tasks"]) and (table or document["finished"]):
-        raise _wrong(path, f"field {name!r} is for the tasks {list(table)}, not {list(document['tasks'])}")
-    checked: dict[str, dict[str, Any]] = {}
-    for task, metrics in table.items():
-        checked[task] = {}
-        for metric, value in metrics.items() if isinstance(metrics, dict) else [("", metrics)]:
-            value = math.nan if value is None and kind is _NUMBER else value
-            if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool) or not metric:
-                raise _wrong(path, f"field {name!r} has no usable value for task {task!r}")
-            checked[task][metric] = value
-    return checked
+    table = document.table(key)
+    if set(table) != set(tasks) and (table.values or finished):
+        document.wrong(key, f"is for the tasks {shown(list(table))}, not {shown(list(tasks))}")
+    return {task: _each(table.table(task), read) for task in table}
 
 
-def _wrong(path: Path, what: str) -> CheckpointError:
-    return CheckpointError(f"{path}: {what}. Train again with `recon train`.")
+def _each(table: Document, read: Callable[[Document, str], Any]) -> dict[str, Any]:
+    if "" in table:
+        table.wrong("", "has no name")
+    return {key: read(table, key) for key in table}

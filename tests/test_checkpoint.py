@@ -9,8 +9,9 @@ from torch import nn
 
 from recon.batches import call
 from recon.branch_plan import BranchPlan
-from recon.checkpoint import FORMAT, PLAN_FILE, VERSION, load, plan_from_json, plan_to_json, save
+from recon.checkpoint import PLAN_FILE, load, save
 from recon.errors import CheckpointError, UsageError
+from recon.plan_file import FORMAT, VERSION, plan_from_json, plan_to_json
 from recon.surgery import convert, plan_of
 from recon.weights import WEIGHTS_FILE
 from tests import oracle
@@ -244,30 +245,56 @@ def _rewrite(folder, text):
     (folder / PLAN_FILE).write_text(text)
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda d: d.update(version=99), "format 'recon branch plan', version 99 is not supported"),
-        (lambda d: d.update(format="zip"), "format 'zip'"),
-        (lambda d: d.pop("tasks"), "field 'tasks' is missing"),
-        (lambda d: d.update(mode="twice"), "mode is 'twice'"),
-        (lambda d: d.pop("statistics"), "field 'statistics' is missing"),
-        (lambda d: d.update(tasks=["a", "a"]), "not a usable plan"),
-        (lambda d: d.update(layers={}), "names no layer"),
-        (lambda d: d.update(layers={"body.0.0": [["a"], ["b"]]}), r"leave out \['c'\]"),
-        (lambda d: d.update(layers={"body.0.0": 3}), "not a usable plan"),
-        (lambda d: d.update(layers=["body.0.0"]), "not a usable plan"),
-        (lambda d: d.update(tasks=3), "not a usable plan"),
-        (lambda d: d.update(statistics=[]), "not a usable plan"),
-        (lambda d: d.update(task_modules={"heads": 1}), "not a usable plan"),
-    ],
-)
-def test_a_plan_with_a_wrong_field(saved, change, message):
+BROKEN_PLANS = {
+    "version": (lambda d: d.update(version=99), "field 'version' is 99, but this recon reads version 1"),
+    "format": (lambda d: d.update(format="zip"), "field 'format' is 'zip', not 'recon branch plan'"),
+    "no tasks": (lambda d: d.pop("tasks"), "field 'tasks' is missing"),
+    "no table of tasks": (lambda d: d.update(tasks=3), r"field 'tasks' has the wrong type \(int\)"),
+    "same tasks": (lambda d: d.update(tasks=["a", "a"]), "field 'tasks' names 'a' twice"),
+    "one task": (lambda d: d.update(tasks=["a"]), "field 'tasks' is .* 2 or more"),
+    "mode": (lambda d: d.update(mode="evil"), "field 'mode': mode is 'evil'. Choose 'fan' or 'per-task'"),
+    "type of the mode": (lambda d: d.update(mode=["fan"]), r"field 'mode' has the wrong type \(list\)"),
+    "no layer": (lambda d: d.update(layers={}), "field 'layers': .* names no layer"),
+    "list of layers": (lambda d: d.update(layers=["body.0.0"]), r"field 'layers' has the wrong type \(list\)"),
+    "number of groups": (lambda d: d.update(layers={"body.0.0": 3}), "field 'layers.body.0.0' has the wrong type"),
+    "no groups": (
+        lambda d: d.update(layers={"body.0.0": ["a", "b", "c"]}),
+        "0.0' is not a list of groups",
+    ),
+    "one group": (lambda d: d.update(layers={"body.0.0": [["a", "b", "c"]]}), "'layers.body.0.0' has 1 group"),
+    "left out": (lambda d: d.update(layers={"body.0.0": [["a"], ["b"]]}), r"'layers.body.0.0' .* leave out \['c'\]"),
+    "overlap": (lambda d: d.update(layers={"body.0.0": [["a", "b"], ["b", "c"]]}), "body.0.0' .* task 'b' twice"),
+    "unknown": (lambda d: d.update(layers={"body.0.0": [["a"], ["b", "x"], ["c"]]}), "body.0.0' .* name 'x'"),
+    "no statistics": (lambda d: d.pop("statistics"), "field 'statistics' is missing"),
+    "list of statistics": (lambda d: d.update(statistics=[]), "field 'statistics' has the wrong type"),
+    "overlapping statistics": (
+        lambda d: d["statistics"].update({"body.3.1": [["a"], ["a"]]}),
+        "field 'statistics.body.3.1'",
+    ),
+    "unknown in statistics": (
+        lambda d: d["statistics"].update({"body.3.1": [["a"], ["x"]]}),
+        "field 'statistics.body.3.1'",
+    ),
+    "number of modules": (
+        lambda d: d.update(task_modules={"heads": 1}),
+        "'task_modules.heads' has the wrong type",
+    ),
+    "unknown in modules": (lambda d: d.update(task_modules={"heads": ["x"]}), "field 'task_modules.heads' names tasks"),
+    "twice in modules": (
+        lambda d: d.update(task_modules={"heads": ["a", "a"]}),
+        "modules.heads' names 'a' twice",
+    ),
+}
+
+
+@pytest.mark.parametrize("broken", BROKEN_PLANS)
+def test_a_plan_with_a_wrong_field(saved, broken):
+    change, message = BROKEN_PLANS[broken]
     branched, folder = saved
     document = json.loads(plan_to_json(plan_of(branched)))
     change(document)
     _rewrite(folder, json.dumps(document))
-    with pytest.raises(CheckpointError, match=message):
+    with pytest.raises(CheckpointError, match=f"{folder / PLAN_FILE}: .*{message}"):
         load(folder, ZOO["PlainConv"].make())
 
 

@@ -1,5 +1,6 @@
 import json
 import math
+import re
 from dataclasses import replace
 
 import pytest
@@ -64,36 +65,69 @@ def test_a_truncated_file(tmp_path):
     assert str(path) in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [
-        ("format", "recon conflict map"),
-        ("version", 99),
-        ("tasks", "seg"),
-        ("tasks", [1, 2]),
-        ("epochs", 2.5),
-        ("epochs", True),
-        ("seconds_per_step", "fast"),
-        ("finished", 1),
-        ("results", {"seg": {"accuracy": 0.8}}),
-        ("results", {"seg": {"accuracy": "high"}, "depth": {"error": 0.5}}),
-        ("results", {"seg": 0.8, "depth": {"error": 0.5}}),
-        ("higher_is_better", {"seg": {"accuracy": None}, "depth": {"error": False}}),
-        ("history", {}),
-    ],
-)
-def test_a_wrong_field_is_named(tmp_path, field, value):
+WRONG = {
+    "format": ("format", "recon conflict map"),
+    "version": ("version", 99),
+    "no list of tasks": ("tasks", "seg"),
+    "numbers for tasks": ("tasks", [1, 2]),
+    "a task twice": ("tasks", ["seg", "depth", "seg"]),
+    "no layer's name": ("branched_layers", ["stem", None]),
+    "half an epoch": ("epochs", 2.5),
+    "true epochs": ("epochs", True),
+    "negative epochs": ("epochs", -1),
+    "negative seed": ("seed", -1),
+    "seed too large": ("seed", 2**32),
+    "negative parameters": ("parameters", -1000),
+    "endless parameters": ("parameters", 10**30),
+    "negative multiply-adds": ("macs", -1),
+    "word for seconds": ("seconds_per_step", "fast"),
+    "negative seconds": ("seconds_per_step", -0.1),
+    "number for finished": ("finished", 1),
+    "results of one task": ("results", {"seg": {"accuracy": 0.8}}),
+    "word for a result": ("results.seg.accuracy", {"seg": {"accuracy": "high"}, "depth": {"error": 0.5}}),
+    "no table of results": ("results.seg", {"seg": 0.8, "depth": {"error": 0.5}}),
+    "metric without a name": ("results.seg.", {"seg": {"": 0.8}, "depth": {"error": 0.5}}),
+    "no direction": ("higher_is_better.seg.accuracy", {"seg": {"accuracy": None}, "depth": {"error": False}}),
+    "no list of epochs": ("history", {}),
+    "no epoch": ("history[0]", [3]),
+    "an epoch without a number": ("history[0].number", [{"losses": {"seg": 1.0}}]),
+    "an epoch without losses": ("history[0].losses", [{"number": 1}]),
+    "word for a loss": ("history[0].losses.seg", [{"number": 1, "losses": {"seg": "low"}}]),
+    "word for an epoch's result": (
+        "history[0].results.seg.accuracy",
+        [{"number": 1, "losses": {}, "results": {"seg": {"accuracy": "high"}}}],
+    ),
+    "number for a version": ("versions.torch", {"torch": 2.6}),
+    "number for the network": ("backbone", 3),
+    "list of settings": ("settings", []),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_a_wrong_field_is_named(tmp_path, wrong):
+    named, value = WRONG[wrong]
+    field = re.match(r"\w+", named)[0]
     run().save(tmp_path)
     path = tmp_path / RUN_FILE
     document = json.loads(path.read_text())
     path.write_text(json.dumps({**document, field: value}))
-    with pytest.raises(CheckpointError, match=f"'{field}'") as caught:
+    with pytest.raises(CheckpointError, match=re.escape(f"{path}: field '{named}'")):
         Run.load(tmp_path)
-    assert str(path) in str(caught.value)
     del document[field]
     path.write_text(json.dumps(document))
-    with pytest.raises(CheckpointError, match=f"'{field}'"):
+    if field in ("backbone", "settings"):  # records of before have neither
+        assert getattr(Run.load(tmp_path), field) in ("", {})
+        return
+    with pytest.raises(CheckpointError, match=f"field '{field}' is missing"):
         Run.load(tmp_path)
+
+
+def test_numbers_that_are_not_finite_come_back_as_nan(tmp_path):
+    history = [{"number": 1, "losses": {"seg": math.inf}, "weights": {"seg": math.nan}, "steps": 3, "seconds": 1.5}]
+    run(seconds_per_step=math.inf, history=history).save(tmp_path)
+    loaded = Run.load(tmp_path)
+    assert math.isnan(loaded.seconds_per_step)
+    assert math.isnan(loaded.history[0]["losses"]["seg"]) and math.isnan(loaded.history[0]["weights"]["seg"])
 
 
 def test_a_file_of_another_kind(tmp_path):
