@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import pickle
 import re
 import zipfile
 from collections import Counter
@@ -120,14 +119,14 @@ def _count(
 
 
 def _load(path: Path) -> Mapping[str, Sequence[Tensor]]:
-    import torch  # late: score files need none
+    from recon.tensor_files import TensorFileError, read_tensors  # late: it imports torch; score files need none
 
     try:
-        document = torch.load(path, map_location="cpu", weights_only=True)
+        document = read_tensors(path)
     except FileNotFoundError:
         raise MapFileError(f"{path}: there is no such file. Give the path of an existing one.") from None
-    except (OSError, EOFError, RuntimeError, ValueError, KeyError, pickle.UnpicklingError) as error:
-        raise _wrong(path, f"holds other objects than tensors, or is truncated ({type(error).__name__})") from error
+    except TensorFileError as error:
+        raise _wrong(path, str(error)) from error
     log = document.get("cos") if isinstance(document, dict) else None
     if not isinstance(log, dict) or not log:
         raise _wrong(path, "holds no table of cosines by layer under the key 'cos'")

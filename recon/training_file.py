@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pickle
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import torch
 
 from recon.errors import CheckpointError
 from recon.files import write_atomically
+from recon.tensor_files import TensorFileError, read_tensors
 
 FORMAT = "recon training checkpoint"
 VERSION = 1
@@ -35,12 +35,8 @@ def read_training(path: Path) -> dict[str, Any]:
         CheckpointError: the file is damaged, truncated, of another version, or something else.
     """
     try:
-        _check_sums(path)
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (
-        *(pickle.UnpicklingError, zipfile.BadZipFile, EOFError, OSError),
-        *(RuntimeError, ValueError, KeyError, TypeError, AttributeError),
-    ) as error:
+        content = read_tensors(path)
+    except (OSError, TensorFileError) as error:
         raise CheckpointError(
             f"{path} cannot be read as the checkpoint of a training: it is damaged, truncated or something else. "
             "Delete it to start over."
@@ -75,14 +71,6 @@ def check_same(path: Path, saved: Mapping[str, Any], present: Mapping[str, Any])
 
 def _text(value: Any) -> str:
     return "not given" if value is None else str(value)
-
-
-def _check_sums(path: Path) -> None:
-    """Compare the parts of the file with their check sums: torch.load does not."""
-    with zipfile.ZipFile(path) as archive:
-        damaged = archive.testzip()
-    if damaged is not None:
-        raise zipfile.BadZipFile(f"{damaged} has another check sum")
 
 
 def _write(path: Path, content: Mapping[str, Any]) -> None:

@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
-import pickle
 from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_model
 from torch import Tensor, nn
 
 from recon.errors import CheckpointError
 from recon.files import write_atomically
+from recon.tensor_files import UNSEALED, ForeignObjectError, TensorFileError, check_seal, read_tensors, seal
 
 WEIGHTS_FILE = "weights.safetensors"
 
 
 def save_weights(model: nn.Module, path: Path, plan: str) -> None:
     """Write a model's weights, and the text of its plan beside them in the same file."""
-    write_atomically(path, lambda temporary: save_model(model, str(temporary), metadata={"plan": plan}))
+
+    def write(temporary: Path) -> None:
+        save_model(model, str(temporary), metadata={"plan": plan, **UNSEALED})
+        seal(temporary)
+
+    write_atomically(path, write)
 
 
 def read_metadata(path: Path) -> dict[str, str]:
@@ -44,9 +48,16 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     refuses a BatchNorm that has two names: torch does not count its num_batches_tracked as missing.)
 
     Raises:
-        CheckpointError: the file is damaged.
+        CheckpointError: the file is damaged, or not as it was saved.
     """
     metadata = read_metadata(path)
+    try:
+        check_seal(path)
+    except TensorFileError as error:
+        raise CheckpointError(
+            f"{path} {error}. Save the model again, or get the file again; weights that you changed yourself are saved "
+            "by recon.save."
+        ) from error
     state = load_file(str(path))
     return state | {name: state[kept] for name, kept in metadata.items() if kept in state}
 
@@ -87,16 +98,14 @@ def read_state_dict(path: Path) -> Mapping[str, Tensor]:
             )
         return read_weights(path)
     try:
-        return _state_dict_in(torch.load(path, map_location="cpu", weights_only=True), path)
-    except pickle.UnpicklingError as error:
+        return _state_dict_in(read_tensors(path), path)
+    except ForeignObjectError as error:
         raise CheckpointError(
             f"{path} cannot be read as a state dict: it is none, or holds other objects than tensors (a whole model, "
             "say). Save one by torch.save(model.state_dict(), path)."
         ) from error
-    except (EOFError, OSError, RuntimeError, ValueError) as error:
-        raise CheckpointError(
-            f"{path} cannot be read as a state dict: it is damaged or truncated. Save it again."
-        ) from error
+    except TensorFileError as error:
+        raise CheckpointError(f"{path} cannot be read as a state dict: it {error}. Save it again.") from error
 
 
 def _state_dict_in(content: Any, path: Path) -> Mapping[str, Tensor]:

@@ -1,5 +1,6 @@
 import copy
 import json
+import random
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from recon.checkpoint import PLAN_FILE, load, save
 from recon.errors import CheckpointError, UsageError
 from recon.plan_file import FORMAT, VERSION, plan_from_json, plan_to_json
 from recon.surgery import convert, plan_of
-from recon.weights import WEIGHTS_FILE
+from recon.weights import WEIGHTS_FILE, read_state_dict
 from tests import oracle
 from tests.zoo import TASKS, ZOO, PlainConv, ResidualNet, image
 
@@ -185,6 +186,43 @@ def test_truncated_weights(saved, part):
     path.write_bytes(content[: int(part * len(content)) if isinstance(part, float) else part])
     with pytest.raises(CheckpointError, match=r"weights.safetensors is damaged or truncated"):
         load(folder, ZOO["PlainConv"].make())
+
+
+@pytest.mark.parametrize("kind", ["branched", "plain"])
+def test_a_flipped_bit_is_found_wherever_it_is(kind, saved, tmp_path):
+    _, folder = saved
+    if kind == "plain":
+        folder = tmp_path / "plain"
+        save(ZOO["PlainConv"].make(), folder)
+    path = folder / WEIGHTS_FILE
+    content = path.read_bytes()
+    chance = random.Random(0)
+    for place in chance.sample(range(len(content)), 60):
+        damaged = bytearray(content)
+        damaged[place] ^= 1 << chance.randrange(8)
+        path.write_bytes(damaged)
+        with pytest.raises(CheckpointError, match=WEIGHTS_FILE):
+            load(folder, ZOO["PlainConv"].make())
+    path.write_bytes(content)
+    load(folder, ZOO["PlainConv"].make())
+
+
+def test_weights_that_were_changed_are_named(tmp_path):
+    save(PlainConv(), tmp_path)
+    path = tmp_path / WEIGHTS_FILE
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    for read in (lambda: load(tmp_path, PlainConv()), lambda: read_state_dict(tmp_path)):
+        with pytest.raises(CheckpointError, match=f"{path} is not what was saved: its checksum is another one"):
+            read()
+
+
+def test_folders_of_before_have_no_checksum(saved):
+    branched, folder = saved
+    _rewrite(folder, plan_to_json(plan_of(branched)))
+    loaded, before = load(folder, ZOO["PlainConv"].make()).state_dict(), branched.state_dict()
+    assert all(torch.equal(loaded[key], before[key]) for key in before)
 
 
 def test_weights_that_are_something_else(saved):
