@@ -18,6 +18,7 @@ from recon.problem import Problem
 from recon.problems import call_function
 from recon.random_states import global_states_kept
 from recon_cli import workbench
+from recon_cli.backbones import is_own
 
 Shapes = dict[str, tuple[int, ...]]
 """`{task name: shape of its output}`; of what is no tensor, `()`."""
@@ -38,7 +39,7 @@ def maker(name: str, problem: Problem) -> Callable[[], nn.Module]:
     Raises:
         UsageError: a backbone of recon's does not fit the problem.
     """
-    if ":" in name:
+    if is_own(name):
         return _UserS(name, problem)
     with global_states_kept():
         return _built_in(name, problem)

@@ -66,6 +66,11 @@ def _name(text: str) -> str:
     return f"{Path(target).resolve()}:{function}" if target.endswith(".py") else text
 
 
+def is_own(name: str) -> bool:
+    """Whether a backbone is a function of the user's: code that the user must name, and no file may."""
+    return ":" in name
+
+
 def backbone_title(problem: Problem, model: nn.Module) -> str:
     """What a conflict map calls the problem's network: recon's name of it, else that of its class."""
     return problem.backbone if problem.backbone in models.__all__ else type(model).__name__

@@ -14,6 +14,7 @@ from typing import Any
 
 import recon
 from recon import ConflictMap
+from recon.documents import read_document, shown
 from recon.errors import MapFileError, PlanError, UsageError
 from recon.files import write_text
 from recon.layers import find_layers
@@ -164,19 +165,17 @@ class Bench:
         path = self.folder / RESULTS_FILE
         if not path.exists():
             return {}
-        try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-            had = found["settings"] if found["format"] == FORMAT else None
-        except (ValueError, KeyError, TypeError):
-            had = None
-        if not isinstance(had, dict):
-            raise UsageError(f"{path} is not a results file of `recon bench`. Choose another --out.")
+        found = read_document(
+            path, UsageError, "It is not a results file of `recon bench`, or a damaged one. Choose another --out."
+        )
+        found.check_format(FORMAT, VERSION)
+        had = found.get("settings", dict)
         asked = self._document()["settings"]
         # Another data set's map may join the runs that are there, and be left out again.
         joined = asked.get(_TRANSFERRED) or had.get(_TRANSFERRED)
         asked, had = ({**one, _TRANSFERRED: one.get(_TRANSFERRED) or joined} for one in (asked, had))
         other = [
-            f"{name} was {had.get(name)!r}, not {asked.get(name)!r}"
+            f"{name} was {shown(had.get(name))}, not {shown(asked.get(name))}"
             for name in {**asked, **had}
             if had.get(name) != asked.get(name)
         ]
@@ -185,7 +184,11 @@ class Bench:
                 f"{self.folder} holds a bench of other settings: {'; '.join(other)}. Go on with those, or choose "
                 "another --out."
             )
-        return {"settings": asked, "seconds_per_step": found.get("seconds_per_step", {})}
+        seconds: dict[str, float] = {}
+        if "seconds_per_step" in found:
+            timed = found.table("seconds_per_step")
+            seconds = {label: timed.number(label, least=0) for label in timed}
+        return {"settings": asked, "seconds_per_step": seconds}
 
     def _check_layers(self) -> None:
         """Whatever can be refused before the profile."""

@@ -13,7 +13,9 @@ import torch
 from torch import nn
 
 import recon
-from recon.conflict_map import Counts
+from recon.conflict_map import BINS, Counts
+from recon.documents import read_document
+from recon.errors import CheckpointError
 from recon.files import write_text
 from recon.gradients import TaskJacobian
 from recon.gramians import gramian
@@ -24,6 +26,8 @@ CONFLICTS_FILE = "conflicts.json"
 
 COSINES_FILE = "cosines.json"
 """The cosines over all its shared parameters together."""
+
+_FORMAT, _VERSION = "recon cosines", 1
 
 
 @dataclass(frozen=True)
@@ -74,10 +78,19 @@ class ConflictCounter(recon.Profiler):
     def save(self, folder: Path, made_by: Mapping[str, Any]) -> None:
         """Write the conflict map and the cosines into a run's folder."""
         self.conflict_map(made_by).save(folder / CONFLICTS_FILE)
-        document = {"format": "recon cosines", "version": 1, "histogram": self.whole_histogram.tolist()}
+        document = {"format": _FORMAT, "version": _VERSION, "histogram": self.whole_histogram.tolist()}
         write_text(folder / COSINES_FILE, json.dumps(document) + "\n")
 
 
 def read_cosines(folder: Path) -> Counts:
-    """What `ConflictCounter.save` wrote of the whole gradients' cosines."""
-    return np.array(json.loads((folder / COSINES_FILE).read_text())["histogram"], dtype=np.int64)
+    """What `ConflictCounter.save` wrote of the whole gradients' cosines.
+
+    Raises:
+        CheckpointError: the file cannot be read, or holds something else.
+    """
+    document = read_document(folder / COSINES_FILE, CheckpointError, "Delete the folder of the run to train it again.")
+    document.check_format(_FORMAT, _VERSION)
+    counts = document.counts("histogram")
+    if len(counts) != BINS:
+        document.wrong("histogram", f"has {len(counts)} counts, not {BINS}")
+    return np.array(counts, dtype=np.int64)

@@ -120,7 +120,7 @@ class Training:
         surgery = origin.surgery if origin else self.surgery or (f"K={len(layers)}" if layers else "")
         run = self._new_run(f"{self.method} + {surgery}" if surgery else self.method)
         run.surgery, run.branched_layers = surgery, layers
-        run.backbone = origin.backbone if origin else self.problem.backbone
+        run.backbone = self.problem.backbone or (origin.backbone if origin else "")
         costs = workbench.costs_per_sample(model, self._example_inputs())
         run.parameters, run.macs = costs.parameters, costs.macs
         run.results = self._fit(run, model, self.problem.tasks, self.folder)

@@ -53,8 +53,8 @@ def _evaluate(problem: Problem, folder: Path, seed: int | None, device: torch.de
     record = workbench.read_record(problem, folder)
     # A problem may split its data by the seed: another one would test on what was trained on.
     seed = (record.seed if record else 0) if seed is None else seed
-    _, test = workbench.make_loaders(problem, seed, device)
     problem = workbench.as_recorded(problem, record, folder)
+    _, test = workbench.make_loaders(problem, seed, device)
     if record is None or not record.is_single_task:
         model, _ = workbench.load_model(problem, folder, seed)
         return recon.evaluate(model.to(device), test, problem.tasks)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import random
+import shlex
 import sys
 from collections.abc import Iterable
 from dataclasses import replace
@@ -16,9 +17,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 import recon
+from recon import models
 from recon.batches import task_outputs, to_device, unpack
 from recon.copies import copy_model
 from recon.costs import Costs
+from recon.documents import shown
 from recon.errors import CheckpointError, FanError, ProblemError, UsageError
 from recon.layers import find_layers
 from recon.problem import Batch, Problem
@@ -29,10 +32,11 @@ from recon.tables import metric_text
 from recon.trainer import Epoch, task_losses
 from recon.undisturbed import undisturbed
 from recon_cli import ranks
-from recon_cli.backbones import with_backbone
+from recon_cli.backbones import is_own, with_backbone
 from recon_cli.optimizers import make_optimizer
 from recon_cli.recipe import Recipe
 
+_MOST_LETTERS = 300  # of a name that a message shows to be copied
 _SAMPLES = 8  # enough for batch norm, little enough to be quick
 
 
@@ -102,18 +106,45 @@ def read_record(problem: Problem, folder: Path) -> Run | None:
 def as_recorded(problem: Problem, record: Run | None, folder: Path) -> Problem:
     """The problem with the network of the model in a folder.
 
+    A record is no reason to import anything: of recon's own networks it names one; a network of the user's, the user
+    names.
+
     Raises:
-        UsageError: `--backbone` names another one.
+        CheckpointError: the record names no network that there is.
+        UsageError: `--backbone` names another one, or is needed.
     """
     if record is None or record.backbone == problem.backbone:
         return problem
-    if problem.backbone:
-        recorded = record.backbone or "the problem's own network"
+    own = is_own(record.backbone)
+    if problem.backbone and not (own and is_own(problem.backbone)):
         raise UsageError(
-            f"--backbone {problem.backbone} contradicts {folder}, whose model is {recorded}. Leave --backbone out, or "
-            "pass another folder."
+            f"--backbone {problem.backbone} contradicts {folder}, whose model is "
+            f"{_network(record.backbone)}. Leave --backbone out, or pass another folder."
+        )
+    if problem.backbone:  # the same file may lie elsewhere here; the weights tell whether it fits
+        return problem
+    if own:
+        raise UsageError(
+            f"The model in {folder} is {shown(record.backbone)}: code that is not recon's, and that is not run because "
+            f"a file says so. If you trust it, name it yourself: {_backbone_option(record.backbone)}"
+        )
+    if record.backbone not in models.__all__:
+        raise CheckpointError(
+            f"{folder / RUN_FILE}: field 'backbone' is {shown(record.backbone)}, which is none of recon's networks. "
+            "Train again with `recon train`."
         )
     return with_backbone(problem, record.backbone)
+
+
+def _network(backbone: str) -> str:
+    known = backbone in models.__all__
+    return backbone if known else shown(backbone) if backbone else "the problem's own network"
+
+
+def _backbone_option(backbone: str) -> str:
+    """What to type for a recorded network, if it can be typed."""
+    plain = backbone.isprintable() and len(backbone) <= _MOST_LETTERS
+    return f"--backbone {shlex.quote(backbone) if plain else 'path/to/file.py:function'}"
 
 
 def task_folder(folder: Path, task: str) -> Path:

@@ -20,6 +20,9 @@ from recon.errors import UsageError
 MOST_BYTES = 64 * 2**20
 """The largest document that is read: a conflict map of 1,000 layers and 40 tasks takes 40 MB."""
 
+MOST_LINES = 2**30
+"""The largest file of a document a line that is read: the steps of a training of 40 tasks take 2 KB each."""
+
 _DEPTH = 24
 _MOST = 2**63 - 1  # what numpy and torch can count
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
@@ -46,19 +49,21 @@ def read_document(path: str | Path, error: type[UsageError], remedy: str, most: 
     Raises:
         UsageError: of the kind `error`: the file cannot be read, or holds no such object (see the module).
     """
-    source = str(path)
-    try:
-        with Path(path).open("rb") as file:
-            content = file.read(most + 1)
-    except OSError as reason:
-        raise error(f"{source}: cannot be read ({reason.strerror}). {remedy}") from reason
-    if len(content) > most:
-        raise error(f"{source}: is larger than {most >> 20} MiB, and is not read. {remedy}")
-    try:
-        text = content.decode("utf-8")
-    except UnicodeDecodeError as reason:
-        raise error(f"{source}: is no UTF-8 text (byte {reason.start}). {remedy}") from reason
-    return parse_document(text, source, error, remedy)
+    return parse_document(_read(path, error, remedy, most), str(path), error, remedy)
+
+
+def read_documents(path: str | Path, error: type[UsageError], remedy: str, most: int = MOST_LINES) -> list[Document]:
+    """The JSON objects in a file of one a line; messages name the line. See `read_document`.
+
+    Raises:
+        UsageError: of the kind `error`: the file cannot be read, or a line holds no such object.
+    """
+    text = _read(path, error, remedy, most)
+    return [
+        parse_document(line, f"{path}, line {number}", error, remedy)
+        for number, line in enumerate(text.split("\n"), start=1)
+        if line
+    ]
 
 
 def parse_document(text: str, source: str, error: type[UsageError], remedy: str) -> Document:
@@ -181,6 +186,13 @@ class Document:
             self.wrong(key, f"is {shown(value)}, not a list of {least} or more different names")
         return tuple(value)
 
+    def counts(self, key: str) -> list[int]:
+        """A list of whole numbers of at least 0."""
+        value: list[Any] = self.get(key, list)
+        if not all(type(entry) is int and 0 <= entry <= _MOST for entry in value):
+            self.wrong(key, "is not a list of counts")
+        return value
+
     def table(self, key: str) -> Document:
         """An object within this one."""
         return self._within(self.get(key, dict), f"{self.where}{key}.")
@@ -194,6 +206,20 @@ class Document:
 
     def _within(self, values: Any, where: str) -> Document:
         return Document(values, self.source, self.error, self.remedy, where)
+
+
+def _read(path: str | Path, error: type[UsageError], remedy: str, most: int) -> str:
+    try:
+        with Path(path).open("rb") as file:
+            content = file.read(most + 1)
+    except OSError as reason:
+        raise error(f"{path}: cannot be read ({reason.strerror}). {remedy}") from reason
+    if len(content) > most:
+        raise error(f"{path}: is larger than {most >> 20} MiB, and is not read. {remedy}")
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as reason:
+        raise error(f"{path}: is no UTF-8 text (byte {reason.start}). {remedy}") from reason
 
 
 class _RefusedError(ValueError):

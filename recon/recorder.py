@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from recon.distributed import rank
+from recon.documents import Document, read_documents
 from recon.errors import CheckpointError
 from recon.files import write_from
 from recon.history import Epoch
@@ -123,10 +124,18 @@ def read_records(path: str | Path) -> list[dict[str, Any]]:
     Raises:
         CheckpointError: it cannot be read, or a line is damaged.
     """
-    try:
-        return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read as the steps of a training ({error}).") from error
+    documents = read_documents(path, CheckpointError, "It should hold the steps of a training, one a line.")
+    return [_checked(document) for document in documents]
+
+
+def _checked(line: Document) -> dict[str, Any]:
+    """A step or an epoch, with numbers where numbers belong; null is one that is not finite."""
+    if "step" in line:
+        line.integer("step")
+        for table in (line.table("losses"), line.table("weights")):
+            for task in table:
+                table.number_or_nan(task)
+    return dict(line.values)
 
 
 def mean_weights(records: Sequence[Mapping[str, Any]], tasks: Sequence[str]) -> dict[str, float]:

@@ -241,13 +241,23 @@ def test_model_and_backbone_name_the_same(files, ask):
     assert all(torch.equal(value, weights(by_backbone)[key]) for key, value in weights(by_model).items())
 
 
-def test_a_network_of_one_s_own(files, ask):
+def test_a_network_of_one_s_own_is_named_again(files, ask, refused):
     ask("profile own.py:problem --backbone own.py:wide --epochs 1 --out wide.json")
     assert ConflictMap.load(files / "wide.json").made_by["backbone"] == "Flat"
     ask("convert own.py:problem --backbone own.py:wide --layers shared --out wide")
-    run = ask("train own.py:problem --model wide --out wider")
+    again = f"name it yourself: --backbone {files / 'own.py'}:wide"
+    refused("train own.py:problem --model wide --out wider", again)
+    refused("evaluate own.py:problem --model wide", again)
+    run = ask("train own.py:problem --model wide --backbone own.py:wide --out wider")
     assert weights(files / "wider")["shared.branches.left.weight"].shape == (12, 192)
     assert run["backbone"] == f"{files / 'own.py'}:wide"
+    (files / "moved.py").write_text((files / "own.py").read_text())
+    for name in ("own.py", "moved.py"):  # a file that came with the folder lies elsewhere than it did
+        found = ask(f"evaluate own.py:problem --model wider --backbone {name}:wide")
+        assert found["results"] == run["results"]
+    ask("train own.py:problem --backbone own.py:wide --single-task --out own-single")
+    refused("evaluate own.py:problem --model own-single", again)
+    assert set(ask("evaluate own.py:problem --model own-single --backbone own.py:wide")["results"]) == {"left", "right"}
 
 
 def test_a_network_of_one_s_own_that_does_not_fit(files, refused):
@@ -277,6 +287,9 @@ WRONG = {
     "twice": ("train own.py:problem --model ViT --backbone ViT --out new", "does not go with --backbone ViT"),
     "evaluate another": ("evaluate own.py:problem --model small --backbone ViT", "small, whose model is SmallResNet"),
     "train another": ("train own.py:problem --model small --backbone ViT --out new", "Leave --backbone out"),
+    "train recon's for one's own": (
+        "train own.py:problem --model small --backbone own.py:wide --out new", "contradicts small, whose model is Small"
+    ),
     "evaluate none": ("evaluate own.py:problem --model plain --backbone ViT", "whose model is the problem's own"),
 }  # fmt: skip
 

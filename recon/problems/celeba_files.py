@@ -106,7 +106,7 @@ def _kept(path: Path, count: int) -> np.ndarray | None:
     """The split's file, mapped into memory; None where there is none, or one of other images."""
     try:
         # Copy on write: torch has no tensors that cannot be written to.
-        images = np.load(path, mmap_mode="c")
+        images = np.load(path, mmap_mode="c", allow_pickle=False)
     except (OSError, EOFError, ValueError):
         return None
     return images if images.shape == (count, 3, SIDE, SIDE) and images.dtype == np.uint8 else None

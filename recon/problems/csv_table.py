@@ -11,6 +11,8 @@ import numpy as np
 
 from recon.errors import ProblemError
 
+_LONGEST = 4096  # letters of an entry
+
 
 @dataclass(frozen=True)
 class CsvTable:
@@ -65,6 +67,8 @@ def read_csv(path: Path, columns: Sequence[str], *, header: bool, comment: str |
     names = [name.strip() for name in rows.pop(0)] if header and rows else list(columns)
     lines = lines[len(lines) - len(rows) :]
     missing = [name for name in columns if name not in names]
+    if any(names.count(name) > 1 for name in columns):
+        raise ProblemError(f"The first line of {path} names a column twice. Download it again.")
     if missing:
         raise ProblemError(
             f"The first line of {path} must name the columns, but lacks {', '.join(missing)}. Download it again."
@@ -75,6 +79,8 @@ def read_csv(path: Path, columns: Sequence[str], *, header: bool, comment: str |
                 f"{path}, line {line}: there must be {len(names)} entries, but there are {len(row)}. Mend the line, or "
                 "download the file again."
             )
+        if max(map(len, row)) > _LONGEST:  # numpy gives every row as much room as the longest entry takes
+            raise ProblemError(f"{path}, line {line}: an entry has more than {_LONGEST} letters. Download it again.")
     if not rows:
         raise ProblemError(f"{path} has no rows. Download it again.")
     entries = dict(zip(names, zip(*rows, strict=True), strict=True))

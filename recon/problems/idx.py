@@ -15,6 +15,7 @@ SPLITS = {"train": "train", "test": "t10k"}
 """What the names of a split's files begin with."""
 
 _UNSIGNED_BYTES = 8
+_MOST_BYTES = 2**28  # 47 MB are MNIST's training images
 
 
 def missing_files(folder: Path) -> list[Path]:
@@ -55,23 +56,25 @@ def _read(folder: Path, name: str, ndim: int) -> np.ndarray:
     path = _find(folder, name)
     if path is None:
         raise ProblemError(f"There is neither {folder / name} nor {name}.gz beside it.")
-    data = _bytes(path)
-    header = np.frombuffer(data[: 4 * (1 + ndim)], ">u4") if len(data) >= 4 * (1 + ndim) else None
-    if header is None or header[0] != 256 * _UNSIGNED_BYTES + ndim:
+    header, data = _unpacked(path, 4 * (1 + ndim))
+    sizes = np.frombuffer(header, ">u4").tolist() if len(header) == 4 * (1 + ndim) else [None]
+    if sizes[0] != 256 * _UNSIGNED_BYTES + ndim:
         raise ProblemError(f"{path} is no idx file of bytes in {ndim} dimension(s). Download it again.")
-    shape = [int(size) for size in header[1:]]
-    expected, found = math.prod(shape), len(data) - header.nbytes
+    shape = sizes[1:]
+    expected, found = math.prod(shape), len(data)
     if found != expected:
+        more = "more than " if found > _MOST_BYTES else ""
         raise ProblemError(
-            f"{path} should have {expected} bytes of data, {' x '.join(map(str, shape))}, but has {found}. Download it "
-            "again."
+            f"{path} should have {expected} bytes of data, {' x '.join(map(str, shape))}, but has "
+            f"{more}{min(found, _MOST_BYTES)}. Download it again."
         )
-    return np.frombuffer(data, np.uint8, offset=header.nbytes).reshape(shape)
+    return np.frombuffer(data, np.uint8).reshape(shape)
 
 
-def _bytes(path: Path) -> bytes:
+def _unpacked(path: Path, header: int) -> tuple[bytes, bytes]:
+    """The header and the data, of which one byte too many is read at most: a small file may hold terabytes."""
     try:
-        data = path.read_bytes()
-        return gzip.decompress(data) if path.suffix == ".gz" else data
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            return file.read(header), file.read(_MOST_BYTES + 1)
     except (OSError, EOFError, zlib.error) as error:  # gzip raises all three on a damaged file
         raise ProblemError(f"Cannot read {path}: {error}. Download it again, or mend its permissions.") from error

@@ -29,10 +29,12 @@ def read_image(path: Path, mode: str | None = None) -> Image.Image:
             have palettes, which torchvision.io would make colours of.)
 
     Raises:
-        ProblemError: the file is missing, damaged or no image.
+        ProblemError: the file is missing, damaged or no image, or has more pixels than Pillow decodes (179 million).
     """
     try:
         with Image.open(path) as image:
             return image.copy() if mode is None else image.convert(mode)
-    except (OSError, EOFError, SyntaxError, ValueError) as error:  # Pillow raises all four on damaged files
-        raise ProblemError(f"Cannot read the image {path}: {error}. Download it again.") from error
+    except Exception as error:  # Pillow lets a damaged file raise anything, and a bomb an error of its own
+        raise ProblemError(
+            f"Cannot read the image {path}: {error or type(error).__name__}. Download it again."
+        ) from error

@@ -58,7 +58,7 @@ def _read(path: Path, compact: Field) -> np.ndarray:
         if not isinstance(array, np.ndarray) or array.dtype.kind not in "uif":
             raise ValueError("it does not hold an array of numbers")
         return compact(array)
-    except (OSError, EOFError, ValueError) as error:
+    except (OSError, EOFError, ValueError, MemoryError) as error:  # a header may promise any number of values
         raise ProblemError(f"Cannot read {path}: {error}.") from error
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import zlib
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from scipy.io import loadmat
@@ -28,6 +29,9 @@ PARTS = {
 """PASCAL-Part's 24 parts of a human as six: head, torso, upper arms, lower arms, upper legs, lower legs."""
 
 _PERSON = 15
+_COMPRESSED = 15  # the kind of a compressed element
+_MOST_BYTES = 2**28
+_MOST_RATIO = 1032  # of what is compressed by zlib
 
 
 def read_label_map(path: Path) -> np.ndarray:
@@ -62,6 +66,28 @@ def _paint(objects: Any) -> np.ndarray | None:
 
 def _read(path: Path, find: Any) -> Any:
     try:
+        _check_size(path)
         return find(loadmat(path))
     except Exception as error:  # scipy lets a damaged file raise anything
         raise ProblemError(f"Cannot read {path}: {type(error).__name__}: {error}. Unpack it again.") from error
+
+
+def _check_size(path: Path) -> None:
+    """See that the compressed elements of the file unpack to no more than a bound.
+
+    A file's elements follow a header of 128 bytes, each with 8 bytes that say its kind and size (MathWorks, "MAT-File
+    Format", level 5).
+    """
+    if path.stat().st_size * _MOST_RATIO <= _MOST_BYTES:
+        return
+    content = path.read_bytes()
+    order: Literal["little", "big"] = "little" if content[126:128] == b"IM" else "big"
+    place, size = 128, 0
+    while place + 8 <= len(content):
+        kind, length = (int.from_bytes(content[i : i + 4], order) for i in (place, place + 4))
+        if kind == _COMPRESSED:
+            unpacked = zlib.decompressobj().decompress(content[place + 8 : place + 8 + length], _MOST_BYTES + 1)
+            size += len(unpacked)
+        place += 8 + length
+    if size > _MOST_BYTES:
+        raise ValueError(f"it unpacks to more than the {_MOST_BYTES} bytes that are read at most")
