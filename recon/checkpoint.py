@@ -118,7 +118,7 @@ def _read_plan(folder: Path, text: str) -> str:
         ) from error
     if readable.replace(b"\r\n", b"\n") != text.encode():
         raise CheckpointError(
-            f"{folder}: {PLAN_FILE} is not the plan that {WEIGHTS_FILE} was saved with. A plan is not changed by "
+            f"{folder / PLAN_FILE} is not the plan that {WEIGHTS_FILE} was saved with. A plan is not changed by "
             "editing the file: convert and save the model again."
         )
     return text

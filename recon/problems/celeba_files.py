@@ -109,6 +109,8 @@ def _kept(path: Path, count: int) -> np.ndarray | None:
         images = np.load(path, mmap_mode="c", allow_pickle=False)
     except (OSError, EOFError, ValueError):
         return None
+    if not isinstance(images, np.ndarray):  # an archive of arrays
+        return None
     return images if images.shape == (count, 3, SIDE, SIDE) and images.dtype == np.uint8 else None
 
 

@@ -87,7 +87,7 @@ def _open(path: Path, mode: str | None = None) -> Image.Image:
             image.load()
             return image.convert(mode) if mode else image
     except Exception as error:  # Pillow lets a damaged file raise anything, and a bomb an error of its own
-        raise ProblemError(f"Cannot read {path}: {error or type(error).__name__}. Unpack its archive again.") from error
+        raise ProblemError(f"Cannot read {path}: {error}. Unpack its archive again.") from error
 
 
 def _categories() -> np.ndarray:

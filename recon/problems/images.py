@@ -35,6 +35,4 @@ def read_image(path: Path, mode: str | None = None) -> Image.Image:
         with Image.open(path) as image:
             return image.copy() if mode is None else image.convert(mode)
     except Exception as error:  # Pillow lets a damaged file raise anything, and a bomb an error of its own
-        raise ProblemError(
-            f"Cannot read the image {path}: {error or type(error).__name__}. Download it again."
-        ) from error
+        raise ProblemError(f"Cannot read the image {path}: {error}. Download it again.") from error
