@@ -204,7 +204,6 @@ def test_a_flipped_bit_in_a_checkpoint_from_elsewhere_is_found(tmp_path):
 def files(tmp_path_factory):
     folder = tmp_path_factory.mktemp("received")
     (folder / "trap.py").write_text(f"import os\nos.mkdir({str(folder / 'marker')!r})\ndef make(): return None\n")
-    received(folder / "model")
     return folder
 
 
@@ -279,10 +278,6 @@ def test_a_damaged_document_is_named(files, command, tmp_path, name, content):
     verb = "bench digits --out" if name == RESULTS_FILE else "evaluate digits --model"
     code, out, err = command(f"{verb} {folder}")
     assert (code, out) == (2, "") and str(folder / name) in err and "Traceback" not in err
-
-
-def test_a_received_model_is_evaluated(files, ask):
-    assert set(ask("evaluate digits --model model")["results"]) == {"top_left", "bottom_right"}
 
 
 def test_a_mode_that_does_not_exist_is_not_evaluated(files, command, tmp_path):
