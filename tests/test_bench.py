@@ -224,7 +224,7 @@ def test_wrong_input_is_refused_before_anything_is_trained(options, words, refus
 
 
 def test_a_folder_of_other_settings_is_refused(refused, files):
-    document = {"format": "recon bench", "settings": {"PROBLEM": "digits", "--epochs": 7}}
+    document = {"format": "recon bench", "version": 1, "settings": {"PROBLEM": "digits", "--epochs": 7}}
     (files / "out").mkdir()
     (files / "out" / "results.json").write_text(json.dumps(document))
     refused(f"bench digits {SIZE} --out out --epochs 2", "--epochs was 7, not 2")
