@@ -212,6 +212,8 @@ def _read(path: str | Path, error: type[UsageError], remedy: str, most: int) -> 
     try:
         with Path(path).open("rb") as file:
             content = file.read(most + 1)
+    except FileNotFoundError:
+        raise error(f"{path}: there is no such file. {remedy}") from None
     except OSError as reason:
         raise error(f"{path}: cannot be read ({reason.strerror}). {remedy}") from reason
     if len(content) > most:
@@ -219,7 +221,7 @@ def _read(path: str | Path, error: type[UsageError], remedy: str, most: int) -> 
     try:
         return content.decode("utf-8")
     except UnicodeDecodeError as reason:
-        raise error(f"{path}: is no UTF-8 text (byte {reason.start}). {remedy}") from reason
+        raise error(f"{path}: not whole JSON (byte {reason.start} is no UTF-8). {remedy}") from reason
 
 
 class _RefusedError(ValueError):

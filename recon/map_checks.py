@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import NoReturn
 
 from recon.conflict_map import SERIES, ConflictMap, LayerConflicts
-from recon.errors import MapFileError, UsageError
+from recon.documents import Document
+from recon.errors import UsageError
 
 MOST_LAYERS, MOST_TASKS = 20_000, 1_000
 MOST_STEPS = 10**12  # and the longest side of a parameter; products of counts stay far within int64
 MOST_PARAMETERS = 10**15
 
-Fail = Callable[[str], MapFileError]
+Fail = Callable[[str], NoReturn]
 
 
 def check(cmap: ConflictMap, fail: Fail) -> None:
@@ -20,19 +22,19 @@ def check(cmap: ConflictMap, fail: Fail) -> None:
 
     Args:
         cmap: every field of it has its type and shape, and no count is negative.
-        fail: makes the error of a complaint about a field.
+        fail: refuses the file with a complaint about a field.
 
     Raises:
         MapFileError: they do not.
     """
     if len({layer.name for layer in cmap.layers}) < len(cmap.layers):
-        raise fail("field 'layers' names a layer twice")
+        fail("field 'layers' names a layer twice")
     for number, layer in enumerate(cmap.layers):
         _check_known(cmap, layer, f"layers[{number}].", fail)
     try:
         scores = cmap.scores()
     except UsageError as error:
-        raise fail(f"field 'threshold': {str(error).rstrip('.')}") from None
+        fail(f"field 'threshold': {str(error).rstrip('.')}")
     _check_steps(cmap, fail)
     for number, layer in enumerate(cmap.layers):
         _check_sums(layer, scores[layer.name], f"layers[{number}].", fail)
@@ -40,7 +42,7 @@ def check(cmap: ConflictMap, fail: Fail) -> None:
     _check_series(cmap, scores, fail)
 
 
-def check_shapes(shapes: dict[str, list[int]], parameters: int | None, where: str, fail: Fail) -> None:
+def check_shapes(shapes: dict[str, list[int]], parameters: int | None, layer: Document) -> None:
     """See that a layer's parameters have possible shapes, and are as many as the file says.
 
     Raises:
@@ -49,42 +51,42 @@ def check_shapes(shapes: dict[str, list[int]], parameters: int | None, where: st
     sides = [side for shape in shapes.values() for side in shape]
     total = sum(math.prod(shape) for shape in shapes.values()) if len(sides) <= 1000 else math.inf
     if any(not 0 <= side <= MOST_STEPS for side in sides) or total > MOST_PARAMETERS:
-        raise fail(f"field '{where}shapes' has shapes that no parameters have")
+        layer.wrong("shapes", "has shapes that no parameters have")
     if parameters != (total if shapes else None):
-        raise fail(f"field '{where}parameters' is {parameters}, but the shapes say {total if shapes else None}")
+        layer.wrong("parameters", f"is {parameters}, but the shapes say {total if shapes else None}")
 
 
 def _check_known(cmap: ConflictMap, layer: LayerConflicts, where: str, fail: Fail) -> None:
     """Counts are known for all layers or for none; the score stands in for them, and only then."""
     for key in ("histogram", "conflicts", "observed"):
         if (getattr(layer, key) is None) != (getattr(cmap.layers[0], key) is None):
-            raise fail(f"field '{where}{key}' is known here and not in layers[0], or the other way round")
+            fail(f"field '{where}{key}' is known here and not in layers[0], or the other way round")
     if (layer.conflicts is None) != (layer.observed is None):
-        raise fail(f"field '{where}conflicts' goes with 'observed': both are known, or neither")
+        fail(f"field '{where}conflicts' goes with 'observed': both are known, or neither")
     if layer.histogram is None and layer.score is None:
-        raise fail(f"field '{where}score' is missing, and there is no histogram to take it from")
+        fail(f"field '{where}score' is missing, and there is no histogram to take it from")
     if layer.histogram is None and (layer.conflicts is not None or layer.series is not None):
-        raise fail(f"field '{where}histogram' is missing, though the counts made with it are there")
+        fail(f"field '{where}histogram' is missing, though the counts made with it are there")
 
 
 def _check_steps(cmap: ConflictMap, fail: Fail) -> None:
     if cmap.steps is None:
         return
     if (cmap.skipped or 0) > cmap.steps:
-        raise fail(f"field 'skipped_non_finite' is {cmap.skipped}, above the {cmap.steps} steps that there were")
+        fail(f"field 'skipped_non_finite' is {cmap.skipped}, above the {cmap.steps} steps that there were")
     if cmap.stage_steps and sum(cmap.stage_steps) != cmap.steps:
-        raise fail(f"field 'stage_steps' adds up to {sum(cmap.stage_steps)}, not to the {cmap.steps} steps")
+        fail(f"field 'stage_steps' adds up to {sum(cmap.stage_steps)}, not to the {cmap.steps} steps")
 
 
 def _check_sums(layer: LayerConflicts, score: int, where: str, fail: Fail) -> None:
     if layer.score not in (None, score):
-        raise fail(f"field '{where}score' is {layer.score}, but its histogram says {score}")
+        fail(f"field '{where}score' is {layer.score}, but its histogram says {score}")
     if layer.histogram is None or layer.conflicts is None or layer.observed is None:
         return
     if layer.histogram.sum() != layer.observed.sum() or score != layer.conflicts.sum():
-        raise fail(f"field '{where}histogram' does not add up to its counts")
+        fail(f"field '{where}histogram' does not add up to its counts")
     if (layer.conflicts > layer.observed).any():
-        raise fail(f"field '{where}conflicts' counts more conflicts of a pair than cosines were observed of it")
+        fail(f"field '{where}conflicts' counts more conflicts of a pair than cosines were observed of it")
 
 
 def _check_bounds(cmap: ConflictMap, layer: LayerConflicts, score: int, where: str, fail: Fail) -> None:
@@ -94,31 +96,31 @@ def _check_bounds(cmap: ConflictMap, layer: LayerConflicts, score: int, where: s
     counted = cmap.steps - (cmap.skipped or 0)
     if layer.observed is not None:
         if (layer.observed.sum(axis=0) > counted).any():
-            raise fail(f"field '{where}observed' counts a pair more often than in each of {counted} steps")
+            fail(f"field '{where}observed' counts a pair more often than in each of {counted} steps")
         if cmap.stage_steps and (layer.observed.max(axis=1, initial=0) > cmap.stage_steps).any():
-            raise fail(f"field '{where}observed' counts a pair more often than its quarter has steps")
+            fail(f"field '{where}observed' counts a pair more often than its quarter has steps")
     elif cmap.tasks:
         seen, key = (score, "score") if layer.histogram is None else (int(layer.histogram.sum()), "histogram")
         if seen > counted * len(cmap.pairs):
-            raise fail(f"field '{where}{key}' counts more than {counted} steps of {len(cmap.pairs)} pairs have")
+            fail(f"field '{where}{key}' counts more than {counted} steps of {len(cmap.pairs)} pairs have")
 
 
 def _check_series(cmap: ConflictMap, scores: dict[str, int], fail: Fail) -> None:
     series = [layer.series for layer in cmap.layers]
     lengths = {-1 if values is None else len(values) for values in series}
     if len(lengths) > 1:
-        raise fail("field 'series' has not the same length in all layers")
+        fail("field 'series' has not the same length in all layers")
     if (cmap.bin_steps > 0) != (lengths != {-1}):
-        raise fail(f"field 'bin_steps' is {cmap.bin_steps}: above 0 with series in the layers, 0 without")
+        fail(f"field 'bin_steps' is {cmap.bin_steps}: above 0 with series in the layers, 0 without")
     bins = max(lengths)
     if bins > SERIES or bins == 0:
-        raise fail(f"field 'series' has {bins} bins, not 1 to {SERIES}")
+        fail(f"field 'series' has {bins} bins, not 1 to {SERIES}")
     if bins > 0 and cmap.steps is not None and bins != -(-cmap.steps // cmap.bin_steps):
-        raise fail(f"field 'series' has {bins} bins of {cmap.bin_steps} steps, which does not fit {cmap.steps} steps")
+        fail(f"field 'series' has {bins} bins of {cmap.bin_steps} steps, which does not fit {cmap.steps} steps")
     for number, layer in enumerate(cmap.layers):
         if layer.series is None:
             continue
         if layer.series.sum() != scores[layer.name]:
-            raise fail(f"field 'layers[{number}].series' does not add up to the score")
+            fail(f"field 'layers[{number}].series' does not add up to the score")
         if cmap.tasks and (layer.series > cmap.bin_steps * len(cmap.pairs)).any():
-            raise fail(f"field 'layers[{number}].series' counts more conflicts in a bin than it has steps and pairs")
+            fail(f"field 'layers[{number}].series' counts more conflicts in a bin than it has steps and pairs")

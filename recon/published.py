@@ -14,8 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from recon.conflict_map import BINS, SERIES, STAGES, ConflictMap, LayerConflicts, bin_edges, threshold_bin
+from recon.documents import read_document, shown
 from recon.errors import MapFileError, UsageError, some
-from recon.map_file import FORMAT, parse_json
+from recon.map_checks import MOST_LAYERS, MOST_STEPS
+from recon.map_file import FORMAT
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
 _COPY = re.compile(r"\.m_list\.\d+")  # where a layer of its networks keeps its weights
 _WRAPPER = "feature_extractor."  # where its ResNet keeps the backbone
 _SAID_THRESHOLD = re.compile(r"[_-]S(-?\d+(?:\.\d+)?)\.json$")
+_REMEDY = "Give a {layer: score} file (.json) or a log of cosines (.pt) that the published code wrote."
 _NO_COSINE = 1e-3  # how far rounding may take a cosine out of [-1, 1]
 
 
@@ -59,14 +62,14 @@ def _from_scores(path: Path, threshold: float, tasks: Sequence[str]) -> Conflict
             f"The name of {path} says that its scores were counted at S={said[1]}, not {threshold:g}. Give that "
             "threshold; rename the file if it is wrong."
         )
-    scores = parse_json(path)
-    if not isinstance(scores, dict) or not scores:
-        raise _wrong(path, "holds no layers" if scores == {} else f"holds a value of type {type(scores).__name__}")
+    scores = read_document(path, MapFileError, _REMEDY).values
+    if not 0 < len(scores) <= MOST_LAYERS:
+        raise _wrong(path, f"holds {len(scores)} layers, not 1 to {MOST_LAYERS}")
     if scores.get("format") == FORMAT:
         raise _wrong(path, "is a conflict map already, which needs no import")
     for name, score in scores.items():
-        if type(score) is not int or score < 0:
-            raise _wrong(path, f"the score of {name!r} is {score!r}, not a count")
+        if type(score) is not int or not 0 <= score <= MOST_STEPS:
+            raise _wrong(path, f"the score of {name!r} is {shown(score)}, not a count")
     names = _plain_names(path, list(scores))
     layers = [LayerConflicts(names[name], "", {}, None, None, None, score=score) for name, score in scores.items()]
     made_by = {"imported": path.name, "holds": "scores"}
@@ -172,6 +175,4 @@ def _plain_names(path: Path, names: Sequence[str]) -> dict[str, str]:
 
 
 def _wrong(path: Path, what: str) -> MapFileError:
-    return MapFileError(
-        f"{path}: {what}. Give a {{layer: score}} file (.json) or a log of cosines (.pt) that the published code wrote."
-    )
+    return MapFileError(f"{path}: {what}. {_REMEDY}")

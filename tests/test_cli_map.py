@@ -317,7 +317,7 @@ WRONG = {
     "import: onto itself": ("map import scores.json --threshold -0.1 --out scores.json", "holds something else"),
     "import: out is a folder": ("map import scores.json --threshold -0.1 --out .", "it is a folder"),
     "import: missing": ("map import nope.json --threshold -0.1 --out new.json", "there is no such file"),
-    "import: a list": ("map import list.json --threshold -0.1 --out new.json", "of type list"),
+    "import: a list": ("map import list.json --threshold -0.1 --out new.json", "holds a list, not one"),
     "import: a map": ("map import seed0.json --threshold -0.1 --out new.json", "is a conflict map already"),
     "import: one task": ("map import cos.pt --threshold -0.1 --tasks a --out new.json", "two or more different tasks"),
     "import: a task twice": (

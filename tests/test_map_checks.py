@@ -27,7 +27,10 @@ def move_a_conflict(d):
 CONTRADICTIONS = {
     "skipped above steps": (lambda d: d.update(skipped_non_finite=41), "'skipped_non_finite' is 41, above the 40"),
     "stages of other steps": (lambda d: d.update(stage_steps=[10, 10, 10, 11]), "'stage_steps' adds up to 41"),
-    "more steps than counted": (lambda d: d.update(steps=10**30), "'steps' is 10+, not a count"),
+    "more steps than counted": (
+        lambda d: d.update(steps=10**30),
+        "'steps' is 10+, not a whole number of at least 0",
+    ),
     "fewer steps than stages": (lambda d: d.update(steps=39), "'stage_steps' adds up to 40, not to the 39"),
     "skipped steps that were observed": (
         lambda d: d.update(skipped_non_finite=1),
@@ -38,13 +41,13 @@ CONTRADICTIONS = {
         "'layers.0..observed' counts a pair more often than its quarter",
     ),
     "conflicts that nobody observed": (move_a_conflict, "'layers.1..conflicts' counts more conflicts"),
-    "a negative shape": (set_all("shapes", {"weight": [-2, -3]}), "'layers.0..shapes'"),
+    "a negative shape": (set_all("shapes", {"weight": [-2, -3]}), "'layers.0..shapes.weight'"),
     "a huge shape": (set_all("shapes", {"weight": [10**9, 10**9]}), "'layers.0..shapes'"),
     "a shape of many sides": (set_all("shapes", {"weight": [1] * 10_000}), "'layers.0..shapes'"),
-    "a shape of truth values": (set_all("shapes", {"weight": [True]}), "'layers.0..shapes'"),
+    "a shape of truth values": (set_all("shapes", {"weight": [True]}), "'layers.0..shapes.weight'"),
     "other numbers of parameters": (set_all("parameters", 7), "'layers.0..parameters' is 7, but the shapes say 6"),
     "a threshold off the grid": (lambda d: d.update(threshold=-0.105), "'threshold'"),
-    "a threshold that is no number": (lambda d: d.update(threshold=float("nan")), "'threshold'|finite"),
+    "a threshold that is no number": (lambda d: d.update(threshold=float("nan")), "holds NaN"),
     "a threshold that no float holds": (lambda d: d.update(threshold=-(10**400)), "'threshold'"),
     "a count beyond 64 bits": (lambda d: d["layers"][0]["histogram"].__setitem__(0, 2**64), "'layers.0..histogram'"),
     "counts that overflow together": (
@@ -109,3 +112,29 @@ def test_one_wrong_count_is_seen_wherever_it_is(tmp_path):
             path.write_text(json.dumps(document))
             with pytest.raises(MapFileError, match=r"layers\[0\]"):
                 ConflictMap.load(path)
+
+
+UNREADABLE = {
+    "nested deeply": (lambda text: text.replace('"toy"', "[" * 100_000 + "]" * 100_000), "nested too deeply"),
+    "a key twice": (lambda text: text.replace('"steps": 40,', '"steps": 40, "steps": 40,'), "'steps' twice"),
+    "a layer's key twice": (lambda text: text.replace('"score": null,', '"score": null, "score": null,'), "twice"),
+    "not finite": (lambda text: text.replace("-0.1", "NaN"), "holds NaN"),
+}
+
+
+@pytest.mark.parametrize("name", UNREADABLE)
+def test_a_document_that_no_recon_wrote(tmp_path, name):
+    change, words = UNREADABLE[name]
+    make_map().save(tmp_path / "map.json")
+    text = (tmp_path / "map.json").read_text()
+    assert change(text) != text
+    (tmp_path / "map.json").write_text(change(text))
+    with pytest.raises(MapFileError, match=words):
+        ConflictMap.load(tmp_path / "map.json")
+
+
+def test_a_file_too_large_is_not_read(tmp_path):
+    with open(tmp_path / "map.json", "wb") as file:
+        file.truncate(2**40)  # takes no room on the disk
+    with pytest.raises(MapFileError, match="larger than 64 MiB"):
+        ConflictMap.load(tmp_path / "map.json")
