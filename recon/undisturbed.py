@@ -65,7 +65,7 @@ class _Buffers:
     @torch.no_grad()
     def put_back(self, module: nn.Module) -> None:
         now = module._buffers
-        for name in set(now).difference(self.buffers):
+        for name in set(now.keys()).difference(self.buffers):  # scripted modules have no other way
             del now[name]
         for name, buffer in self.buffers.items():
             if now[name] is not buffer:
