@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from recon.errors import FanError
 from recon.fan import TaskFan, common_refinement, map_groups
@@ -62,10 +62,16 @@ def assign_data(tensor: Tensor, value: TaskFan, assign: Callable[[Tensor, Tensor
             for part in value._by_group:
                 assign(tensor, part.detach().clone())  # as a write in place would leave it: with memory of its own
             return
-    raise FanError(
-        f"An assignment to .data gives a tensor that all tasks share a value that differs between tasks{where()}. "
-        "Make a new tensor instead (y = x for y.data = x), keep it as a buffer if it is a running statistic, or "
+    way_out = (
+        "Branch its layer as well; to change weights for good (merge adapters, say), take out a task's own model "
+        "first: recon.extract_task(branched, task)."
+        if isinstance(tensor, nn.Parameter)
+        else "Make a new tensor instead (y = x for y.data = x), keep it as a buffer if it is a running statistic, or "
         "branch later layers only."
+    )
+    raise FanError(
+        "An assignment to .data gives a tensor that all tasks share a value that differs between tasks"
+        f"{where()}. {way_out}"
     )
 
 

@@ -16,7 +16,7 @@ from recon.branch_plan import BranchPlan
 from recon.errors import FanError
 from recon.fan import UNREADABLE, TaskFan
 from recon.partition import Partition
-from recon.surgery import convert
+from recon.surgery import convert, extract_task
 from recon.undisturbed import undisturbed
 from tests import oracle
 
@@ -406,3 +406,93 @@ def test_a_buffer_whose_data_a_forward_replaces_is_put_back_with_its_memory():
         branched.train()(x)
         assert not torch.equal(buffer, before)
     assert torch.equal(buffer, before) and view.data_ptr() == buffer.data_ptr() + buffer.itemsize
+
+
+# Adapters that are merged into the weights of a branched model.
+
+
+class Adapted(nn.Module):
+    """A linear layer with a low-rank adapter, which merges as peft's do."""
+
+    def __init__(self):
+        super().__init__()
+        self.base_layer = nn.Linear(4, 4)
+        self.down, self.up = nn.Linear(4, 2, bias=False), nn.Linear(2, 4, bias=False)
+        self.merged = False
+
+    def merge(self):
+        self.base_layer.weight.data += self.up.weight @ self.down.weight
+        self.merged = True
+
+    def forward(self, x):
+        return self.base_layer(x) if self.merged else self.base_layer(x) + self.up(self.down(x))
+
+
+class WithAdapters(nn.Module):
+    def __init__(self, make_adapted=Adapted):
+        super().__init__()
+        self.first, self.second = make_adapted(), make_adapted()
+
+    def forward(self, x):
+        return dict.fromkeys(TASKS, self.second(torch.relu(self.first(x))))
+
+
+class PeftAdapted(nn.Module):
+    """The same, with peft's own layer."""
+
+    def __init__(self):
+        super().__init__()
+        peft = pytest.importorskip("peft")
+        config = peft.LoraConfig(target_modules=["linear"], r=2, init_lora_weights=False)
+        self.layer = peft.inject_adapter_in_model(config, nn.ModuleDict({"linear": nn.Linear(4, 4)}))["linear"]
+
+    def merge(self):
+        self.layer.merge()
+
+    def forward(self, x):
+        return self.layer(x)
+
+
+ADAPTED = {
+    Adapted: ("base_layer", ["up", "down"]),
+    PeftAdapted: ("layer.base_layer", ["layer.lora_A.default", "layer.lora_B.default"]),
+}
+
+
+@pytest.mark.parametrize("make", ADAPTED, ids=lambda make: make.__name__)
+def test_adapters_merge_into_each_copy_of_a_branched_weight(make):
+    torch.manual_seed(0)
+    base, adapters = ADAPTED[make]
+    x = torch.randn(3, 4).double()
+    model = WithAdapters(make).double()
+    for names in ([base], [base, *adapters]):
+        plan = BranchPlan.grouped({f"first.{name}": [["a", "b"], "c"] for name in names}, TASKS)
+        branched = convert(model, plan, x).eval()
+        oracle.perturb(branched)
+        expected = {task: extract_task(branched, task)(x)[task] for task in TASKS}
+        branched.first.merge()
+        weights = [branched.get_submodule(f"first.{base}.branches.{group}").weight for group in ("a+b", "c")]
+        assert all(type(weight) is nn.Parameter for weight in weights) and not torch.equal(*weights)
+        for task, output in branched(x).items():
+            oracle.assert_close(output, expected[task], task)
+
+
+@pytest.mark.parametrize("make", ADAPTED, ids=lambda make: make.__name__)
+def test_branched_adapters_do_not_merge_into_a_shared_weight(make):
+    torch.manual_seed(0)
+    base, adapters = ADAPTED[make]
+    x = torch.randn(3, 4).double()
+    plan = BranchPlan.per_task([f"first.{name}" for name in adapters], tasks=TASKS)
+    branched = convert(WithAdapters(make).double(), plan, x).eval()
+    oracle.perturb(branched)
+    weight = branched.get_submodule(f"first.{base}").weight
+    before, outputs = weight.detach().clone(), branched(x)
+    with pytest.raises(
+        FanError, match=r"assignment to \.data .* all tasks share .*recon.extract_task\(branched, task\)"
+    ):
+        branched.first.merge()
+    assert torch.equal(weight, before)
+    for task in TASKS:
+        plain = extract_task(branched, task).eval()
+        plain.first.merge()
+        oracle.assert_close(plain(x)[task], outputs[task], task)
