@@ -9,7 +9,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-import recon.autograd_functions  # noqa: F401  (makes custom autograd functions take fans)
+import recon.autograd_functions
+import recon.past_python  # noqa: F401  (makes what would read a fan's memory ask first)
 from recon.errors import UsageError
 from recon.fan import common_refinement, mark_origins, merge, origins_of, served, serving
 from recon.fan_trees import partition_of, within

@@ -32,19 +32,18 @@ def find_statistics(branched: nn.Module, example_inputs: Any) -> dict[str, Parti
         UsageError: the forward fails on the example inputs.
         FanError: a statement of it cannot work on fans, or the statistics are kept by the model as a whole.
     """
-    owners = {
-        storage_of(buffer): path
-        for path, module in branched.named_modules()
-        for buffer in module._buffers.values()
-        if buffer is not None
-    }
+    owners = {}
+    for path, module in branched.named_modules():
+        for buffer in module._buffers.values():
+            if buffer is not None:
+                owners[buffer] = owners[storage_of(buffer)] = path  # `buffer.data = value` gives it another storage
     found: dict[str, Partition] = {}
 
     def note(path: str, partition: Partition) -> None:
         found[path] = refine(found[path], partition) if path in found else partition
 
     def is_statistics(tensor: Tensor, partition: Partition) -> bool:
-        path = owners.get(storage_of(tensor))
+        path = owners.get(tensor, owners.get(storage_of(tensor)))
         if path is not None:
             note(path, partition)
         return path is not None
@@ -174,14 +173,14 @@ def _nobody_misses(branched: nn.Module, task_modules: Mapping[str, Group], examp
 
 
 def _buffer_writes(branched: nn.Module, example_inputs: Any) -> dict[str, int | None]:
-    """How often a training forward writes each buffer; `None` for one that it assigns anew."""
+    """How often a training forward writes each buffer; `None` for one that it assigns anew, as a whole or its data."""
     with undisturbed(branched), torch.no_grad():
-        before = {name: (buffer, buffer._version) for name, buffer in branched.named_buffers()}
+        before = {name: (buffer, buffer._version, storage_of(buffer)) for name, buffer in branched.named_buffers()}
         run(branched.train(), example_inputs)
         after = dict(branched.named_buffers())
         return {
-            name: buffer._version - version if after.get(name) is buffer else None
-            for name, (buffer, version) in before.items()
+            name: buffer._version - version if after.get(name) is buffer and storage_of(buffer) == storage else None
+            for name, (buffer, version, storage) in before.items()
         }
 
 

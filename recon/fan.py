@@ -20,12 +20,22 @@ from recon.watch import SharedTensor, refuse_write, watcher
 
 # A Python number or bool read off a fan would send every group down one group's path.
 _READS_VALUES = frozenset(
-    "__bool__ __float__ __int__ __index__ __complex__ __contains__ __array__ "
-    "item tolist numpy is_nonzero equal allclose".split()
+    "__bool__ __float__ __int__ __index__ __complex__ __contains__ __array__ __dlpack__ __reduce_ex__ "
+    "item tolist numpy is_nonzero equal allclose data_ptr storage untyped_storage _typed_storage".split()
 )
 _PLAIN_RESULTS = (bool, int, float, str, torch.Size, torch.dtype, torch.device, torch.layout)
 
 _LEAVES = frozenset((type(None), bool, int, float, str, torch.dtype, torch.device, Tensor, torch.nn.Parameter))
+
+UNREADABLE = (
+    "Values that differ between tasks (task fans) have no memory that code past Python could read. Use torch's "
+    "Python operations there, or branch later layers only."
+)
+# Whoever asks for the memory of a shell gets this error: it has none, and reading there would kill the process.
+# torch 2.6 may lack the first where it was built without CUDA.
+_refuse_reads: Callable[[Tensor, str], None] = getattr(
+    torch._C, "_set_storage_access_error_msg", lambda shell, _: torch._C._set_throw_on_mutable_data_ptr(shell)
+)
 
 # The tasks that the code running now serves, where it runs once per group; None: all of them.
 _serving: ContextVar[Group | None] = ContextVar("serving", default=None)
@@ -51,6 +61,7 @@ class TaskFan(Tensor):
         # Scripted code asks the shell for its shape, past Python.
         shape = first.shape if all(value.shape == first.shape for value in values) else (0,)
         shell = Tensor._make_wrapper_subclass(cls, shape, dtype=first.dtype, device=first.device, requires_grad=grad)
+        _refuse_reads(shell, UNREADABLE)
         shell._partition = partition
         shell._by_group = list(values)
         return shell

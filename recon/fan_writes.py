@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from recon.errors import FanError
 from recon.fan import TaskFan, common_refinement, map_groups
@@ -38,15 +38,41 @@ def map_write(
         # `y.add_(x)` is y itself: aliases of the fan must go on seeing later writes.
         return written[0] if isinstance(result, TaskFan) and len(written) == 1 else result
     watch = watcher()
+    if watch and all(watch.shared_write(target, common) for target in plain):
+        return map_groups(func, args, kwargs)
     if plain[0] is args[0] and augmented_assignment():
         # `y += fan` binds the name y anew, so y may become a fan; the old tensor stays as it was.
         result = map_groups(lambda y, *a, **k: func(y.clone(), *a, **k), args, kwargs)
         if watch:
             watch.left_behind(plain[0])
         return result
-    if watch and all(watch.shared_write(target, common) for target in plain):
-        return map_groups(func, args, kwargs)
     return refuse_write(name)
+
+
+def assign_data(tensor: Tensor, value: TaskFan, assign: Callable[[Tensor, Tensor], None]) -> None:
+    """`tensor.data = value`, by `assign`, where the tensor itself has not fanned out.
+
+    Raises:
+        FanError: all tasks share the tensor.
+    """
+    watch = watcher()
+    if watch:
+        watch.meet(value._origins)
+        if watch.shared_write(tensor, value._partition):
+            for part in value._by_group:
+                assign(tensor, part.detach().clone())  # as a write in place would leave it: with memory of its own
+            return
+    way_out = (
+        "Branch its layer as well; to change weights for good (merge adapters, say), take out a task's own model "
+        "first: recon.extract_task(branched, task)."
+        if isinstance(tensor, nn.Parameter)
+        else "Make a new tensor instead (y = x for y.data = x), keep it as a buffer if it is a running statistic, or "
+        "branch later layers only."
+    )
+    raise FanError(
+        "An assignment to .data gives a tensor that all tasks share a value that differs between tasks"
+        f"{where()}. {way_out}"
+    )
 
 
 def _separate(target: TaskFan, common: Partition) -> None:

@@ -20,8 +20,9 @@ from recon.copies import copy_model
 from recon.dry_run import run
 from recon.errors import ReconError, UsageError
 from recon.partition import Group
+from recon.statement import where_raised
 from recon.surgery import plan_of
-from recon.tracing import let_forward_be_read, let_parameters_be_found, symbolic_len, where_raised
+from recon.tracing import let_forward_be_read, let_parameters_be_found, symbolic_len
 from recon.trees import leaves_of
 from recon.undisturbed import undisturbed
 

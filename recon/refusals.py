@@ -12,9 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from recon.errors import FanError, UsageError
-from recon.fan import TaskFan, origins_of
+from recon.fan import UNREADABLE, TaskFan, origins_of
 from recon.partition import Partition
-from recon.statement import where
+from recon.statement import where, where_raised
 from recon.watch import storage_of, watching
 
 
@@ -79,10 +79,17 @@ def watch_writes(writes: Writes) -> Iterator[None]:
             yield
     except UsageError as error:
         # TorchScript makes an error of its own out of a refusal.
-        refusal = error if isinstance(error, FanError) else writes.refusal
+        refusal = error if isinstance(error, FanError) else writes.refusal or _refused_read(error.__cause__)
         if refusal is None:
             raise
         raise FanError(f"{refusal} {way_out(writes.origins)}") from None
+
+
+def _refused_read(error: BaseException | None) -> FanError | None:
+    """What the memory that a fan does not have answered to C++, with the statement that asked."""
+    if error is None or UNREADABLE not in str(error):
+        return None
+    return FanError(f"A fan is read past Python{where_raised(error)}. {UNREADABLE}")
 
 
 def way_out(origins: Iterable[str] = ()) -> str:

@@ -6,6 +6,8 @@ import dis
 import linecache
 import os
 import sys
+import sysconfig
+import traceback
 from types import FrameType
 
 import torch
@@ -14,6 +16,7 @@ from torch import nn
 _AUGMENTED = range(13, 26)  # BINARY_OP arguments that mean `+=` and its kin, from Python 3.11 on
 _HERE = os.path.dirname(os.path.abspath(__file__))
 _TORCH = os.path.dirname(os.path.abspath(torch.__file__)) + os.sep
+_STANDARD_LIBRARY = sysconfig.get_paths()["stdlib"] + os.sep
 
 
 def _user_frame() -> FrameType | None:
@@ -24,7 +27,8 @@ def _user_frame() -> FrameType | None:
 
 
 def _is_machinery(path: str) -> bool:
-    return path.startswith(_TORCH) or os.path.dirname(path) == _HERE
+    standard = path.startswith(_STANDARD_LIBRARY) and "site-packages" not in path
+    return standard or path.startswith(_TORCH) or os.path.dirname(path) == _HERE
 
 
 def where() -> str:
@@ -37,6 +41,14 @@ def where() -> str:
     inside = f"{type(owner).__name__}.{code.co_name}" if isinstance(owner, nn.Module) else code.co_name
     line = linecache.getline(code.co_filename, frame.f_lineno).strip()
     return f" at {os.path.basename(code.co_filename)}:{frame.f_lineno}, in {inside}" + (f": `{line}`" if line else "")
+
+
+def where_raised(error: BaseException) -> str:
+    """The user's statement in which an error was raised, as `where` names the one that is running."""
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        if frame.line and not _is_machinery(frame.filename):
+            return f" at {os.path.basename(frame.filename)}:{frame.lineno}, in {frame.name}: `{frame.line}`"
+    return ""
 
 
 def augmented_assignment() -> bool:

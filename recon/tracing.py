@@ -4,23 +4,15 @@ from __future__ import annotations
 
 import builtins
 import inspect
-import os
 import sys
-import sysconfig
-import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from recon.branches import Branched, BranchedParameter, BranchedStatistics
-
-_HERE = os.path.dirname(os.path.abspath(__file__))
-_TORCH = os.path.dirname(os.path.abspath(torch.__file__)) + os.sep
-_STANDARD_LIBRARY = sysconfig.get_paths()["stdlib"] + os.sep
 
 
 class _FoundParameter(BranchedParameter):
@@ -99,13 +91,3 @@ def symbolic_len(model: nn.Module) -> Iterator[None]:
 
 def _first_dimension(x: Any, /) -> Any:
     return x.shape[0] if isinstance(x, Tensor) and x.dim() else builtins.len(x)
-
-
-def where_raised(error: Exception) -> str:
-    """The user's statement in which an error was raised, as `recon.statement.where` names the one that is running."""
-    for frame in reversed(traceback.extract_tb(error.__traceback__)):
-        standard = frame.filename.startswith(_STANDARD_LIBRARY) and "site-packages" not in frame.filename
-        machinery = frame.filename.startswith(_TORCH) or os.path.dirname(frame.filename) == _HERE
-        if frame.line and not standard and not machinery:
-            return f" at {os.path.basename(frame.filename)}:{frame.lineno}, in {frame.name}: `{frame.line}`"
-    return ""

@@ -12,23 +12,21 @@ from torch import Tensor, nn
 
 from recon.branches import all_modules
 from recon.references import STRUCTURE
-from recon.watch import equal
+from recon.watch import equal, storage_of
 
 
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
     """Put back what a forward changes: modes, buffers, what modules remember as attributes, and the random state."""
-    kept = [
-        (module, _Attributes(module), dict(module._buffers), buffer_values(module)) for module in all_modules(model)
-    ]
+    kept = [(module, _Attributes(module), _Buffers(module)) for module in all_modules(model)]
     devices = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
     with torch.random.fork_rng(devices=sorted(index for index in devices if index is not None)):
         try:
             yield
         finally:
-            for module, attributes, buffers, values in kept:
+            for module, attributes, buffers in kept:
                 attributes.put_back(module)
-                _put_back(module._buffers, buffers, values)
+                buffers.put_back(module)
 
 
 class _Attributes:
@@ -56,15 +54,28 @@ def refill(container: list[Any] | dict[Any, Any] | set[Any], content: Any) -> No
     container.extend(content) if isinstance(container, list) else container.update(content)
 
 
-@torch.no_grad()
-def _put_back(now: dict[str, Tensor | None], buffers: dict[str, Tensor | None], values: dict[str, Tensor]) -> None:
-    for name in set(now.keys()).difference(buffers):
-        del now[name]
-    for name, buffer in buffers.items():
-        if now[name] is not buffer:
-            now[name] = buffer
-        if buffer is not None and not equal(buffer, values[name]):
-            buffer.copy_(values[name])
+class _Buffers:
+    """What a module's own buffers are, where they keep their values, and the values."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.buffers = dict(module._buffers)
+        self.values = buffer_values(module)
+        self.data = {name: self.buffers[name].data for name in self.values}  # type: ignore[union-attr]
+
+    @torch.no_grad()
+    def put_back(self, module: nn.Module) -> None:
+        now = module._buffers
+        for name in set(now.keys()).difference(self.buffers):  # scripted modules have no other way
+            del now[name]
+        for name, buffer in self.buffers.items():
+            if now[name] is not buffer:
+                now[name] = buffer
+            if buffer is None:
+                continue
+            if storage_of(buffer) != storage_of(self.data[name]):  # `buffer.data = value`: its views see nothing of it
+                buffer.data = self.data[name]
+            if not equal(buffer, self.values[name]):
+                buffer.copy_(self.values[name])
 
 
 def buffer_values(module: nn.Module) -> dict[str, Tensor]:

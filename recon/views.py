@@ -26,7 +26,7 @@ class TaskView:
         branched: the branched model.
         task: the task whose copies the view has.
         beside: all tasks, if the views of all of them are to run, one after the other, as one forward. What they
-            share is then written once: in training mode, only the first of the tasks that share a buffer has it,
+            share is then written once: only the first of the tasks that share a buffer has it,
             the others have scratch copies. Forward hooks on a branched layer run on its copies.
 
     Attributes:
@@ -89,7 +89,7 @@ class TaskView:
 
     def _own_or_scratch(self, module: nn.Module, sharers: Group) -> dict[str, Tensor | None]:
         """The module's buffers, to be written by one of the tasks that share them."""
-        if not self.beside or self.task == sharers[0] or not module.training:
+        if not self.beside or self.task == sharers[0]:
             return module._buffers
         return {name: None if buffer is None else buffer.clone() for name, buffer in module._buffers.items()}
 
