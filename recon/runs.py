@@ -13,6 +13,7 @@ from typing import Any
 
 from recon.errors import CheckpointError
 from recon.files import write_text
+from recon.replacing import finish_replacing
 
 RUN_FILE = "run.json"
 FORMAT = "recon run"
@@ -121,6 +122,7 @@ class Run:
         """
         path = Path(folder)
         path = path if path.name == RUN_FILE else path / RUN_FILE
+        finish_replacing(path.parent)
         document = _parse(path)
         for name, expected in (("format", FORMAT), ("version", VERSION)):
             if document.get(name) != expected:

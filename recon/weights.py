@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import pickle
+import re
 from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,13 +17,21 @@ from torch import Tensor, nn
 
 from recon.errors import CheckpointError
 from recon.files import write_atomically
+from recon.replacing import finish_replacing
 
 WEIGHTS_FILE = "weights.safetensors"
 
 
 def save_weights(model: nn.Module, path: Path, plan: str) -> None:
     """Write a model's weights, and the text of its plan beside them in the same file."""
-    write_atomically(path, lambda temporary: save_model(model, str(temporary), metadata={"plan": plan}))
+
+    def write(temporary: Path) -> None:
+        try:
+            save_model(model, str(temporary), metadata={"plan": plan})
+        except SafetensorError as error:
+            raise _disk_error(error) or error from None
+
+    write_atomically(path, write)
 
 
 def read_metadata(path: Path) -> dict[str, str]:
@@ -73,7 +83,9 @@ def read_state_dict(path: Path) -> Mapping[str, Tensor]:
     Raises:
         CheckpointError: it is missing, damaged, no state dict, or of a branched model.
     """
-    path = path / WEIGHTS_FILE if path.is_dir() else path
+    if path.is_dir():
+        finish_replacing(path)
+        path = path / WEIGHTS_FILE
     if not path.is_file():
         raise CheckpointError(
             f"There is no file {path}. Pass a file of a state dict (.pt, .safetensors), or a folder that recon.save "
@@ -97,6 +109,12 @@ def read_state_dict(path: Path) -> Mapping[str, Tensor]:
         raise CheckpointError(
             f"{path} cannot be read as a state dict: it is damaged or truncated. Save it again."
         ) from error
+
+
+def _disk_error(error: SafetensorError) -> OSError | None:
+    """What safetensors says of a disk in words alone: "I/O error: No space left on device (os error 28)"."""
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    return OSError(int(found[1]), os.strerror(int(found[1]))) if found else None
 
 
 def _state_dict_in(content: Any, path: Path) -> Mapping[str, Tensor]:
