@@ -1,9 +1,9 @@
 """Writing files so that an interrupted run leaves the old one or the new one, never half of one.
 
-A file is written under another name beside the one that it replaces, `.NAME.RANDOM.partial`, and renamed when the disk
-has all of it. What a killed writer left of that kind is swept by the next one who writes NAME. Symbolic links stay: what
-they point to is written. Nothing but a regular file is ever replaced. Several files that belong together are the matter
-of `recon.replacing`.
+A file is written under another name beside the one that it replaces, `.NAME.RANDOM.partial`, and renamed when the
+disk has all of it. What a killed writer left of that kind is swept by the next one who writes NAME. Symbolic links
+stay: what they point to is written. Nothing but a regular file is ever replaced. Several files that belong together are
+the matter of `recon.replacing`.
 """
 
 from __future__ import annotations
@@ -84,7 +84,12 @@ def mode_of(path: str | Path) -> int | None:
 
 def kind_of(mode: int) -> str:
     """What a mode says, for people."""
-    kinds = [(stat.S_ISDIR, "a folder"), (stat.S_ISFIFO, "a pipe"), (stat.S_ISSOCK, "a socket"), (stat.S_ISREG, "a file")]
+    kinds = [
+        (stat.S_ISDIR, "a folder"),
+        (stat.S_ISFIFO, "a pipe"),
+        (stat.S_ISSOCK, "a socket"),
+        (stat.S_ISREG, "a file"),
+    ]
     return next((name for holds, name in kinds if holds(mode)), "a device")
 
 
