@@ -20,7 +20,7 @@ from recon_cli import ranks, workbench
 from recon_cli.best import Evaluations
 from recon_cli.counting import ConflictCounter, Counting
 from recon_cli.optimizers import depends_on_length, make_optimizer, make_scheduler
-from recon_cli.outputs import BEST, CHECKPOINT_FILE, METRICS_FILE
+from recon_cli.outputs import BEST, CHECKPOINT_FILE, METRICS_FILE, RUN_MARKS
 from recon_cli.recipe import Recipe
 from recon_cli.run_folder import RunFolder
 from recon_cli.tensorboard import Events

@@ -84,18 +84,13 @@ def mode_of(path: str | Path) -> int | None:
 
 def kind_of(mode: int) -> str:
     """What a mode says, for people."""
-    kinds = [
-        (stat.S_ISDIR, "a folder"),
-        (stat.S_ISFIFO, "a pipe"),
-        (stat.S_ISSOCK, "a socket"),
-        (stat.S_ISREG, "a file"),
-    ]
-    return next((name for holds, name in kinds if holds(mode)), "a device")
+    kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket", stat.S_IFREG: "a file"}
+    return kinds.get(stat.S_IFMT(mode), "a device")
 
 
 @contextmanager
 def temporary_file(path: Path) -> Iterator[Path]:
-    """An empty file beside `path`, which others know to be in use while we live; gone in the end if it is there still."""
+    """An empty file beside `path`, which others know to be in use while we live; removed in the end."""
     while True:
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=PARTIAL, dir=path.parent)
         try_hold(handle)

@@ -1,7 +1,7 @@
 """Locks: who writes something at the moment. They end with the process that holds them, however it ends.
 
-The lock is the operating system's, on an open file (`flock`); where there is none (Windows, some network disks), nothing
-is locked and everything else works.
+The lock is the operating system's, on an open file (`flock`); where there is none (Windows, some network disks),
+nothing is locked and everything else works.
 """
 
 from __future__ import annotations

@@ -1,11 +1,10 @@
 """Several files of a folder that are replaced together: all of the old ones or all of the new ones, never some of each.
 
 The new files are written into a folder of their own in there, `.new.RANDOM.partial`. When the disk has them all, that
-folder is renamed to `.saved`: this one step is the change. From then on the new files count, and only have to be moved up
-into their place, which takes no space and can be done again and again. Whoever is killed in the midst of it leaves
-`.saved`, and the next one who reads or writes there moves the rest: `finish_replacing`. (Two folders could be
-exchanged in one step, but on Linux alone, and a run's folder holds more than a model's files: other files stay where
-they are.)
+folder is renamed to `.saved`: this one step is the change. From then on the new files count, and only have to be moved
+up into their place, which takes no space and can be done again and again. Whoever is killed in the midst of it leaves
+`.saved`, and the next one who reads or writes there moves the rest: `finish_replacing`. (Two folders could be exchanged
+in one step, but on Linux alone, and a run's folder holds more than a model's files: other files stay where they are.)
 """
 
 from __future__ import annotations
