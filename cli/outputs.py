@@ -11,8 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from recon.errors import UsageError
-from recon.files import cannot_write, kind_of, make_folder, mode_of, remove_partial, target_of
-from recon.locks import LOCK, written_by_us
+from recon.files import cannot_write, kind_of, make_folder, mode_of, remove_partial, target_of, written_alone
+from recon.locks import LOCK
 from recon.replacing import finish_replacing, is_plumbing, sweep
 from recon_cli import ranks
 
@@ -116,17 +116,13 @@ def _claimed(path: Path, folder: Path, lock: Path) -> Iterator[bool]:
         yield False
         return
     made = [f for f in (folder, *folder.parents) if not f.exists()]
-    make_folder(folder)
     try:
-        with contextlib.ExitStack() as stack:
-            try:
-                was_killed = stack.enter_context(written_by_us(path, lock))
-            except OSError as error:
-                raise cannot_write(path, error) from error
+        make_folder(folder)
+        with written_alone(path, lock) as was_killed:
             yield was_killed
     finally:
-        with contextlib.suppress(OSError):  # what holds something stays
-            for each in made:
+        for each in made:
+            with contextlib.suppress(OSError):  # not made after all, or it holds something and stays
                 each.rmdir()
 
 

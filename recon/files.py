@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from recon.errors import ReconError, UsageError, WriteError
-from recon.locks import closed, is_held, try_hold
+from recon.locks import LOCK, closed, is_held, try_hold, written_by_us
 
 PARTIAL = ".partial"
 _OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EMFILE, errno.ENFILE)
@@ -123,6 +123,29 @@ def remove_left(left: Path) -> None:
             shutil.rmtree(left, ignore_errors=True)
         else:
             left.unlink()
+
+
+@contextmanager
+def written_alone(path: str | Path, lock: Path | None = None) -> Iterator[bool]:
+    """Let no other process write there in here; gives whether the last one that did was killed while it did.
+
+    Args:
+        path: a file, or whatever `lock` is for.
+        lock: the file that tells others, in a folder that is there; beside `path` if None.
+
+    Raises:
+        UsageError: another process writes there, or we may not.
+        WriteError: the disk is full.
+    """
+    if lock is None:
+        target = target_of(path)
+        lock = make_folder(target.parent) / f".{target.name}{LOCK}"
+    with contextlib.ExitStack() as stack:
+        try:
+            was_killed = stack.enter_context(written_by_us(path, lock))
+        except OSError as error:
+            raise cannot_write(path, error) from error
+        yield was_killed
 
 
 def write_text(path: str | Path, text: str) -> None:
