@@ -84,46 +84,50 @@ def check_folder(folder: Path, marks: Sequence[str] = MODEL_FILES) -> Path:
 def claimed_file(path: Path, mark: bytes) -> Iterator[bool]:
     """Check a file as `check_file` does, and let no other process write it in here.
 
-    Gives whether the last one that wrote it was killed while it did.
+    Gives whether the last one was killed before it had replaced the file.
     """
     check_file(path, mark)
     target = target_of(path)
-    with _claimed(path, target.parent, target.with_name(f".{target.name}{LOCK}")) as was_killed:
+    with _claimed(path, target.parent, target.with_name(f".{target.name}{LOCK}")) as killed:
         if ranks.number() == 0:
             remove_partial(target)
-        yield was_killed
+        yield _is_older(target, killed)
 
 
 @contextmanager
 def claimed_folder(folder: Path, marks: Sequence[str] = MODEL_FILES) -> Iterator[bool]:
     """Check a folder as `check_folder` does, and let no other process write into it in here.
 
-    Gives whether the last one that wrote there was killed while it did.
+    Gives whether the last one was killed before it had replaced what is in there.
     """
     if ranks.number() == 0 and mode_of(folder) is not None:
         finish_replacing(folder)
     check_folder(folder, marks)
-    with _claimed(folder, folder, folder / LOCK) as was_killed:
+    with _claimed(folder, folder, folder / LOCK) as killed:
         if ranks.number() == 0:
             sweep(folder)
-        yield was_killed
+        yield _is_older(folder / marks[0], killed)
 
 
 @contextmanager
-def _claimed(path: Path, folder: Path, lock: Path) -> Iterator[bool]:
+def _claimed(path: Path, folder: Path, lock: Path) -> Iterator[float | None]:
     """Of several processes, the first one writes."""
     if ranks.number():
-        yield False
+        yield None
         return
     made = [f for f in (folder, *folder.parents) if not f.exists()]
     try:
         make_folder(folder)
-        with written_alone(path, lock) as was_killed:
-            yield was_killed
+        with written_alone(path, lock) as killed:
+            yield killed
     finally:
         for each in made:
             with contextlib.suppress(OSError):  # not made after all, or it holds something and stays
                 each.rmdir()
+
+
+def _is_older(path: Path, begun: float | None) -> bool:
+    return begun is not None and path.exists() and path.stat().st_mtime < begun
 
 
 def _check_place(path: Path, target: Path) -> None:

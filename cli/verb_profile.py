@@ -96,11 +96,11 @@ def add_parser(verbs: Verbs) -> None:
 
 def run(args: argparse.Namespace) -> Report:
     """Profile, save the map, show the ranking's top."""
-    with claimed_file(args.out, b'"recon conflict map"') as was_killed:
-        return _run(args, was_killed)
+    with claimed_file(args.out, b'"recon conflict map"') as begins:
+        return _run(args, begins)
 
 
-def _run(args: argparse.Namespace, was_killed: bool) -> Report:
+def _run(args: argparse.Namespace, begins: bool) -> Report:
     problem = problem_of(args)
     recon.methods.parse(args.method)
     from recon_cli import workbench  # late: these import torch
@@ -112,7 +112,7 @@ def _run(args: argparse.Namespace, was_killed: bool) -> Report:
     checkpoint = checkpoint_beside(args.out)
     finished = _finished_map(args.out)
     # Whoever was killed before anything was saved was about to replace the map that is there.
-    resumes = args.resume and not checkpoint.exists() and not was_killed
+    resumes = args.resume and not checkpoint.exists() and not begins
     if finished is not None and resumes and _is_ours(finished, args, problem):
         print(f"{args.out} is finished; there is nothing to resume.", file=sys.stderr)
         return _report(args, problem, finished)

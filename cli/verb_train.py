@@ -85,11 +85,11 @@ def run(args: argparse.Namespace) -> Report:
         args.parser.error(f"--single-task has one task at a time, so it does not go with --method {args.method}")
     if args.single_task and args.best_by:
         args.parser.error("--single-task keeps the best model of each task, so it does not go with --best-by")
-    with claimed_folder(args.out, RUN_MARKS) as was_killed:
-        return _run(args, was_killed)
+    with claimed_folder(args.out, RUN_MARKS) as begins:
+        return _run(args, begins)
 
 
-def _run(args: argparse.Namespace, was_killed: bool) -> Report:
+def _run(args: argparse.Namespace, begins: bool) -> Report:
     backbone = _backbone(args)
     problem = with_backbone(problem_of(args), backbone)
     recon.methods.parse("joint" if args.method is None else args.method)
@@ -100,7 +100,7 @@ def _run(args: argparse.Namespace, was_killed: bool) -> Report:
     check_resume(args)
     _refuse_other_checkpoints(job)
     # Whoever was killed before anything was saved was about to replace the run that is there.
-    finished = None if was_killed else _finished(args, job)
+    finished = None if begins else _finished(args, job)
     if finished is None and ranks.number() == 0 and (args.out / RUN_FILE).exists() and not args.resume:
         print(f"note: the run in {args.out} will be replaced.", file=sys.stderr)
     if finished is not None:

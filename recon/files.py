@@ -126,8 +126,8 @@ def remove_left(left: Path) -> None:
 
 
 @contextmanager
-def written_alone(path: str | Path, lock: Path | None = None) -> Iterator[bool]:
-    """Let no other process write there in here; gives whether the last one that did was killed while it did.
+def written_alone(path: str | Path, lock: Path | None = None) -> Iterator[float | None]:
+    """Let no other process write there in here; gives when the last one began, if it was killed while it did.
 
     Args:
         path: a file, or whatever `lock` is for.
@@ -142,10 +142,10 @@ def written_alone(path: str | Path, lock: Path | None = None) -> Iterator[bool]:
         lock = make_folder(target.parent) / f".{target.name}{LOCK}"
     with contextlib.ExitStack() as stack:
         try:
-            was_killed = stack.enter_context(written_by_us(path, lock))
+            killed = stack.enter_context(written_by_us(path, lock))
         except OSError as error:
             raise cannot_write(path, error) from error
-        yield was_killed
+        yield killed
 
 
 def write_text(path: str | Path, text: str) -> None:

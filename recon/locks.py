@@ -25,8 +25,8 @@ _handles: set[int] = set()
 
 
 @contextmanager
-def written_by_us(path: str | Path, lock: Path) -> Iterator[bool]:
-    """Let no other process write `path` in here; gives whether the last one that did was killed while it did.
+def written_by_us(path: str | Path, lock: Path) -> Iterator[float | None]:
+    """Let no other process write `path` in here; gives when the last one began, if it was killed while it did.
 
     Args:
         path: for the message.
@@ -38,15 +38,15 @@ def written_by_us(path: str | Path, lock: Path) -> Iterator[bool]:
         OSError: the lock's file cannot be made.
     """
     if fcntl is None:
-        yield False
+        yield None
         return
-    handle, was_killed = _opened(path, lock)
+    handle, killed = _opened(path, lock)
     with closed(handle):
         with contextlib.suppress(OSError):  # of a full disk: the lock holds all the same
             os.ftruncate(handle, 0)
             os.write(handle, f"process {os.getpid()} on {socket.gethostname()}".encode())
         try:
-            yield was_killed
+            yield killed
         finally:
             with contextlib.suppress(OSError):
                 lock.unlink()
@@ -105,7 +105,7 @@ def closed(handle: int) -> Iterator[int]:
         os.close(handle)
 
 
-def _opened(path: str | Path, lock: Path) -> tuple[int, bool]:
+def _opened(path: str | Path, lock: Path) -> tuple[int, float | None]:
     while True:
         was_there = lock.exists()
         handle = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
@@ -117,7 +117,7 @@ def _opened(path: str | Path, lock: Path) -> tuple[int, bool]:
             )
         # Whoever had it may have removed the file just after we opened it.
         if _is_at(handle, lock):
-            return handle, was_there
+            return handle, os.fstat(handle).st_mtime if was_there else None
         os.close(handle)
 
 
