@@ -233,7 +233,7 @@ def test_over_an_older_run_all_is_new_or_nothing(files, ask, command, monkeypatc
     folder = files / f"unit-{verb}"
     ask(f"train tiny.py:problem --out {folder.name}")
     (folder / "notes.txt").write_text("mine")
-    kept = [name for name in ("run.json", "weights.safetensors", "best/run.json", "best/weights.safetensors")]
+    kept = ["run.json", "weights.safetensors", "best/run.json", "best/weights.safetensors"]
     before = {name: (folder / name).read_bytes() for name in kept}
 
     def full(*args, **kwargs):
