@@ -16,7 +16,7 @@ import recon
 from recon import ConflictMap
 from recon.documents import read_document, shown
 from recon.errors import MapFileError, PlanError, UsageError
-from recon.files import write_text
+from recon.files import make_folder, write_text
 from recon.layers import find_layers
 from recon.matching import Match, match
 from recon.methods import FeatureMethod
@@ -320,7 +320,7 @@ def train(job: Job) -> Run:
         surgery=variant.surgery,
         counting=Counting(settings.threshold, settings.count_every) if variant.counted else None,
     )
-    job.folder.mkdir(parents=True, exist_ok=True)
+    make_folder(job.folder)
     with (job.folder / LOG_FILE).open("a", encoding="utf-8") as log, redirect_stderr(log):
         run = training.run()
     for checkpoint in training.checkpoints:

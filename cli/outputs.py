@@ -1,18 +1,34 @@
-"""Checks of `--out` before hours of training, not after."""
+"""`--out`: checked before hours of training, not after, and then one command's alone."""
 
 from __future__ import annotations
 
+import contextlib
 import os
+import stat
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from recon.errors import UsageError
+from recon.files import cannot_write, kind_of, make_folder, mode_of, remove_partial, target_of, written_alone
+from recon.locks import LOCK
+from recon.replacing import finish_replacing, is_plumbing, sweep
+from recon_cli import ranks
 
-_MODEL_FILES = ("run.json", "plan.json", "weights.safetensors")
+MODEL_FILES = ("run.json", "plan.json", "weights.safetensors")
 CHECKPOINT_FILE = "training.checkpoint"
 METRICS_FILE = "metrics.jsonl"
-RUN_MARKS = (*_MODEL_FILES, CHECKPOINT_FILE, METRICS_FILE)
+PICTURE_FILE = "weights.png"
+BEST = "best"
+"""The folder in a run's that holds the model of its best epoch."""
+RUN_FILES = (
+    *MODEL_FILES,
+    *(f"{BEST}/{name}" for name in MODEL_FILES),
+    *(PICTURE_FILE, "conflicts.json", "cosines.json"),
+)
+"""What goes when another model takes the place of a run's."""
+RUN_MARKS = (*MODEL_FILES, CHECKPOINT_FILE, METRICS_FILE)
 """What the folder of a run has, be it interrupted early."""
 
 
@@ -25,19 +41,22 @@ def check_file(path: Path, mark: bytes) -> Path:
 
     Raises:
         UsageError: see above.
+        WriteError: the disk is full.
     """
-    if path.is_dir():
-        raise UsageError(f"Cannot write {path}: it is a folder. Give the name of a file.")
-    _check_place(path)
-    if path.exists():
-        with path.open("rb") as file:
-            head = file.read(200)
-        if head and mark not in head:
-            raise UsageError(f"{path} holds something else and would be overwritten. Choose another name.")
+    target = target_of(path)
+    _check_place(path, target)
+    try:
+        if target.exists():
+            with target.open("rb") as file:
+                head = file.read(200)
+            if head and mark not in head:
+                raise UsageError(f"{path} holds something else and would be overwritten. Choose another name.")
+    except OSError as error:
+        raise cannot_write(path, error) from error
     return path
 
 
-def check_folder(folder: Path, marks: Sequence[str] = _MODEL_FILES) -> Path:
+def check_folder(folder: Path, marks: Sequence[str] = MODEL_FILES) -> Path:
     """Refuse a folder that cannot be written to, or one with files of another kind.
 
     Args:
@@ -46,24 +65,84 @@ def check_folder(folder: Path, marks: Sequence[str] = _MODEL_FILES) -> Path:
 
     Raises:
         UsageError: see above.
+        WriteError: the disk is full.
     """
-    if folder.exists() and not folder.is_dir():
-        raise UsageError(f"Cannot write into {folder}: it is a file. Give the name of a folder.")
-    _check_place(folder / marks[0])
-    if folder.exists() and any(folder.iterdir()) and not any((folder / name).exists() for name in marks):
+    mode = mode_of(folder)
+    if mode is not None and not stat.S_ISDIR(mode):
+        raise UsageError(f"Cannot write into {folder}: it is {kind_of(mode)}. Give the name of a folder.")
+    _check_place(folder / marks[0], Path(os.path.realpath(folder)) / marks[0])
+    try:
+        others = mode is not None and any(file.name != LOCK and not is_plumbing(file.name) for file in folder.iterdir())
+    except OSError as error:
+        raise cannot_write(folder, error, "look into") from error
+    if others and not any((folder / name).exists() for name in marks):
         raise UsageError(f"{folder} holds other files, and no {' or '.join(marks)}. Choose a new or empty folder.")
     return folder
 
 
-def _check_place(path: Path) -> None:
-    folder = path.parent
+@contextmanager
+def claimed_file(path: Path, mark: bytes) -> Iterator[bool]:
+    """Check a file as `check_file` does, and let no other process write it in here.
+
+    Gives whether the last one was killed before it had replaced the file.
+    """
+    check_file(path, mark)
+    target = target_of(path)
+    with _claimed(path, target.parent, target.with_name(f".{target.name}{LOCK}")) as killed:
+        if ranks.number() == 0:
+            remove_partial(target)
+        yield _is_older(target, killed)
+
+
+@contextmanager
+def claimed_folder(folder: Path, marks: Sequence[str] = MODEL_FILES) -> Iterator[bool]:
+    """Check a folder as `check_folder` does, and let no other process write into it in here.
+
+    Gives whether the last one was killed before it had replaced what is in there.
+    """
+    if ranks.number() == 0 and mode_of(folder) is not None:
+        finish_replacing(folder)
+    check_folder(folder, marks)
+    with _claimed(folder, folder, folder / LOCK) as killed:
+        if ranks.number() == 0:
+            sweep(folder)
+        yield _is_older(folder / marks[0], killed)
+
+
+@contextmanager
+def _claimed(path: Path, folder: Path, lock: Path) -> Iterator[float | None]:
+    """Of several processes, the first one writes."""
+    if ranks.number():
+        yield None
+        return
+    made = [f for f in (folder, *folder.parents) if not f.exists()]
+    try:
+        make_folder(folder)
+        with written_alone(path, lock) as killed:
+            yield killed
+    finally:
+        for each in made:
+            with contextlib.suppress(OSError):  # not made after all, or it holds something and stays
+                each.rmdir()
+
+
+def _is_older(path: Path, begun: float | None) -> bool:
+    return begun is not None and path.exists() and path.stat().st_mtime < begun
+
+
+def _check_place(path: Path, target: Path) -> None:
+    folder = target.parent
     while not os.path.lexists(folder):
         folder = folder.parent
     if not folder.is_dir():
-        raise UsageError(f"Cannot write {path}: {folder} is not a folder. Choose another place to write to.")
-    try:  # permissions alone do not tell: a full disk, a read-only one and /proc pass them
+        named = path.parent if folder == target.parent else folder
+        raise UsageError(f"Cannot write {path}: {named} is not a folder. Choose another place to write to.")
+    try:
+        # What is written beside it for a while has a longer name.
+        with contextlib.suppress(FileNotFoundError):
+            os.lstat(folder / f".{target.name}.checkpoint.partial-12345678")
+        # Permissions alone do not tell: a full disk, a read-only one and /proc pass them.
         os.rmdir(tempfile.mkdtemp(prefix=".recon-", dir=folder))
     except OSError as error:
-        raise UsageError(
-            f"Cannot write {path}: {folder} takes no files ({error.strerror}). Choose another place to write to."
-        ) from error
+        reason = cannot_write(path, error)
+        raise type(reason)(f"{reason} ({folder} takes no files.)") from error

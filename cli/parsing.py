@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import re
 import textwrap
 from collections.abc import Callable
@@ -82,7 +83,7 @@ def add_problem(parser: Parser) -> None:
     """What `recon_cli.backbones.problem_of` reads: PROBLEM, the options that some take, and another network for it."""
     parser.add_argument("problem", metavar="PROBLEM", help=PROBLEM)
     parser.add_argument(
-        "--data-root", type=Path, metavar="DIR", help="where the problem's data set is, if it needs one"
+        "--data-root", type=any_path, metavar="DIR", help="where the problem's data set is, if it needs one"
     )
     parser.add_argument(
         "--train-samples",
@@ -93,7 +94,7 @@ def add_problem(parser: Parser) -> None:
     parser.add_argument("--backbone", metavar="NAME", help=f"another network than the problem's: {BACKBONE}")
     parser.add_argument(
         "--pretrained",
-        type=Path,
+        type=any_path,
         metavar="FILE",
         help="ImageNet weights of torchvision's (.pth) for the problem's backbone, if it takes them",
     )
@@ -122,6 +123,28 @@ def add_training_options(parser: Parser) -> None:
 def add_device_option(parser: Parser) -> None:
     """Where the model runs."""
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is one, else cpu")
+
+
+def any_path(text: str) -> Path:
+    """An argument that names a file or a folder."""
+    if "\0" in text:
+        raise argparse.ArgumentTypeError(f"{text!r} holds the character NUL, which no name can")
+    return Path(not_empty(text))
+
+
+def not_empty(text: str) -> str:
+    """An argument that may name a file or a folder, or something else."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("it is empty; give a name (the working folder is '.')")
+    return text
+
+
+def file_path(text: str) -> Path:
+    """An argument that names a file to write."""
+    found = any_path(text)
+    if text.endswith(("/", os.sep)):
+        raise argparse.ArgumentTypeError(f"{text!r} names a folder; give the name of a file")
+    return found
 
 
 def positive_integer(text: str) -> int:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from recon.errors import UsageError
 from recon_cli.outputs import check_file
+from recon_cli.parsing import file_path
 from recon_cli.selectors import groups_of, surgery_name
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ def add_picture_options(parser: Parser) -> None:
     """What else a plan can be shown as."""
     parser.add_argument(
         "--frontier",
-        type=Path,
+        type=file_path,
         nargs="?",
         const=_FRONTIER,
         metavar="FILE.png",
@@ -35,7 +36,7 @@ def add_picture_options(parser: Parser) -> None:
     )
     parser.add_argument(
         "--picture",
-        type=Path,
+        type=file_path,
         nargs="?",
         const=_NETWORK,
         metavar="FILE.png",

@@ -11,19 +11,19 @@ from torch import nn
 import recon
 from recon.problem import Batch, Task
 from recon.random_states import global_states_kept
+from recon.replacing import replacing
 from recon.runs import Run
 from recon_cli import ranks, workbench
 from recon_cli.best import Evaluations
-
-BEST = "best"
-"""The folder in a run's that holds the model of its best epoch."""
+from recon_cli.outputs import BEST, METRICS_FILE, MODEL_FILES, RUN_FILES
 
 
 @dataclass
 class RunFolder:
     """Saves and evaluates a model after every epoch.
 
-    The folder has the last model, and in `best/` the best one, as `recon.load` takes them. Of several processes, the
+    The folder has the last model, and in `best/` the best one, as `recon.load` takes them. A model and its record are
+    replaced together, and an older run stays whole until this one's first epoch is done. Of several processes, the
     first one writes; all evaluate, since one that does not would wait for too long.
 
     Args:
@@ -48,8 +48,7 @@ class RunFolder:
         """Keep the epoch's model, and tell of it; the results go into the epoch's record."""
         self._note(epoch)
         if ranks.number() == 0:
-            self.run.save(self.home)
-            recon.save(self.model, self.folder)
+            self._keep_last(epoch.number)
         if self.evaluations.due(epoch.number, self.run.epochs):
             # Looking at the test data must not change what the training draws.
             with global_states_kept():
@@ -71,14 +70,26 @@ class RunFolder:
         earlier = [r for r in self.run.history if not self._is_mine(r) or r["number"] < epoch.number]
         self.run.history = [*earlier, asdict(epoch)]
 
+    def _keep_last(self, number: int) -> None:
+        # With its first epoch's model, this run takes the place of an older one.
+        older = RUN_FILES if number == 1 else ()
+        if self.run.is_single_task:
+            with replacing(self.home, (*older, METRICS_FILE) if number == 1 else ()) as new:
+                self.run.save(new)
+        with replacing(self.folder, older) as new:
+            if not self.run.is_single_task:
+                self.run.save(new)
+            recon.save(self.model, new)
+
     def _keep_best(self, number: int) -> None:
         mine = [record for record in self.run.history if self._is_mine(record)]
         best = self.evaluations.best(mine, self.run.higher_is_better)
         if best is None or best["number"] != number:
             return
-        recon.save(self.model, self.folder / BEST)
-        if not self.run.is_single_task:
-            replace(self.run, results=best["results"]).save(self.folder / BEST)
+        with replacing(self.folder / BEST, MODEL_FILES) as new:
+            recon.save(self.model, new)
+            if not self.run.is_single_task:
+                replace(self.run, results=best["results"]).save(new)
 
     def _is_mine(self, record: dict[str, object]) -> bool:
         losses = record["losses"]

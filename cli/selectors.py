@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from recon_cli.parsing import positive_integer, positive_number, share, threshold
+from recon_cli.parsing import any_path, positive_integer, positive_number, share, threshold
 from recon_cli.renames import add_rename_option, renames
 
 if TYPE_CHECKING:
@@ -27,7 +26,7 @@ _WAYS = ("top_k", "share", *_BUDGETS, "auto", "like", "layers", "matching")
 
 def add_selection_options(parser: Parser) -> None:
     """Which layers are branched, and which tasks share a copy."""
-    parser.add_argument("--map", type=Path, metavar="MAP", help="the conflict map that chooses the layers")
+    parser.add_argument("--map", type=any_path, metavar="MAP", help="the conflict map that chooses the layers")
     ways = parser.add_argument_group("which layers", "One of these; --max-params and --max-macs may go together.")
     which = ways.add_mutually_exclusive_group()
     which.add_argument("--top-k", type=positive_integer, metavar="K", help="branch K layers of the map")
@@ -37,7 +36,7 @@ def add_selection_options(parser: Parser) -> None:
     which.add_argument("--matching", metavar="REGEX", help="all shared layers whose whole name matches; needs no map")
     which.add_argument(
         "--like",
-        type=Path,
+        type=any_path,
         metavar="FOLDER",
         help="a control, by --select: as many parameters as the branched model in FOLDER adds",
     )

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from recon.errors import UsageError
+from recon.files import make_folder
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -42,7 +43,7 @@ class Events:
             from torch.utils.tensorboard import SummaryWriter
 
             # A resumed training takes its last steps again: what is there of them counts no more.
-            self._writer = SummaryWriter(str(self.folder), purge_step=self._step)
+            self._writer = SummaryWriter(str(make_folder(self.folder)), purge_step=self._step)
         for name, value in _scalars(line).items():
             self._writer.add_scalar(name, value, self._step)
         if "step" not in line:

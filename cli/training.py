@@ -11,23 +11,20 @@ import torch
 from torch import nn
 
 import recon
-from recon.checkpoint import PLAN_FILE
 from recon.distributed import RankBatches
 from recon.evaluation import directions
 from recon.problem import Loss, Problem, Task
 from recon.runs import RUN_FILE, SINGLE_TASK, Run
 from recon.surgery import plan_of
-from recon.weights import WEIGHTS_FILE
 from recon_cli import ranks, workbench
 from recon_cli.best import Evaluations
 from recon_cli.counting import ConflictCounter, Counting
 from recon_cli.optimizers import depends_on_length, make_optimizer, make_scheduler
-from recon_cli.outputs import CHECKPOINT_FILE, METRICS_FILE
+from recon_cli.outputs import BEST, CHECKPOINT_FILE, METRICS_FILE, RUN_MARKS
 from recon_cli.recipe import Recipe
-from recon_cli.run_folder import BEST, RunFolder
+from recon_cli.run_folder import RunFolder
 from recon_cli.tensorboard import Events
 
-PICTURE_FILE = "weights.png"
 EVENTS = "tensorboard"
 
 
@@ -99,9 +96,6 @@ class Training:
 
     def run(self) -> Run:
         """Train, evaluate, save."""
-        if not self.resume:
-            for folder in self.folders.values():
-                (folder / PICTURE_FILE).unlink(missing_ok=True)  # of an older run, whose weights changed
         return self._single_tasks() if self.method == SINGLE_TASK else self._together()
 
     def left(self) -> str:
@@ -137,15 +131,13 @@ class Training:
         model, _ = self._start()
         costs = workbench.single_task_costs(model, run.tasks, self._example_inputs())
         run.parameters, run.macs = costs.parameters, costs.macs
-        if ranks.number() == 0:
+        if ranks.number() == 0 and not any((self.folder / mark).exists() for mark in RUN_MARKS):
             run.save(self.folder)  # the folder must be known as a run's before a task's folder lies in it
         results: dict[str, Mapping[str, float]] = {}
         for task in self.problem.tasks:
             model, _ = self._start()
             results |= self._fit(run, model, [task], self.folders[task.name])
         run.results = results
-        if ranks.number() == 0:
-            self._remove_older_model()
         return self._finish(run)
 
     def _start(self) -> tuple[nn.Module, Run | None]:
@@ -163,10 +155,12 @@ class Training:
 
     def _new_run(self, label: str) -> Run:
         """A record; a resumed training's has the epochs that were done."""
-        done = []
+        done: list[dict[str, Any]] = []
         if self.resume and any(checkpoint.exists() for checkpoint in self.checkpoints):
             earlier = workbench.read_record(self.problem, self.folder)
-            done = [] if earlier is None else earlier.history
+            # An older run's, which this one has not replaced yet, tells nothing of it.
+            if earlier is not None and not earlier.finished and earlier.settings == self.settings():
+                done = earlier.history
         return Run(
             problem=self.problem.name,
             label=label,
@@ -222,12 +216,3 @@ class Training:
         if ranks.number() == 0:
             run.save(self.folder)
         return run
-
-    def _remove_older_model(self) -> None:
-        """What an older run left that trained one model in this folder."""
-        best = [path for path in (self.folder / BEST).glob("*") if path.is_file()]
-        files = [self.folder / name for name in (WEIGHTS_FILE, PLAN_FILE, METRICS_FILE, PICTURE_FILE)]
-        for file in [*files, *best]:
-            file.unlink(missing_ok=True)
-        if best:
-            (self.folder / BEST).rmdir()

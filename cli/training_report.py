@@ -11,10 +11,9 @@ from recon.runs import Run
 from recon.tables import metric_text, short_number, text_table
 from recon_cli import ranks
 from recon_cli.best import Record
-from recon_cli.outputs import METRICS_FILE
+from recon_cli.outputs import BEST, METRICS_FILE, PICTURE_FILE
 from recon_cli.parsing import Report
-from recon_cli.run_folder import BEST
-from recon_cli.training import PICTURE_FILE, Training
+from recon_cli.training import Training
 
 _CHANGE = 1e-6  # of a weight, relative: less is rounding
 _LARGEST = 100.0  # of a static weight that is worth trying: it multiplies the learning rate of all that its task trains

@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING
 
 import recon
 from recon_cli.backbones import problem_of
-from recon_cli.outputs import check_folder
+from recon_cli.outputs import claimed_folder
 from recon_cli.parsing import (
     METHOD,
     Report,
     add_device_option,
     add_problem,
     add_verb,
+    any_path,
     positive_integer,
     positive_number,
     threshold,
@@ -85,7 +86,7 @@ def add_parser(verbs: Verbs) -> None:
     )
     layers.add_argument(
         "--map",
-        type=Path,
+        type=any_path,
         metavar="MAP",
         help="of this problem: take it and do not profile; of another data set: train its plan too, the paper's Recon*",
     )
@@ -94,14 +95,18 @@ def add_parser(verbs: Verbs) -> None:
         "--workers", type=positive_integer, help="trainings at a time (default: one a core; 1 on a GPU)"
     )
     add_device_option(parser)
-    parser.add_argument("--out", type=Path, default=Path("bench"), metavar="FOLDER", help="default: bench")
+    parser.add_argument("--out", type=any_path, default=Path("bench"), metavar="FOLDER", help="default: bench")
 
 
 def run(args: argparse.Namespace) -> Report:
     """Run what is missing, and report."""
     if args.rename and not args.map:
         args.parser.error("--rename goes with --map: it renames the map's layers")
-    check_folder(args.out, marks=("results.json",))
+    with claimed_folder(args.out, marks=("results.json",)):
+        return _run(args)
+
+
+def _run(args: argparse.Namespace) -> Report:
     given = recon.ConflictMap.load(args.map) if args.map else None
     problem = problem_of(args)
     preset = _preset(args, problem)

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from recon.comparison import compare
 from recon.runs import Run
-from recon_cli.parsing import Report, add_verb
+from recon_cli.parsing import Report, add_verb, any_path
 
 if TYPE_CHECKING:
     from recon_cli.parsing import Verbs
@@ -31,8 +30,10 @@ def add_parser(verbs: Verbs) -> None:
         "first plain run, or else the smallest. Multiply-adds are of one sample's forward pass. Step times, loading "
         "included, are each run's own: for a ratio that holds, see `recon convert`, which times both models in turn.",
     )
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a folder that `recon train` wrote")
-    parser.add_argument("--baseline", type=Path, metavar="RUN", help="of Δm (default: the single-task run among RUN)")
+    parser.add_argument("runs", nargs="+", type=any_path, metavar="RUN", help="a folder that `recon train` wrote")
+    parser.add_argument(
+        "--baseline", type=any_path, metavar="RUN", help="of Δm (default: the single-task run among RUN)"
+    )
 
 
 def run(args: argparse.Namespace) -> Report:

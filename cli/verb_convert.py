@@ -6,20 +6,22 @@ import argparse
 import shlex
 import sys
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import recon
+from recon.errors import UsageError
+from recon.replacing import replacing
 from recon.runs import Run
 from recon.tables import short_number, text_table
 from recon_cli.backbones import problem_of
 from recon_cli.map_fit import fit_data, fit_line, match_map
-from recon_cli.outputs import check_folder
+from recon_cli.outputs import CHECKPOINT_FILE, RUN_FILES, claimed_folder
 from recon_cli.parsing import (
     Report,
     add_device_option,
     add_problem,
     add_verb,
+    any_path,
     problem_arguments,
     seed,
 )
@@ -94,13 +96,21 @@ def add_parser(verbs: Verbs) -> None:
     )
     parser.add_argument("--no-verify", action="store_true", help="do not check the branched model on a few samples")
     add_device_option(parser)
-    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="where the branched model goes")
+    parser.add_argument("--out", type=any_path, required=True, metavar="FOLDER", help="where the branched model goes")
 
 
 def run(args: argparse.Namespace) -> Report:
     """Plan, convert, save, count and time."""
     _check_options(args)
-    check_folder(args.out)
+    with claimed_folder(args.out):
+        return _run(args)
+
+
+def _run(args: argparse.Namespace) -> Report:
+    if (args.out / CHECKPOINT_FILE).exists():
+        raise UsageError(
+            f"{args.out} keeps an interrupted training. Choose another --out, or delete {CHECKPOINT_FILE} there."
+        )
     cmap = recon.ConflictMap.load(args.map) if args.map else None
     problem = problem_of(args)
     from recon.cost_model import CostModel  # late: these import torch
@@ -157,8 +167,9 @@ def _save(args: argparse.Namespace, problem: Problem, branched: nn.Module, plan:
         macs=costs.macs,
         backbone=problem.backbone,
     )
-    run.save(args.out)
-    recon.save(branched, args.out)
+    with replacing(args.out, RUN_FILES) as new:
+        run.save(new)
+        recon.save(branched, new)
 
 
 def _report(

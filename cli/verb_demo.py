@@ -6,8 +6,8 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from recon_cli.outputs import check_folder
-from recon_cli.parsing import Report, add_device_option, add_verb, positive_integer
+from recon_cli.outputs import claimed_folder
+from recon_cli.parsing import Report, add_device_option, add_verb, any_path, positive_integer
 
 if TYPE_CHECKING:
     from recon_cli.parsing import Verbs
@@ -27,7 +27,7 @@ def add_parser(verbs: Verbs) -> None:
         "Profiles once; trains single-task models, joint training and PCGrad, with and without Recon, and with as many "
         "layers branched at random; prints one table, whoever wins.",
     )
-    parser.add_argument("--out", type=Path, default=Path("demo"), metavar="FOLDER", help="default: demo")
+    parser.add_argument("--out", type=any_path, default=Path("demo"), metavar="FOLDER", help="default: demo")
     parser.add_argument("--seeds", type=positive_integer, default=2, help="train everything this often (default: 2)")
     parser.add_argument("--epochs", type=positive_integer, default=6, help="of every training (default: 6)")
     parser.add_argument("--top-k", type=positive_integer, default=8, metavar="K", help="layers to branch (default: 8)")
@@ -37,7 +37,11 @@ def add_parser(verbs: Verbs) -> None:
 
 def run(args: argparse.Namespace) -> Report:
     """Run it all and report."""
-    check_folder(args.out, marks=("map.json", "results.json"))
+    with claimed_folder(args.out, marks=("map.json", "results.json")):
+        return _run(args)
+
+
+def _run(args: argparse.Namespace) -> Report:
     from recon_cli import workbench  # late: these import torch
     from recon_cli.demo import Demo
     from recon_cli.study import default_workers

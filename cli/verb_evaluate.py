@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import recon
 from recon.tables import metrics_table
 from recon_cli.backbones import problem_of
-from recon_cli.parsing import Report, add_device_option, add_problem, add_verb, seed
+from recon_cli.parsing import Report, add_device_option, add_problem, add_verb, any_path, seed
 
 if TYPE_CHECKING:
     import torch
@@ -31,7 +31,7 @@ def add_parser(verbs: Verbs) -> None:
         """,
     )
     add_problem(parser)
-    parser.add_argument("--model", type=Path, required=True, metavar="FOLDER", help="what train or convert saved")
+    parser.add_argument("--model", type=any_path, required=True, metavar="FOLDER", help="what train or convert saved")
     parser.add_argument("--seed", type=seed, help="of the loaders (default: the one that the model was trained with)")
     add_device_option(parser)
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import recon
 from recon.errors import UsageError
 from recon_cli.map_tables import comparison_data, comparison_text, header_text
 from recon_cli.outputs import check_file
-from recon_cli.parsing import Parser, Report, add_verb, positive_integer, threshold
+from recon_cli.parsing import Parser, Report, add_verb, any_path, file_path, positive_integer, threshold
 from recon_cli.ranking import ranked_layers, ranking_table, unsure_why
 from recon_cli.renames import add_rename_option, renames
 from recon_cli.terminal import tell
@@ -61,7 +60,7 @@ def _add_show(actions: Verbs) -> Parser:
         "what other batches would have done, not what another seed would.",
     )
     parser.add_argument(
-        "map", type=Path, metavar="MAP", help="a file that `recon profile` wrote, or one from merge or import"
+        "map", type=any_path, metavar="MAP", help="a file that `recon profile` wrote, or one from merge or import"
     )
     parser.add_argument(
         "--top-k",
@@ -72,7 +71,7 @@ def _add_show(actions: Verbs) -> Parser:
     )
     _add_threshold(parser)
     _add_top(parser)
-    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw layers x quarters of the training")
+    parser.add_argument("--plot", type=file_path, metavar="FILE.png", help="draw layers x quarters of the training")
     return parser
 
 
@@ -91,8 +90,8 @@ def _add_compare(actions: Verbs) -> Parser:
         "are 1 for the same order, about 0 for unrelated ones, -1 for opposite ones. Layers with equal scores share "
         "the mean of their ranks.",
     )
-    parser.add_argument("first", type=Path, metavar="A", help="a conflict map")
-    parser.add_argument("second", type=Path, metavar="B", help="another one")
+    parser.add_argument("first", type=any_path, metavar="A", help="a conflict map")
+    parser.add_argument("second", type=any_path, metavar="B", help="another one")
     parser.add_argument(
         "--top-k",
         type=positive_integer,
@@ -117,7 +116,7 @@ def _add_merge(actions: Verbs) -> Parser:
         "The runs must agree in tasks, threshold, layers and parameter shapes. Counts and steps are added up, quarter "
         "by quarter.",
     )
-    parser.add_argument("maps", type=Path, nargs="+", metavar="MAP", help="two or more conflict maps")
+    parser.add_argument("maps", type=any_path, nargs="+", metavar="MAP", help="two or more conflict maps")
     _add_out(parser)
     return parser
 
@@ -135,7 +134,7 @@ def _add_import(actions: Verbs) -> Parser:
         "A .json file holds the scores of its layers at one S and nothing else; a .pt file holds every cosine, so that "
         "the map answers for every S. The prefix feature_extractor. and the pieces .m_list.0. of its layer names go.",
     )
-    parser.add_argument("file", type=Path, metavar="FILE", help="{layer: score} (.json), or a log of cosines (.pt)")
+    parser.add_argument("file", type=any_path, metavar="FILE", help="{layer: score} (.json), or a log of cosines (.pt)")
     parser.add_argument(
         "--threshold",
         type=threshold,
@@ -248,7 +247,7 @@ def _add_top(parser: Parser) -> None:
 
 
 def _add_out(parser: Parser) -> None:
-    parser.add_argument("--out", type=Path, required=True, metavar="MAP", help="the new conflict map, a JSON file")
+    parser.add_argument("--out", type=file_path, required=True, metavar="MAP", help="the new conflict map, a JSON file")
 
 
 def _tasks(text: str) -> tuple[str, ...]:

@@ -12,17 +12,17 @@ from typing import TYPE_CHECKING
 
 import recon
 from recon import problems
-from recon.errors import MapFileError, UsageError
-from recon.files import remove_partial
+from recon.errors import MapFileError
 from recon_cli import ranks
 from recon_cli.backbones import backbone_title, problem_of
-from recon_cli.outputs import check_file
+from recon_cli.outputs import claimed_file
 from recon_cli.parsing import (
     METHOD,
     Report,
     add_problem,
     add_training_options,
     add_verb,
+    file_path,
     positive_integer,
     problem_arguments,
     share,
@@ -88,7 +88,7 @@ def add_parser(verbs: Verbs) -> None:
         help="exact: hold the gradients of all tasks at once; sketch: one gradient's memory for any number of tasks, "
         "cosines to about 0.02 (default: exact)",
     )
-    parser.add_argument("--out", type=Path, required=True, metavar="MAP", help="the conflict map, a JSON file")
+    parser.add_argument("--out", type=file_path, required=True, metavar="MAP", help="the conflict map, a JSON file")
     parser.add_argument(
         "--resume", action="store_true", help="go on from MAP.checkpoint, to the same map; without one, begin"
     )
@@ -96,7 +96,11 @@ def add_parser(verbs: Verbs) -> None:
 
 def run(args: argparse.Namespace) -> Report:
     """Profile, save the map, show the ranking's top."""
-    check_file(args.out, b'"recon conflict map"')
+    with claimed_file(args.out, b'"recon conflict map"') as begins:
+        return _run(args, begins)
+
+
+def _run(args: argparse.Namespace, begins: bool) -> Report:
     problem = problem_of(args)
     recon.methods.parse(args.method)
     from recon_cli import workbench  # late: these import torch
@@ -107,13 +111,14 @@ def run(args: argparse.Namespace) -> Report:
     device = workbench.choose_device(args.device)
     checkpoint = checkpoint_beside(args.out)
     finished = _finished_map(args.out)
-    if finished is not None and args.resume and not checkpoint.exists():
-        return _report(args, problem, _checked_same(finished, args, problem))
+    # Whoever was killed before anything was saved was about to replace the map that is there.
+    resumes = args.resume and not checkpoint.exists() and not begins
+    if finished is not None and resumes and _is_ours(finished, args, problem):
+        print(f"{args.out} is finished; there is nothing to resume.", file=sys.stderr)
+        return _report(args, problem, finished)
     if finished is not None:
         print(f"note: the map in {args.out} will be replaced when the new one is finished.", file=sys.stderr)
     with ranks.joined(device), resumable(args, [checkpoint]):
-        if ranks.number() == 0:
-            remove_partial(args.out)
         cmap = _profile(args, problem, device, checkpoint)
         if ranks.number() == 0:
             cmap.save(args.out)
@@ -177,23 +182,25 @@ def _finished_map(path: Path) -> ConflictMap | None:
     return None if cmap.unfinished else cmap
 
 
-def _checked_same(cmap: ConflictMap, args: argparse.Namespace, problem: Problem) -> ConflictMap:
-    """The finished map, if it is what the command would make."""
-    from recon_cli import workbench  # late: it imports torch
+def _is_ours(cmap: ConflictMap, args: argparse.Namespace, problem: Problem) -> bool:
+    """Whether the finished map is what the command would make, as far as the map says how it was made."""
+    from recon_cli import optimizers, workbench  # late: these import torch
+    from recon_cli.recipe import Recipe
 
+    model = workbench.make_model(problem, args.seed)
+    group = optimizers.make_optimizer(problem, model, Recipe(lr=args.lr)).param_groups[0]
     asked = {
         "problem": problem.name,
-        "backbone": backbone_title(problem, workbench.make_model(problem, args.seed)),
-        **{name: getattr(args, name) for name in ("seed", "method", "epochs")},
+        "train_samples": args.train_samples,
+        "backbone": backbone_title(problem, model),
+        "learning_rate": group.get("initial_lr", group.get("lr")),
+        "memory": args.memory if args.memory != "exact" else None,
+        "every": args.every if args.every != 1 else None,
+        "processes": ranks.count() if ranks.count() > 1 else None,
+        **{name: getattr(args, name) for name in ("seed", "method", "epochs", "until_stable")},
     }
-    for name, value in asked.items():
-        if cmap.made_by.get(name) != value:
-            raise UsageError(
-                f"{args.out} is the finished map of another profile: its {name} is {cmap.made_by.get(name)}, not "
-                f"{value}. There is nothing to resume: choose another --out, or leave --resume out to replace it."
-            )
-    print(f"{args.out} is finished; there is nothing to resume.", file=sys.stderr)
-    return cmap
+    same = all(cmap.made_by.get(name) == value for name, value in asked.items())
+    return same and cmap.threshold == workbench.threshold_of(problem, args.threshold)
 
 
 def _report(args: argparse.Namespace, problem: Problem, cmap: ConflictMap) -> Report:

@@ -14,13 +14,15 @@ from recon.runs import RUN_FILE, SINGLE_TASK, Run
 from recon_cli import ranks
 from recon_cli.backbones import model_backbone, problem_of, with_backbone
 from recon_cli.best import Evaluations
-from recon_cli.outputs import CHECKPOINT_FILE, RUN_MARKS, check_folder
+from recon_cli.outputs import CHECKPOINT_FILE, RUN_MARKS, claimed_folder
 from recon_cli.parsing import (
     METHOD,
     Report,
     add_problem,
     add_training_options,
     add_verb,
+    any_path,
+    not_empty,
     positive_integer,
 )
 from recon_cli.recipe import add_recipe_options, recipe_of
@@ -55,6 +57,7 @@ def add_parser(verbs: Verbs) -> None:
     add_problem(parser)
     parser.add_argument(
         "--model",
+        type=not_empty,
         metavar="MODEL",
         help="the folder of a model to start from, which convert or train saved; or what --backbone takes",
     )
@@ -72,7 +75,7 @@ def add_parser(verbs: Verbs) -> None:
         help="what tells the best epoch (default: the mean relative improvement on the first evaluation)",
     )
     parser.add_argument("--tensorboard", action="store_true", help="write TensorBoard's events into FOLDER/tensorboard")
-    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="where the run goes")
+    parser.add_argument("--out", type=any_path, required=True, metavar="FOLDER", help="where the run goes")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in FOLDER; without one, begin")
 
 
@@ -82,7 +85,11 @@ def run(args: argparse.Namespace) -> Report:
         args.parser.error(f"--single-task has one task at a time, so it does not go with --method {args.method}")
     if args.single_task and args.best_by:
         args.parser.error("--single-task keeps the best model of each task, so it does not go with --best-by")
-    check_folder(args.out, RUN_MARKS)
+    with claimed_folder(args.out, RUN_MARKS) as begins:
+        return _run(args, begins)
+
+
+def _run(args: argparse.Namespace, begins: bool) -> Report:
     backbone = _backbone(args)
     problem = with_backbone(problem_of(args), backbone)
     recon.methods.parse("joint" if args.method is None else args.method)
@@ -92,7 +99,8 @@ def run(args: argparse.Namespace) -> Report:
 
     check_resume(args)
     _refuse_other_checkpoints(job)
-    finished = _finished(args, job)
+    # Whoever was killed before anything was saved was about to replace the run that is there.
+    finished = None if begins else _finished(args, job)
     if finished is None and ranks.number() == 0 and (args.out / RUN_FILE).exists() and not args.resume:
         print(f"note: the run in {args.out} will be replaced.", file=sys.stderr)
     if finished is not None:

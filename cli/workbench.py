@@ -27,6 +27,7 @@ from recon.layers import find_layers
 from recon.problem import Batch, Problem
 from recon.problems.loading import prepare
 from recon.reach import reached_leaves
+from recon.replacing import finish_replacing
 from recon.runs import RUN_FILE, Run
 from recon.tables import metric_text
 from recon.trainer import Epoch, task_losses
@@ -92,6 +93,7 @@ def read_record(problem: Problem, folder: Path) -> Run | None:
     Raises:
         CheckpointError: it cannot be read, or is another problem's.
     """
+    finish_replacing(folder)
     if not (folder / RUN_FILE).exists():
         return None
     record = Run.load(folder)

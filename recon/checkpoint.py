@@ -11,8 +11,9 @@ from torch import nn
 
 from recon.branch_plan import BranchPlan
 from recon.errors import CheckpointError, ReconError, UsageError
-from recon.files import make_folder, write_text
+from recon.files import write_text
 from recon.plan_file import plan_from_json, plan_to_json
+from recon.replacing import finish_replacing, replacing
 from recon.rotations import NAME, attach_rotations
 from recon.surgery import convert
 from recon.weights import WEIGHTS_FILE, load_weights, read_metadata, read_weights, save_weights
@@ -21,24 +22,23 @@ PLAN_FILE = "plan.json"
 
 
 def save(model: nn.Module, folder: str | Path) -> None:
-    """Write `weights.safetensors`, and `plan.json` for a branched model; each file atomically.
+    """Write `weights.safetensors`, and `plan.json` for a branched model: both, or neither if that fails.
 
     Args:
         model: branched by `recon.convert`, or a plain model.
-        folder: made if it does not exist; an older model in it is replaced.
+        folder: made if it does not exist; an older model in it is replaced, other files stay.
 
     Raises:
         UsageError: the folder cannot be written to.
+        WriteError: the disk is full, or failed; an older model is as it was.
     """
-    folder = make_folder(folder)
     plan = getattr(model, "branch_plan", None)
     text = plan_to_json(plan) if isinstance(plan, BranchPlan) else ""
-    # The weights carry the plan too, so that files of two different saves are told apart.
-    save_weights(model, folder / WEIGHTS_FILE, text)
-    if text:
-        write_text(folder / PLAN_FILE, text)
-    else:
-        (folder / PLAN_FILE).unlink(missing_ok=True)
+    with replacing(folder, (WEIGHTS_FILE, PLAN_FILE)) as new:
+        # The weights carry the plan too, so that files of two different saves are told apart.
+        save_weights(model, new / WEIGHTS_FILE, text)
+        if text:
+            write_text(new / PLAN_FILE, text)
 
 
 def load(folder: str | Path, model: nn.Module) -> nn.Module:
@@ -101,6 +101,7 @@ def _load_weights(model: nn.Module, folder: Path) -> None:
 
 
 def _metadata(folder: Path) -> dict[str, str]:
+    finish_replacing(folder)
     if not (folder / WEIGHTS_FILE).is_file():
         raise CheckpointError(
             f"{folder} holds no {WEIGHTS_FILE}: no model was saved there. Pass the folder that `recon convert`, "

@@ -97,6 +97,10 @@ class VerificationError(ReconError):
     """A branched model that does not compute what the original with each task's copies computes."""
 
 
+class WriteError(ReconError):
+    """A file that could not be written although it may lie there: the disk is full, or failed."""
+
+
 class GradientError(ReconError):
     """A gradient that cannot be used: absent for a whole task, or not finite."""
 

@@ -17,7 +17,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from recon.batch_stream import batch_count
 from recon.distributed import world_size
 from recon.errors import CheckpointError, ReconError, UsageError
-from recon.files import remove_partial
+from recon.files import remove_partial, written_alone
 from recon.history import History
 from recon.interrupts import Interrupts
 from recon.methods import Method
@@ -95,11 +95,15 @@ class Checkpoints:
 
     @contextmanager
     def kept(self) -> Iterator[None]:
-        """Whatever ends the training in here, the last complete step is saved, if that can be done."""
+        """Whatever ends the training in here, the last complete step is saved, if that can be done.
+
+        Raises:
+            UsageError: another process writes the same checkpoint.
+        """
         if self.path is None:
             yield
             return
-        with self._interrupts.installed():
+        with written_alone(self.path), self._interrupts.installed():
             try:
                 yield
             except BaseException:
@@ -125,6 +129,7 @@ class Checkpoints:
         Raises:
             GradientError: a loss was not finite: what would be saved is spoilt.
             UsageError: the file cannot be written.
+            WriteError: the disk is full.
             CheckpointError: the state holds something that cannot be kept.
         """
         if self.path is None or self.run.position == self._saved:

@@ -14,6 +14,7 @@ from typing import Any
 from recon.documents import Document, read_document, shown
 from recon.errors import CheckpointError
 from recon.files import write_text
+from recon.replacing import finish_replacing
 
 RUN_FILE = "run.json"
 FORMAT = "recon run"
@@ -103,6 +104,7 @@ class Run:
         """
         path = Path(folder)
         path = path if path.name == RUN_FILE else path / RUN_FILE
+        finish_replacing(path.parent)
         if not path.exists():
             raise CheckpointError(
                 f"{path.parent} holds no {RUN_FILE}, so it is not a run. Pass the folder that `recon train` wrote."

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +15,7 @@ from torch import Tensor, nn
 
 from recon.errors import CheckpointError
 from recon.files import write_atomically
+from recon.replacing import finish_replacing
 from recon.tensor_files import UNSEALED, ForeignObjectError, TensorFileError, check_seal, read_tensors, seal
 
 WEIGHTS_FILE = "weights.safetensors"
@@ -22,7 +25,10 @@ def save_weights(model: nn.Module, path: Path, plan: str) -> None:
     """Write a model's weights, and the text of its plan beside them in the same file."""
 
     def write(temporary: Path) -> None:
-        save_model(model, str(temporary), metadata={"plan": plan, **UNSEALED})
+        try:
+            save_model(model, str(temporary), metadata={"plan": plan, **UNSEALED})
+        except SafetensorError as error:
+            raise _disk_error(error) or error from None
         seal(temporary)
 
     write_atomically(path, write)
@@ -84,7 +90,9 @@ def read_state_dict(path: Path) -> Mapping[str, Tensor]:
     Raises:
         CheckpointError: it is missing, damaged, no state dict, or of a branched model.
     """
-    path = path / WEIGHTS_FILE if path.is_dir() else path
+    if path.is_dir():
+        finish_replacing(path)
+        path = path / WEIGHTS_FILE
     if not path.is_file():
         raise CheckpointError(
             f"There is no file {path}. Pass a file of a state dict (.pt, .safetensors), or a folder that recon.save "
@@ -106,6 +114,12 @@ def read_state_dict(path: Path) -> Mapping[str, Tensor]:
         ) from error
     except TensorFileError as error:
         raise CheckpointError(f"{path} cannot be read as a state dict: it {error}. Save it again.") from error
+
+
+def _disk_error(error: SafetensorError) -> OSError | None:
+    """What safetensors says of a disk in words alone: "I/O error: No space left on device (os error 28)"."""
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    return OSError(int(found[1]), os.strerror(int(found[1]))) if found else None
 
 
 def _state_dict_in(content: Any, path: Path) -> Mapping[str, Tensor]:

@@ -11,7 +11,7 @@ from torch import nn
 from recon.batches import call
 from recon.branch_plan import BranchPlan
 from recon.checkpoint import PLAN_FILE, load, save
-from recon.errors import CheckpointError, UsageError
+from recon.errors import CheckpointError, UsageError, WriteError
 from recon.plan_file import FORMAT, VERSION, plan_from_json, plan_to_json
 from recon.surgery import convert, plan_of
 from recon.weights import WEIGHTS_FILE, read_state_dict
@@ -358,7 +358,7 @@ def test_nothing_half_written_stays(tmp_path, monkeypatch):
 
     monkeypatch.setattr("os.replace", fails)
     oracle.perturb(model)
-    with pytest.raises(UsageError, match="No space left on device"):
+    with pytest.raises(WriteError, match="No space left on device"):
         save(model, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == [WEIGHTS_FILE]
     assert (tmp_path / WEIGHTS_FILE).read_bytes() == content

@@ -13,6 +13,7 @@ from functools import partial
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 import recon
@@ -209,6 +210,57 @@ def test_an_interrupted_training_ends_as_if_it_had_not_been(files, command, ask,
     assert json.loads(out) == resumed
     code, _, err = command(f"{line} --resume --seed 3")
     assert code == 2 and "another run, and finished: its --seed is 0, not 3" in err
+
+
+def test_killed_before_anything_was_saved_it_begins(files, ask, command):
+    line = "train tiny.py:problem --epochs 1 --out begun"
+    ask(line)
+    (files / "begun" / ".lock").write_text("process 1 on a machine")
+    os.utime(files / "begun" / "run.json", (1e9, 1e9))
+    code, _, err = command(f"{line} --seed 3 --resume")
+    assert code == 0 and "epoch 1/1" in err
+    assert ask("evaluate tiny.py:problem --model begun")
+    assert json.loads((files / "begun" / "run.json").read_text())["seed"] == 3
+    assert not (files / "begun" / ".lock").exists()
+
+
+UNITS = {
+    "convert": ("convert tiny.py:problem --layers stem --no-verify", ["run.json", "plan.json", "weights.safetensors"]),
+    "train": ("train tiny.py:problem --method pcgrad", ["run.json", "weights.safetensors", "best/run.json"]),
+}
+
+
+@pytest.mark.parametrize("verb", UNITS)
+def test_over_an_older_run_all_is_new_or_nothing(files, ask, command, monkeypatch, verb):
+    """A disk that is full when the first weights are written leaves the older run, record and all."""
+    line, replaced = UNITS[verb]
+    folder = files / f"unit-{verb}"
+    ask(f"train tiny.py:problem --out {folder.name}")
+    (folder / "notes.txt").write_text("mine")
+    kept = ["run.json", "weights.safetensors", "best/run.json", "best/weights.safetensors"]
+    before = {name: (folder / name).read_bytes() for name in kept}
+
+    def full(*args, **kwargs):
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("recon.weights.save_model", full)
+        code, _, err = command(f"{line} --out {folder.name}")
+    assert code == 1 and "No space left on device. Free some space" in err and "Traceback" not in err
+    assert {name: (folder / name).read_bytes() for name in kept} == before
+    assert not list(folder.glob(".*")) and not (folder / "plan.json").exists()
+    ask(f"evaluate tiny.py:problem --model {folder.name}")
+    (folder / "training.checkpoint").unlink(missing_ok=True)
+    ask(f"{line} --out {folder.name}")
+    assert all((folder / name).read_bytes() != before.get(name) for name in replaced)
+    assert (folder / "notes.txt").read_text() == "mine"
+    assert (folder / "best").exists() == (verb == "train")  # of the model that is there, or of none
+
+
+def test_convert_leaves_an_interrupted_training_alone(files, crash, command):
+    crash("train tiny.py:problem --out half", 20)
+    code, _, err = command("convert tiny.py:problem --layers stem --out half")
+    assert code == 2 and "half keeps an interrupted training" in err
 
 
 def test_tasks_that_are_finished_are_not_trained_again(files, command, crash):

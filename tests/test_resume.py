@@ -805,9 +805,11 @@ def test_a_finished_map_is_not_lost(folder, command):
     finished = (folder / "map.json").read_bytes()
     code, out, err = command(f"{line} --resume")
     assert code == 0 and "map.json is finished; there is nothing to resume." in err and "Saved map.json" in out
-    for other in ("--seed 1", "--method pcgrad"):
+    for other in ("--seed 1", "--method pcgrad", "--lr 0.5", "--threshold -0.3"):  # another profile, which begins
         code, _, err = command(f"{line} --resume {other}")
-        assert code == 2 and "map.json is the finished map of another profile: its " in err
+        assert code == 0 and "will be replaced when the new one is finished" in err and "epoch 1/1" in err
+        assert command(f"{line} --resume")[2].count("epoch 1/1") == 1
+    finished = (folder / "map.json").read_bytes()
     process = subprocess.Popen(
         [sys.executable, *f"-m recon_cli {line} --seed 1 --epochs 50".split()],
         env={**os.environ, "STOP_AT": "30", "OMP_NUM_THREADS": "1"},
@@ -819,6 +821,24 @@ def test_a_finished_map_is_not_lost(folder, command):
     finally:
         process.kill()
     assert (folder / "map.json").read_bytes() == finished and (folder / "map.json.checkpoint").exists()
+
+
+def test_killed_before_anything_was_saved_it_begins(folder, command):
+    """Not even the same profile's older map is taken for the result: what was killed was about to replace it."""
+    line = "profile tiny.py:problem --epochs 1 --out map.json"
+    assert command(line)[0] == 0
+    (folder / ".map.json.lock").write_text("process 1 on a machine")
+    (folder / ".map.json.abcdefgh.partial").write_text("")
+    os.utime(folder / "map.json", (1e9, 1e9))
+    code, _, err = command(f"{line} --resume")
+    assert code == 0 and "epoch 1/1" in err and "nothing to resume" not in err
+    assert files(folder) == ["map.json"]
+    # One that was killed when all was done has nothing left to do.
+    (folder / ".map.json.lock").write_text("process 1 on a machine")
+    os.utime(folder / ".map.json.lock", (1e9, 1e9))
+    code, _, err = command(f"{line} --resume")
+    assert code == 0 and "nothing to resume" in err
+    assert files(folder) == ["map.json"]
 
 
 def test_a_damaged_checkpoint_on_the_command_line(folder, command):
@@ -869,7 +889,7 @@ def test_a_full_disk_leaves_the_older_files(folder):
         return child.exitcode, (folder / "child.log").read_text()
 
     code, log = run(LINE, limit=4096)
-    assert code == 2 and f"Cannot write map.json.checkpoint: {os.strerror(errno.EFBIG)}. Free some space" in log
+    assert code == 1 and f"Cannot write map.json.checkpoint: {os.strerror(errno.EFBIG)}. Free some space" in log
     assert files(folder) == []
     in_pieces = in_child(LINE, pause=0.02)
     while not (folder / "map.json").exists():
@@ -881,7 +901,7 @@ def test_a_full_disk_leaves_the_older_files(folder):
     # In the pickle, in a tensor, in the zip file's directory at the end.
     for limit in (3000, 8000, full // 2, full - 3000, full - 30):
         code, log = run(LINE, limit)
-        assert code == 2 and "Cannot write map.json.checkpoint" in log and "Traceback" not in log, (limit, log)
+        assert code == 1 and "Cannot write map.json.checkpoint" in log and "Traceback" not in log, (limit, log)
         assert f"Go on with:\n  recon {LINE}" in log
         assert {name: (folder / name).read_bytes() for name in files(folder)} == before
     assert run(LINE, None)[0] == 0 and files(folder) == ["map.json"]

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from recon.errors import ProblemError, UsageError
+from recon.errors import ProblemError, UsageError, WriteError
 from recon.files import write_atomically
 from recon.problems.images import read_image
 
@@ -128,7 +128,7 @@ def _keep(path: Path, paths: Sequence[Path]) -> np.ndarray | None:
         write_atomically(path, write)
     except ProblemError:  # of an image
         raise
-    except UsageError as error:
+    except (UsageError, WriteError) as error:
         logger.warning("%s The images stay in memory, and the next run will decode them again.", error)
     return _kept(path, len(paths))
 
