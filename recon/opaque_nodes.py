@@ -19,7 +19,7 @@ from recon.errors import UsageError
 Edge = tuple[Node | None, int]
 """A node, and which of its outputs."""
 
-COMPILED = "CompiledFunctionBackward"
+_COMPILED = "CompiledFunctionBackward"
 
 # Of DistributedDataParallel, of modules with full backward hooks, and of DataParallel, which copies for each device.
 _HANDED_ON = {"_DDPSinkBackward", "BackwardHookFunctionBackward", "BroadcastBackward"}
@@ -28,21 +28,22 @@ _CLOSED = {
     "GraphedBackward": "captured in CUDA graphs",
 }
 
-_Opened = tuple[int, dict[int, list[int]]]
-"""How many inputs of a compiled node have a gradient, and `{output: the numbers of those it depends on}`."""
+_KINDS = {_COMPILED, *_HANDED_ON, *_CLOSED}
 
-_opened: WeakKeyDictionary[type, _Opened] = WeakKeyDictionary()
+_Opened = tuple[int, dict[int, list[int]]]
+"""How many inputs a compiled node has, and `{output: the numbers of those it depends on}`."""
+
+_opened: WeakKeyDictionary[type, _Opened | None] = WeakKeyDictionary()
 
 
 def is_opaque(node: Node) -> bool:
     """Whether an output of this node may depend on some of its inputs only."""
-    kind = _kind(node)
-    return kind == COMPILED or kind in _HANDED_ON or kind in _CLOSED
+    return _kind(node) in _KINDS
 
 
 def is_compiled(node: Node) -> bool:
     """Whether this node is a part of the model that torch.compile has made one."""
-    return type(node).__name__ == COMPILED
+    return _kind(node) == _COMPILED
 
 
 def edges_behind(node: Node, output: int) -> Sequence[Edge]:
@@ -54,34 +55,38 @@ def edges_behind(node: Node, output: int) -> Sequence[Edge]:
     kind, edges = _kind(node), node.next_functions
     if kind in _HANDED_ON:
         return [edges[output % len(edges)]]
+    opened = _open(node) if kind == _COMPILED else None
+    if opened is not None and opened[0] == len(edges) and output in opened[1]:
+        return [edges[number] for number in opened[1][output]]
     if len(getattr(node, "_input_metadata", ())) == 1:  # there is no other output
         return edges
-    if kind in _CLOSED:
-        raise UsageError(
-            f"A part of the model was {_CLOSED[kind]}, which hides which of its parameters each task's loss depends "
-            "on. Train the plain model, and make the other of it afterwards."
-        )
-    forward = node._forward_cls  # type: ignore[attr-defined]
-    if forward not in _opened:
-        _opened[forward] = _open(forward)
-    gradients, behind = _opened[forward]
-    edges = tuple(edge for edge in edges if edge[0] is not None)
-    if gradients != len(edges) or output not in behind:
-        raise _unseen()
-    return [edges[number] for number in behind[output]]
+    what = _CLOSED.get(kind, "compiled as a whole")
+    raise UsageError(
+        f"A part of the model was {what}, which hides which of its parameters each task's loss depends on. Do so with "
+        "the shared body and each task's head apart, or train the plain model."
+    )
 
 
 def _kind(node: Node) -> str:
-    """The name of its class; of torch's own ones in C++ that have no class in Python, what it calls itself."""
     kind = type(node).__name__
-    return node.name().rpartition("::")[2] if kind == "CppFunction" else kind
+    if kind == "CppFunction":  # what of torch has no class in Python, and calls itself by its place in C++
+        return node.name().rpartition("::")[2]
+    return kind if kind not in _KINDS or _is_of_torch(node) else ""
 
 
-def _open(forward: Any) -> _Opened:
-    try:
-        return _trace(forward)
-    except Exception as error:  # whatever another version of torch makes of its own parts
-        raise _unseen() from error
+def _is_of_torch(node: Node) -> bool:
+    """Whether it comes from torch's own class, not from a user's of the same name."""
+    return getattr(node, "_forward_cls", object).__module__.startswith("torch.")
+
+
+def _open(node: Node) -> _Opened | None:
+    forward = node._forward_cls  # type: ignore[attr-defined]
+    if forward not in _opened:
+        try:
+            _opened[forward] = _trace(forward)
+        except Exception:  # whatever another version of torch makes of its own parts
+            _opened[forward] = None
+    return _opened[forward]
 
 
 def _trace(forward: Any) -> _Opened:
@@ -94,10 +99,18 @@ def _trace(forward: Any) -> _Opened:
     for node in graph.nodes:  # in the order of computation
         sources.setdefault(node, set()).update(*(sources[used] for used in node.all_input_nodes))
     (result,) = (node for node in graph.nodes if node.op == "output")
-    gradients = [sources[gradient] for gradient in result.args[0] if gradient is not None]
+    # Numbers among the inputs have no edge; they alone neither want a gradient nor are leaves.
+    inputs = [
+        gradient
+        for gradient, info in zip(result.args[0], forward.metadata.input_info, strict=True)
+        if info.requires_grad or info.is_leaf
+    ]
     # A gradient that is zero whatever comes in, of a sign say, is one of every output.
-    behind = {output: [i for i, found in enumerate(gradients) if output in found or not found] for output in outputs}
-    return len(gradients), behind
+    behind = {
+        output: [i for i, g in enumerate(inputs) if g is not None and (output in sources[g] or not sources[g])]
+        for output in outputs
+    }
+    return len(inputs), behind
 
 
 def _differentiable_outputs(metadata: Any) -> list[int]:
@@ -113,14 +126,6 @@ def _differentiable_outputs(metadata: Any) -> list[int]:
             outputs.append(number)
     start = len(changed) + metadata.num_outputs
     return [*outputs, *range(start, start + metadata.num_intermediate_bases)]
-
-
-def _unseen() -> UsageError:
-    return UsageError(
-        "A part of the model was compiled as a whole, and this version of torch does not show which of its parameters "
-        "each task's loss depends on. Compile its parts apart (the shared body, each task's head), or train the plain "
-        "model."
-    )
 
 
 @contextmanager

@@ -101,4 +101,6 @@ def _described(model: Any) -> str:
     if isinstance(model, (list, tuple)):
         kinds = dict.fromkeys("parameters" if isinstance(m, Tensor) else type(m).__name__ for m in model)
         return f"a {type(model).__name__} of {' and '.join(kinds)}" if model else f"an empty {type(model).__name__}"
+    if model is None:
+        return "None"
     return f"a {type(model).__name__}" + (", of parameters perhaps" if isinstance(model, Iterator) else "")
