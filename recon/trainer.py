@@ -181,9 +181,9 @@ def check_optimizer(optimizer: Optimizer) -> None:
         )
     if not isinstance(optimizer, Optimizer):
         raise UsageError(f"optimizer is {optimizer!r}. Make one of the parameters, torch.optim.Adam(...) say.")
-    needed = [
-        p.name for p in signature(optimizer.step).parameters.values() if p.default is p.empty and p.kind in _NAMED
-    ]
+    # Of its class: the step that a scheduler puts on the object shows the arguments of the class's function.
+    _, *arguments = signature(type(optimizer).step).parameters.values()
+    needed = [a.name for a in arguments if a.default is a.empty and a.kind in _NAMED]
     if needed:
         raise UsageError(
             f"{type(optimizer).__name__}.step needs {', '.join(needed)}: such an optimizer computes the losses several "
