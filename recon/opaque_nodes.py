@@ -46,12 +46,8 @@ def is_compiled(node: Node) -> bool:
     return _kind(node) == _COMPILED
 
 
-def edges_behind(node: Node, output: int) -> Sequence[Edge]:
-    """The next edges that this output of an opaque node depends on.
-
-    Raises:
-        UsageError: that cannot be told.
-    """
+def edges_behind(node: Node, output: int) -> Sequence[Edge] | None:
+    """The next edges that this output of an opaque node depends on; None if that cannot be told."""
     kind, edges = _kind(node), node.next_functions
     if kind in _HANDED_ON:
         return [edges[output % len(edges)]]
@@ -60,8 +56,13 @@ def edges_behind(node: Node, output: int) -> Sequence[Edge]:
         return [edges[number] for number in opened[1][output]]
     if len(getattr(node, "_input_metadata", ())) == 1:  # there is no other output
         return edges
-    what = _CLOSED.get(kind, "compiled as a whole")
-    raise UsageError(
+    return None
+
+
+def hidden_reach(node: Node) -> UsageError:
+    """What to say where tasks part inside a node that does not show its inside."""
+    what = _CLOSED.get(_kind(node), "compiled as a whole")
+    return UsageError(
         f"A part of the model was {what}, which hides which of its parameters each task's loss depends on. Do so with "
         "the shared body and each task's head apart, or train the plain model."
     )

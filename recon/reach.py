@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import Node
 
 from recon.errors import GradientError
-from recon.opaque_nodes import Edge, edges_behind, is_compiled, is_opaque
+from recon.opaque_nodes import Edge, edges_behind, hidden_reach, is_compiled, is_opaque
 
 
 @dataclass(frozen=True)
@@ -57,18 +57,25 @@ def find_reach(losses: Mapping[str, Tensor], parameters: Iterable[nn.Parameter])
 
     Raises:
         GradientError: a loss does not depend on any of the parameters, or on some of them in a hidden way.
+        UsageError: a part of the model, scripted say, hides which of its parameters each loss depends on.
     """
     trainable = {p: None for p in parameters if p.requires_grad}  # ordered, and quick to look up
     reached: dict[str, set[nn.Parameter]] = {}
     outside: dict[str, list[Tensor]] = {}
+    met: list[set[Edge]] = []
     for task, loss in losses.items():
-        nodes = _nodes([loss])
+        nodes, opaque = _graph([loss])
+        met.append(opaque)
         _refuse_reentrant_checkpoints(nodes)
         leaves = _leaves([loss], nodes)
         reached[task] = {leaf for leaf in leaves if isinstance(leaf, nn.Parameter) and leaf in trainable}
         outside[task] = [leaf for leaf in leaves if leaf not in trainable]
         if not reached[task]:
             raise GradientError(no_gradient(task))
+    parting = _parting(met)
+    for node, output in set().union(*met):
+        if node is not None and node in parting and edges_behind(node, output) is None:
+            raise hidden_reach(node)
     return Reach.of_tasks(reached, trainable, outside)
 
 
@@ -103,15 +110,20 @@ def used_at_once(values: Sequence[Tensor]) -> set[Tensor]:
 
 def compiled_as_one(losses: Mapping[str, Tensor]) -> bool:
     """Whether what two tasks do not share, their heads say, is computed by one compiled part of the model."""
+    return any(map(is_compiled, _parting([_graph([loss])[1] for loss in losses.values()])))
+
+
+def _parting(met: Iterable[set[Edge]]) -> list[Node]:
+    """The opaque nodes of which two tasks use different outputs, by what each of the tasks has met."""
     used: dict[Node, set[frozenset[int]]] = {}
-    for loss in losses.values():
+    for edges in met:
         outputs: dict[Node, set[int]] = {}
-        for node, output in _graph([loss])[1]:
-            if node is not None and is_compiled(node):
+        for node, output in edges:
+            if node is not None:
                 outputs.setdefault(node, set()).add(output)
         for node, numbers in outputs.items():
             used.setdefault(node, set()).add(frozenset(numbers))
-    return any(len(different) > 1 for different in used.values())
+    return [node for node, different in used.items() if len(different) > 1]
 
 
 def leaves_before(values: Sequence[Tensor], stops: Collection[Node]) -> tuple[list[Tensor], set[Node]]:
@@ -139,7 +151,8 @@ def _graph(values: Sequence[Tensor], stops: Collection[Node] = ()) -> tuple[dict
                 met.add(edge)
                 seen[node] = None
                 if node not in stops:
-                    stack += edges_behind(node, output)
+                    behind = edges_behind(node, output)
+                    stack += node.next_functions if behind is None else behind
         elif node not in seen:
             seen[node] = None
             if node not in stops:
