@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 from torch import Tensor
 
+from recon.opaque_nodes import several_passes
 from recon.reach import Reach
 
 _LARGE = 1 << 14  # scalars in a parameter whose gradient is worth a hook
@@ -48,7 +49,8 @@ def _pass(number: int, loss: Tensor, leaves: list[Tensor], retain_graph: bool, r
     # The latest hook runs last: what the user's own hooks make of the gradient is what counts.
     handles = [leaf.register_hook(_hand_over(number, leaf, receive)) for leaf in large]
     try:
-        found = torch.autograd.grad(loss, leaves, retain_graph=retain_graph, allow_unused=True)
+        with several_passes():
+            found = torch.autograd.grad(loss, leaves, retain_graph=retain_graph, allow_unused=True)
     finally:
         for handle in handles:
             handle.remove()

@@ -14,7 +14,8 @@ from recon.errors import NonFiniteError, UsageError
 from recon.gradients import as_real
 from recon.layers import Layer, canonical_name, find_layers, unwrapped
 from recon.methods.base import WHAT_TO_LOOK_AT
-from recon.reach import find_reach, last_uses
+from recon.opaque_nodes import several_passes
+from recon.reach import find_reach, last_uses, used_at_once
 
 
 def layer_norms(losses: Mapping[str, Tensor], model: nn.Module, name: str = "") -> dict[str, Tensor]:
@@ -79,17 +80,27 @@ def _last_shared(
             f"No layer is shared by all of the tasks {list(reached)}, so there is none to compare them in. Take a "
             "weighting that needs the losses alone."
         )
-    uses = last_uses(list(losses.values()))
+    uses, at_once = last_uses(list(losses.values())), used_at_once(list(losses.values()))
+    mine = [
+        (max(uses.get(p, -1) for p in layer.parameters.values()), not at_once.isdisjoint(layer.parameters.values()))
+        for layer in shared
+    ]
     # Every rank must choose the same one, and one that lacks a task has no whole graph to look at.
-    everyone = gather([max(uses.get(p, -1) for p in layer.parameters.values()) for layer in shared])
-    # Of layers used at once, as compiled models use theirs, the last in model order.
-    return max(enumerate(shared), key=lambda item: (max(use[item[0]] for use in everyone), item[0]))[1]
+    last_use, compiled = zip(*map(max, zip(*gather(mine), strict=True)), strict=True)
+    last = [number for number, use in enumerate(last_use) if use == max(last_use)]
+    if len(last) > 1 and any(compiled[number] for number in last):
+        raise UsageError(
+            "Which of the shared layers a compiled model uses last cannot be seen from outside. Name the one to "
+            f"compare the tasks in, layer={shared[last[-1]].name!r} say (gradnorm:layer={shared[last[-1]].name})."
+        )
+    return shared[last[-1]]  # of layers that one operation uses, the last in model order
 
 
 def _norm(loss: Tensor | None, parameters: Sequence[nn.Parameter]) -> Tensor:
     found: Sequence[Tensor | None] = [None] * len(parameters)
     if loss is not None:
-        found = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
+        with several_passes():
+            found = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
     gradients = [torch.zeros_like(p) if g is None else dense(g) for p, g in zip(parameters, found, strict=True)]
     if world_size() > 1:
         gradients = [g.clone() for g in gradients]

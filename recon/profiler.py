@@ -24,6 +24,7 @@ from recon.reach import Reach
 from recon.scaled_losses import LossScaleLike
 from recon.sketch import GradientSketch, sketch_gramians
 from recon.tally import Tally
+from recon.trainable import Model, as_module
 from recon.updates import backward
 
 logger = logging.getLogger(__name__)
@@ -42,7 +43,8 @@ class Profiler:
 
     Args:
         model: the model that trains; any layer may be shared, frozen ones take no part. It may be wrapped in
-            DistributedDataParallel or compiled: the layers are named as in the model itself.
+            DistributedDataParallel or compiled: the layers are named as in the model itself. Of a list of modules they
+            begin with the module's number (`torch.nn.ModuleDict` gives names).
         threshold: S in (-1, 0], a multiple of 0.01. The scores at other thresholds can be had later all the same;
             counts by task pair and stage of training are kept at this one.
         tasks: fixes the order of the tasks in the map; found as they come when not given.
@@ -56,12 +58,12 @@ class Profiler:
 
     Raises:
         UsageError: the threshold is off the grid, `every` is below 1, `until_stable` no share, `top_k` above the number
-            of layers, or no such memory.
+            of layers, no such memory, or a model that is none or is sharded over processes.
     """
 
     def __init__(
         self,
-        model: nn.Module,
+        model: Model,
         threshold: float = -0.1,
         tasks: Sequence[str] = (),
         *,
@@ -71,8 +73,7 @@ class Profiler:
         memory: Memory = "exact",
     ) -> None:
         threshold_bin(threshold)
-        if not isinstance(model, nn.Module):
-            raise UsageError(f"model is a {type(model).__name__}. Pass the torch.nn.Module that trains.")
+        model = as_module(model)
         if not isinstance(every, int) or every < 1:
             raise UsageError(f"every is {every!r}. Profile each n-th step, n a whole number of at least 1.")
         if memory not in get_args(Memory):

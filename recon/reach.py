@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import Node
 
 from recon.errors import GradientError
+from recon.opaque_nodes import Edge, edges_behind, hidden_reach, is_compiled, is_opaque
 
 
 @dataclass(frozen=True)
@@ -56,18 +57,25 @@ def find_reach(losses: Mapping[str, Tensor], parameters: Iterable[nn.Parameter])
 
     Raises:
         GradientError: a loss does not depend on any of the parameters, or on some of them in a hidden way.
+        UsageError: a part of the model, scripted say, hides which of its parameters each loss depends on.
     """
     trainable = {p: None for p in parameters if p.requires_grad}  # ordered, and quick to look up
     reached: dict[str, set[nn.Parameter]] = {}
     outside: dict[str, list[Tensor]] = {}
+    met: list[set[Edge]] = []
     for task, loss in losses.items():
-        nodes = _nodes([loss])
+        nodes, opaque = _graph([loss])
+        met.append(opaque)
         _refuse_reentrant_checkpoints(nodes)
         leaves = _leaves([loss], nodes)
         reached[task] = {leaf for leaf in leaves if isinstance(leaf, nn.Parameter) and leaf in trainable}
         outside[task] = [leaf for leaf in leaves if leaf not in trainable]
         if not reached[task]:
             raise GradientError(no_gradient(task))
+    parting = _parting(met)
+    for node, output in set().union(*met):
+        if node is not None and node in parting and edges_behind(node, output) is None:
+            raise hidden_reach(node)
     return Reach.of_tasks(reached, trainable, outside)
 
 
@@ -94,6 +102,30 @@ def last_uses(values: Sequence[Tensor]) -> dict[Tensor, int]:
     return uses
 
 
+def used_at_once(values: Sequence[Tensor]) -> set[Tensor]:
+    """The leaves behind `values` that a compiled part of the model uses: in which order, autograd does not know."""
+    compiled = [node for node in _nodes(values) if is_compiled(node)]
+    return set(_leaves([], [used for node in compiled for used, _ in node.next_functions if used is not None]))
+
+
+def compiled_as_one(losses: Mapping[str, Tensor]) -> bool:
+    """Whether what two tasks do not share, their heads say, is computed by one compiled part of the model."""
+    return any(map(is_compiled, _parting([_graph([loss])[1] for loss in losses.values()])))
+
+
+def _parting(met: Iterable[set[Edge]]) -> list[Node]:
+    """The opaque nodes of which two tasks use different outputs, by what each of the tasks has met."""
+    used: dict[Node, set[frozenset[int]]] = {}
+    for edges in met:
+        outputs: dict[Node, set[int]] = {}
+        for node, output in edges:
+            if node is not None:
+                outputs.setdefault(node, set()).add(output)
+        for node, numbers in outputs.items():
+            used.setdefault(node, set()).add(frozenset(numbers))
+    return [node for node, different in used.items() if len(different) > 1]
+
+
 def leaves_before(values: Sequence[Tensor], stops: Collection[Node]) -> tuple[list[Tensor], set[Node]]:
     """The leaf tensors that `values` depend on by another way than through `stops`, and the stops that are met."""
     nodes = _nodes(values, stops)
@@ -102,15 +134,30 @@ def leaves_before(values: Sequence[Tensor], stops: Collection[Node]) -> tuple[li
 
 def _nodes(values: Sequence[Tensor], stops: Collection[Node] = ()) -> dict[Node, None]:
     """The graph behind `values`, in the order in which it is met; what lies behind the `stops` is not looked at."""
+    return _graph(values, stops)[0]
+
+
+def _graph(values: Sequence[Tensor], stops: Collection[Node] = ()) -> tuple[dict[Node, None], set[Edge]]:
+    """The nodes, see `_nodes`, and those outputs of opaque ones that `values` depend on."""
     seen: dict[Node, None] = {}
-    stack = [v.grad_fn for v in values]
+    met: set[Edge] = set()
+    stack: list[Edge] = [(v.grad_fn, v.output_nr) for v in values]
     while stack:
-        node = stack.pop()
-        if node is not None and node not in seen:
+        node, output = edge = stack.pop()
+        if node is None:
+            continue
+        if is_opaque(node):  # what lies behind it is another for each output
+            if edge not in met:
+                met.add(edge)
+                seen[node] = None
+                if node not in stops:
+                    behind = edges_behind(node, output)
+                    stack += node.next_functions if behind is None else behind
+        elif node not in seen:
             seen[node] = None
             if node not in stops:
-                stack += [next_node for next_node, _ in node.next_functions]
-    return seen
+                stack += node.next_functions
+    return seen, met
 
 
 def _leaves(values: Sequence[Tensor], nodes: Iterable[Node]) -> list[Tensor]:

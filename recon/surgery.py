@@ -22,6 +22,7 @@ from recon.partition import Partition
 from recon.per_task import PerTaskForward, find_statistics_by_value
 from recon.references import STRUCTURE
 from recon.rotations import NAME, Rotations
+from recon.trainable import refuse_sharded
 from recon.trees import leaves_of, map_tree
 from recon.undisturbed import undisturbed
 from recon.views import TaskView
@@ -67,8 +68,8 @@ def convert(
     Raises:
         UnknownNameError: the plan names a layer that the model does not have.
         PlanError: the model is branched already.
-        UsageError: the model is wrapped (DDP, compiled, scripted), or cannot be copied or run, or holds RotoGrad's
-            rotations; or an option is wrong.
+        UsageError: the model is wrapped (DDP, compiled, scripted), sharded over processes, cannot be copied or run, or
+            holds RotoGrad's rotations; or an option is wrong.
         CheckpointError: `init` is a checkpoint that cannot be read, or of another architecture.
         FanError: the forward has a statement that cannot work on values that differ between tasks.
         VerificationError: with `verify`, an output or gradient is not what it must be.
@@ -213,9 +214,10 @@ def refuse_model(model: nn.Module) -> None:
 
     Raises:
         PlanError: it is branched already.
-        UsageError: it is wrapped, or holds RotoGrad's rotations.
+        UsageError: it is wrapped or sharded over processes, or holds RotoGrad's rotations.
     """
     _refuse_wrapped(model)
+    refuse_sharded(model)
     if hasattr(model, "branch_plan"):
         raise PlanError("The model is branched already. Convert the unbranched model with a plan of all the layers.")
     _refuse_rotations(model)

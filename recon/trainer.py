@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
+from inspect import Parameter, signature
 from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,10 +27,13 @@ from recon.progress import with_bar
 from recon.recorder import Recorder
 from recon.resume import Checkpoints
 from recon.stepper import Stepper, task_losses
+from recon.trainable import refuse_untrainable
 from recon.training_run import TrainingRun
 
 if TYPE_CHECKING:
     from recon.profiler import Profiler
+
+_NAMED = (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY)
 
 __all__ = ["Epoch", "History", "task_losses", "train"]
 
@@ -66,7 +70,8 @@ def train(
         model: `model(inputs) -> {task name: output}`, plain or branched.
         loader: yields `(inputs, {task name: target})`; a task whose target is missing or None is skipped in that step.
         losses: `{task name: (output, target) -> scalar}`; a single entry trains a single-task baseline.
-        optimizer: of the model's parameters. A method that learns (uw) gets a group of its own there.
+        optimizer: of the model's parameters; its step takes the gradients as they are, without a closure. A method that
+            learns (uw) gets a group of its own there.
         method: a name (`recon.methods.names()`), a name with options (`"cagrad:c=0.5"`), or a method, also
             one of TorchJD's (see `recon.methods.wrap`).
         epochs: passes over the loader.
@@ -100,9 +105,9 @@ def train(
         ProblemError: model, losses and batches do not fit together.
         LoaderError: the loader raised.
         GradientError: a loss is not finite, or a task has no gradient anywhere.
-        UsageError: no such method, `epochs` or `accumulate` below 1, a `clip` that is not above 0, `fp16` on a CPU, the
-            optimizer of another model, a checkpoint that cannot be written, or one that is there although `resume` is
-            not asked for.
+        UsageError: no such method, `epochs` or `accumulate` below 1, a `clip` that is not above 0, `fp16` on a CPU, a
+            model that is sharded over processes, the optimizer of another model or one whose step needs a closure
+            (LBFGS), a checkpoint that cannot be written, or one that is there although `resume` is not asked for.
         CheckpointError: the checkpoint is damaged, or of another training.
     """
     if epochs < 1:
@@ -111,6 +116,9 @@ def train(
         raise UsageError(f"accumulate is {accumulate}; a step needs at least 1 batch.")
     if clip is not None and not 0 < clip < math.inf:
         raise UsageError(f"clip is {clip}; give a norm above 0, or None to leave updates as they are.")
+    if not isinstance(model, nn.Module):
+        raise UsageError(f"model is a {type(model).__name__}, which cannot be run. Pass a torch.nn.Module.")
+    refuse_untrainable(model)
     check_optimizer(optimizer)
     if recorder is not None and not isinstance(recorder, Recorder):
         raise UsageError(f"recorder is {recorder!r}. Make it of a path: recon.Recorder('metrics.jsonl').")
@@ -161,13 +169,27 @@ def train(
 
 
 def check_optimizer(optimizer: Optimizer) -> None:
-    """See that it is one.
+    """See that it is one, whose step needs no more than the gradients.
 
     Raises:
         UsageError: it is not.
     """
+    if isinstance(optimizer, LRScheduler):
+        raise UsageError(
+            f"optimizer is a learning rate scheduler ({type(optimizer).__name__}). Pass optimizer=scheduler.optimizer, "
+            "scheduler=scheduler."
+        )
     if not isinstance(optimizer, Optimizer):
         raise UsageError(f"optimizer is {optimizer!r}. Make one of the parameters, torch.optim.Adam(...) say.")
+    # Of its class: the step that a scheduler puts on the object shows the arguments of the class's function.
+    _, *arguments = signature(type(optimizer).step).parameters.values()
+    needed = [a.name for a in arguments if a.default is a.empty and a.kind in _NAMED]
+    if needed:
+        raise UsageError(
+            f"{type(optimizer).__name__}.step needs {', '.join(needed)}: such an optimizer computes the losses several "
+            "times a step, with gradients at each. Take another, or write the loop yourself, with a closure that calls "
+            "optimizer.zero_grad() and recon.backward(losses, model, method), and returns the sum of the losses."
+        )
 
 
 def _add_parameters(

@@ -9,7 +9,6 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 from torch.amp import GradScaler
-from torch.nn.parallel import DistributedDataParallel
 
 from recon.batches import model_device
 from recon.distributed import agree_on_reach, average_, average_losses, world_size
@@ -37,8 +36,9 @@ from recon.methods import (
     wrap,
 )
 from recon.methods.zero_gradients import with_meaning
-from recon.reach import find_reach, no_gradient
+from recon.reach import compiled_as_one, find_reach, no_gradient
 from recon.scaled_losses import LossScaleLike, learns_at, let_scaler_skip, read_scale, warn_if_scaled, without_scale
+from recon.trainable import Model, as_module
 
 if TYPE_CHECKING:
     from recon.profiler import Profiler
@@ -48,7 +48,7 @@ _workspaces: WeakKeyDictionary[Method, Workspace] = WeakKeyDictionary()  # no pa
 
 def backward(
     losses: Mapping[str, Tensor],
-    model: nn.Module,
+    model: Model,
     method: Method | None = None,
     *,
     profiler: Profiler | None = None,
@@ -65,7 +65,7 @@ def backward(
 
     Args:
         losses: `{task name: scalar loss}` of this step; a task whose target is missing is left out.
-        model: plain or branched.
+        model: plain or branched, or a list of the modules that make it up, `[encoder, decoder]`. It may be compiled.
         method: from `recon.methods.get`, or one of TorchJD's (see `recon.methods.wrap`); joint training (the sum of the
             losses) when not given.
         profiler: records this step's conflicts from the same gradients.
@@ -82,10 +82,11 @@ def backward(
         GradientError: a task's loss depends on no parameter.
         NonFiniteError: a gradient that the method needs is not finite.
         UnknownNameError: the model has no layer of the name that the method was given.
-        UsageError: no losses, a method that is not a `recon.methods.Method`, or one that works from task gradients
-            while the profiler keeps none.
+        UsageError: no losses, a model that is none or is sharded over processes, a method that is not a
+            `recon.methods.Method`, or one that works from task gradients while the profiler keeps none.
     """
     method = _checked(method, losses, profiler)
+    model = as_module(model)
     if not method.tasks:
         method.setup(tuple(losses))
     scale = read_scale(loss_scale, losses)
@@ -110,35 +111,41 @@ def _backward(
     loss_scale: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """See `backward`; here, the scale is in the losses' gradients alone."""
+    device = model_device(model)
     if isinstance(method, FeatureMethod):
-        with _full_precision(model_device(model)):
+        if compiled_as_one(losses):
+            raise UsageError(
+                f"Method {method.name!r} works between the shared layers and the heads, but they are compiled as one. "
+                "Compile the shared body and the heads apart, or train the plain model."
+            )
+        with _full_precision(device):
             return method.backward(losses, model, **({} if loss_scale is None else {"loss_scale": loss_scale}))
     parameters = list(model.parameters()) if profiler is None else profiler.parameters
     recorder = profiler if profiler is not None and profiler.begin_step() else None
     weighting = method.weighting if isinstance(method, Composition) else method
     if isinstance(weighting, NormWeighting):
-        with _full_precision(parameters[0].device):
+        with _full_precision(device):
             norms = layer_norms(losses, model, weighting.layer)
             weighting.observe_norms({task: _unscaled(norm, loss_scale) for task, norm in norms.items()})
     if isinstance(method, Weighting):
         if recorder is not None:
             with _full_precision(recorder.device):
                 return _recorded_weighting(method, losses, recorder)
-        # DistributedDataParallel averages the gradients of its model, but knows nothing of weights that must be alike.
-        if world_size() > 1 and not (isinstance(model, DistributedDataParallel) and isinstance(method, Joint)):
+        # DistributedDataParallel would average, too, but wants one forward a step, and every parameter in it.
+        if world_size() > 1:
             return _averaged_weighting(method, losses, parameters)
         total, weights = method.combine(losses)
         total.backward()
         return weights
     assert isinstance(method, Aggregator)
-    with _full_precision(parameters[0].device):
+    with _full_precision(device):
         workspace = recorder.workspace if recorder else _workspaces.setdefault(method, Workspace())
         jacobian = task_jacobian(losses, parameters, workspace, model.buffers())
         if recorder is not None:
             recorder.observe(jacobian)
         aggregator = method.aggregator if isinstance(method, Composition) else method
         if aggregator.needs_losses:
-            aggregator.observe_losses(average_losses(losses, jacobian.tasks, parameters[0].device))
+            aggregator.observe_losses(average_losses(losses, jacobian.tasks, device))
         if isinstance(method, Composition):
             return _apply_composition(method, losses, jacobian, loss_scale)
         return _apply_aggregator(method, jacobian, loss_scale)

@@ -1,7 +1,7 @@
 """Task gradients of several processes: on the parts of a batch they do what one process does on the whole."""
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
@@ -103,6 +103,128 @@ def _check_step(rank: int, name: str, method: str, options: dict[str, object], w
 @pytest.mark.parametrize("mode", ["fan", "per-task"])
 def test_a_branched_model(ranks: Ranks, method: str, mode: str) -> None:
     ranks.run(_check_branched, method, mode)
+
+
+WRAPPERS = [{}, {"find_unused_parameters": True}, {"static_graph": True}, {"gradient_as_bucket_view": True}]
+METHODS = ["joint", "joint:weights=0.5/1/1.5", "uw", "nash-mtl", "mgda", "gradnorm"]
+
+
+@pytest.mark.parametrize("options", WRAPPERS, ids=lambda options: next(iter(options), "plain"))
+@pytest.mark.parametrize("form", ["one", "several", "unused", "waits"])
+def test_methods_on_a_wrapped_model(ranks: Ranks, form: str, options: dict[str, bool]) -> None:
+    """One forward or one for each task, heads that a step does not use, and gradients accumulated under no_sync."""
+    if form == "waits" and options.get("static_graph"):
+        pytest.skip("which torch itself cannot do under no_sync")
+    ranks.run(_check_wrapped, form, options)
+
+
+def _check_wrapped(rank: int, form: str, options: dict[str, bool]) -> None:
+    for method in METHODS:
+        one = Chooses()
+        many = DistributedDataParallel(Chooses(), **options)
+        chosen = [recon.methods.parse(method) for _ in range(2)]
+        profilers = [Profiler(model) if method == "joint" and form != "waits" else None for model in (one, many)]
+        for each in chosen:
+            each.setup(TASKS)
+            each.double()
+        for number in range(4):
+            batches = torch.randn(2, 5, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(number))
+            whole = batches.flatten(0, 1)
+            with one_process():
+                recon.backward(one.losses(one, whole, form), one, chosen[0], profiler=profilers[0])
+            waits = many.no_sync() if form == "waits" and number % 2 == 0 else nullcontext()
+            with waits:
+                losses = many.module.losses(many, batches[rank], form)
+                recon.backward(losses, many, chosen[1], profiler=profilers[1])
+            if isinstance(waits, nullcontext):
+                for ours, theirs in zip(many.parameters(), one.parameters(), strict=True):
+                    assert (ours.grad is None) == (theirs.grad is None)
+                    if theirs.grad is not None:
+                        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-7, atol=1e-9, msg=method)
+                one.zero_grad()
+                many.zero_grad()
+        if profilers[0] is not None:
+            assert_same_map(profilers[1], profilers[0])
+
+
+class Chooses(nn.Module):
+    """Runs the heads that it is asked for; the losses of a batch are means over its samples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.body = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh())
+        self.heads = nn.ModuleDict({task: nn.Linear(8, 2) for task in TASKS})
+        self.double()
+
+    def forward(self, x: Tensor, tasks: tuple[str, ...] = TASKS) -> dict[str, Tensor]:
+        h = self.body(x)
+        return {task: self.heads[task](h) for task in tasks}
+
+    def losses(self, model: nn.Module, x: Tensor, form: str) -> dict[str, Tensor]:
+        tasks = TASKS[:2] if form == "unused" else TASKS
+        forwards = [(task,) for task in tasks] if form == "several" else [tasks]
+        outputs = {task: out for some in forwards for task, out in model(x, some).items()}
+        return {task: loss_of(outputs, task) for task in tasks}
+
+
+def test_sharded_models_are_refused_by_name(ranks: Ranks) -> None:
+    ranks.run(_check_sharded)
+
+
+def _check_sharded(rank: int) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+    from torch.distributed.tensor import Replicate, distribute_tensor
+    from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+
+    mesh = init_device_mesh("cpu", (2,))
+    plan = recon.BranchPlan.per_task(["body.0"], TASKS)
+
+    def everywhere(model: nn.Module) -> nn.Module:
+        fully_shard(model.body, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        return model
+
+    def in_part(model: nn.Module) -> nn.Module:
+        fully_shard(model.body, mesh=mesh)
+        return model
+
+    def replicated(model: nn.Module) -> nn.Module:
+        weight = model.body[0].weight
+        model.body[0].weight = nn.Parameter(distribute_tensor(weight.detach(), mesh, [Replicate()]))
+        return model
+
+    kinds = {
+        r"The model is sharded over processes \(fully_shard\)": everywhere,
+        r"Module 'body' is sharded over processes \(fully_shard\)": in_part,
+        r"The model is sharded over processes \(FullyShardedDataParallel\)": lambda model: FullyShardedDataParallel(
+            model, device_id=torch.device("cpu")
+        ),
+        r"Parameter 'body.0.weight' is a DTensor": lambda model: parallelize_module(
+            model, mesh, {"body.0": ColwiseParallel()}
+        ),
+        r"Parameter 'body.0.weight' is a DTensor,": replicated,
+        r"Parameter 'body.0.branches": lambda model: parallelize_module(
+            recon.convert(model, plan, torch.randn(2, 6).double()), mesh, {"body.0.branches.*": ColwiseParallel()}
+        ),
+    }
+    for words, shard in kinds.items():
+        model = shard(Chooses())
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        losses = {task: torch.ones((), requires_grad=True) * 1 for task in TASKS}
+        uses = [
+            lambda model=model: recon.Profiler(model),
+            lambda model=model, optimizer=optimizer: recon.train(model, [], {}, optimizer=optimizer),
+            lambda model=model, optimizer=optimizer: recon.profile(model, [], {}, optimizer=optimizer),
+            lambda model=model: recon.convert(model, plan, torch.randn(2, 6).double()),
+        ]
+        for method in (None, "joint", "uw", "mgda"):
+            chosen = None if method is None else recon.methods.get(method)
+            uses.append(lambda model=model, chosen=chosen, losses=losses: recon.backward(losses, model, chosen))
+        for use in uses:
+            with pytest.raises(UsageError, match=words + ".*DistributedDataParallel"):
+                use()
 
 
 def _check_branched(rank: int, method: str, mode: str) -> None:

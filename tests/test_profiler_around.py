@@ -829,18 +829,9 @@ def test_a_compiled_model(backend):
                 for p in parameters.parameters():
                     p -= 0.1 * p.grad
     cmap = profiler.conflict_map()
-    assert [layer.name for layer in cmap.layers if layer.histogram.sum()] == ["first", "norm", "second", "extra"]
+    assert [layer.name for layer in cmap.layers] == ["first", "norm", "second", "extra"]
     assert_map(cmap, expected.steps)
     assert_states_close(model, plain, 1e-11)
-
-
-@pytest.mark.xfail(strict=True, reason="the compiled graph is one node, through which every loss depends on it all")
-def test_a_compiled_model_shares_no_more_than_it_did():
-    torch.compiler.reset()
-    compiled = torch.compile(net(), backend="aot_eager")
-    profiler = recon.Profiler(compiled)
-    profiler.backward(losses_of(compiled, next(batches(1))))
-    assert [layer.name for layer in profiler.conflict_map().layers] == ["first", "norm", "second", "extra"]
 
 
 def test_a_compiled_part_of_a_model():

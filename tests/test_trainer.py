@@ -5,6 +5,7 @@ import time
 import pytest
 import torch
 from torch import nn
+from torch.optim.lr_scheduler import StepLR
 
 import recon
 from recon.errors import GradientError, LoaderError, ProblemError, UnknownNameError, UsageError
@@ -426,3 +427,46 @@ def test_a_generator_serves_one_epoch():
     batches = ((torch.ones(3, 2), {"a": torch.ones(3), "b": torch.ones(3)}) for _ in range(3))
     with pytest.raises(ProblemError, match=r"gave no batch in epoch 2\. What can be gone through once only"):
         _train_two(batches, epochs=2)
+
+
+class Sharp(torch.optim.SGD):
+    """Computes the losses twice a step."""
+
+    def step(self, closure): ...
+
+
+class Wrapped(torch.optim.SGD):
+    """As other libraries wrap an optimizer."""
+
+    def step(self, *args, **kwargs):
+        return super().step(*args, **kwargs)
+
+
+@pytest.mark.parametrize("kind", [torch.optim.LBFGS, Sharp], ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("use", [recon.train, recon.profile], ids=lambda use: use.__name__)
+def test_an_optimizer_that_needs_a_closure_is_refused_before_anything_is_done(model, use, kind):
+    def loader():
+        raise AssertionError("a batch was asked for")
+        yield
+
+    optimizer = kind(model.parameters(), lr=0.1)
+    StepLR(optimizer, 1)  # which wraps its step
+    with pytest.raises(
+        UsageError, match=rf"{kind.__name__}\.step needs closure.* recon\.backward\(losses, model, method\)"
+    ):
+        use(model, loader(), LOSSES, optimizer=optimizer)
+
+
+def test_an_optimizer_whose_step_takes_anything(model):
+    assert recon.train(model, list(batches(2)), LOSSES, optimizer=Wrapped(model.parameters(), lr=0.1)).steps == 2
+
+
+@pytest.mark.parametrize("use", [recon.train, recon.profile], ids=lambda use: use.__name__)
+def test_a_scheduler_is_no_optimizer(model, use):
+    with pytest.raises(UsageError, match=r"learning rate scheduler \(StepLR\)\. Pass optimizer=scheduler\.optimizer"):
+        use(model, list(batches(2)), LOSSES, optimizer=StepLR(sgd(model), 1))
+
+
+def test_what_cannot_be_run_is_no_model(model):
+    with pytest.raises(UsageError, match="model is a list, which cannot be run"):
+        recon.train([model], list(batches(2)), LOSSES, optimizer=sgd(model))

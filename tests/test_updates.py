@@ -2,6 +2,8 @@ import copy
 
 import pytest
 import torch
+from torch import nn
+from torch.optim.lr_scheduler import StepLR
 
 import recon
 from recon.errors import GradientError, UsageError
@@ -174,3 +176,113 @@ def test_a_task_that_the_first_batch_lacked(model, x, method):
     backward({"a": losses_of(model, x)["a"]}, model, chosen)
     with pytest.raises(UsageError, match=r"no task named 'b'.* name all tasks before the first step: method.setup"):
         backward(losses_of(model, x), model, chosen)
+
+
+@pytest.mark.parametrize("method", ["joint", "uw", "mgda", "gradnorm", "uw+mgda"])
+@pytest.mark.parametrize("sequence", [list, tuple])
+def test_a_model_in_parts(model, x, method, sequence):
+    whole = copy.deepcopy(model)
+    parts = sequence([nn.Sequential(model.conv, model.norm), model.extra, *model.heads.values()])
+    methods = [recon.methods.parse(method) for _ in range(2)]
+    for one, update in zip((parts, whole), methods, strict=True):
+        backward(losses_of(model if one is parts else whole, x), one, update)
+    for p, q in zip(model.parameters(), whole.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad)
+    profiler = Profiler(parts)
+    profiler.backward(losses_of(model, x))
+    assert [layer.name for layer in profiler.conflict_map().layers] == ["0.0", "0.1"]
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda model: list(model.parameters()), "a list of parameters"),
+        (lambda model: model.parameters(), "a generator, of parameters perhaps"),
+        (lambda model: (model.conv.weight, model.norm), "a tuple of parameters and"),
+        (lambda model: torch.optim.SGD(model.parameters(), 0.1), r"an optimizer \(SGD\)"),
+        (lambda model: StepLR(torch.optim.SGD(model.parameters(), 0.1), 1), "a learning rate scheduler"),
+        (lambda model: {"encoder": model}, "a dict; torch.nn.ModuleDict makes one module"),
+        (type, "the class TwoHeads, not one of its objects"),
+        (lambda model: [], "an empty list"),
+        (lambda model: None, "None"),
+    ],
+    ids=["parameters", "generator", "mixed", "optimizer", "scheduler", "dict", "class", "empty", "none"],
+)
+def test_what_is_no_model(model, x, make, words):
+    for use in (lambda it: backward(losses_of(model, x), it), Profiler):
+        with pytest.raises(UsageError, match=f"model is {words}.* Pass the torch.nn.Module that trains"):
+            use(make(model))
+
+
+class Engine(nn.Module):
+    """What DeepSpeed's looks like."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    def backward(self, loss): ...
+
+    def step(self): ...
+
+    def save_checkpoint(self, folder): ...
+
+
+def emptied(model):
+    model.conv.weight.data = torch.empty(0, dtype=torch.float64)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (Engine, "The model is a Engine, an engine with backward"),
+        (lambda model: nn.ModuleList([Engine(model)]), "Module '0' is a Engine"),
+        (emptied, "Parameter 'conv.weight' is empty: its values are partitioned"),
+        (lambda model: model.to("meta"), "Parameter 'conv.weight' is on the meta device"),
+    ],
+    ids=["engine", "inner engine", "placeholder", "meta"],
+)
+def test_a_model_whose_parameters_are_elsewhere(model, x, make, words):
+    losses, parameters = losses_of(model, x), list(model.parameters())
+    model = make(model)
+    optimizer = torch.optim.SGD(parameters, 0.1)
+    for use in (
+        lambda: backward(losses, model),
+        lambda: backward(losses, model, recon.methods.get("mgda")),
+        lambda: Profiler(model),
+        lambda: recon.train(model, [], {}, optimizer=optimizer),
+        lambda: recon.profile(model, [], {}, optimizer=optimizer),
+    ):
+        with pytest.raises(UsageError, match=words):
+            use()
+    if "meta" not in words:
+        with pytest.raises(UsageError, match=words):
+            recon.convert(model, recon.BranchPlan.per_task(["conv"], ("a", "b")), x)
+
+
+def test_an_empty_parameter_of_one_s_own_is_none_of_the_engine_s_business(model, x):
+    model.device_of = nn.Parameter(torch.empty(0))
+    backward(losses_of(model, x), model, recon.methods.get("mgda"))
+    assert model.device_of.grad is None
+
+
+def test_an_optimizer_that_needs_a_closure_in_a_loop_of_one_s_own(model, x):
+    """As the refusal of `train` says; LBFGS with the sum of the losses is the oracle."""
+    plain = copy.deepcopy(model)
+
+    def closure_of(net, optimizer, differentiate):
+        def closure():
+            optimizer.zero_grad()
+            losses = losses_of(net, x)
+            differentiate(losses)
+            return sum(losses.values())
+
+        return closure
+
+    steps = {model: lambda losses: backward(losses, model), plain: lambda losses: sum(losses.values()).backward()}
+    for net, differentiate in steps.items():
+        optimizer = torch.optim.LBFGS(net.parameters(), max_iter=4)
+        optimizer.step(closure_of(net, optimizer, differentiate))
+    for p, q in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(p, q)

@@ -1,0 +1,148 @@
+"""What lies behind autograd nodes that stand for a whole part of a model: compiled code, and wrappers around outputs.
+
+For autograd, each output of a node depends on all its inputs. Where one node holds the trunk and the heads of all
+tasks, every task would so reach every head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch.autograd.graph import Node
+
+from recon.errors import UsageError
+
+Edge = tuple[Node | None, int]
+"""A node, and which of its outputs."""
+
+_COMPILED = "CompiledFunctionBackward"
+
+# Of DistributedDataParallel, of modules with full backward hooks, and of DataParallel, which copies for each device.
+_HANDED_ON = {"_DDPSinkBackward", "BackwardHookFunctionBackward", "BroadcastBackward"}
+_CLOSED = {
+    "DifferentiableGraphBackward": "scripted or traced (torch.jit)",
+    "GraphedBackward": "captured in CUDA graphs",
+}
+
+_KINDS = {_COMPILED, *_HANDED_ON, *_CLOSED}
+
+_Opened = tuple[int, dict[int, list[int]]]
+"""How many inputs a compiled node has, and `{output: the numbers of those it depends on}`."""
+
+_opened: WeakKeyDictionary[type, _Opened | None] = WeakKeyDictionary()
+
+
+def is_opaque(node: Node) -> bool:
+    """Whether an output of this node may depend on some of its inputs only."""
+    return _kind(node) in _KINDS
+
+
+def is_compiled(node: Node) -> bool:
+    """Whether this node is a part of the model that torch.compile has made one."""
+    return _kind(node) == _COMPILED
+
+
+def edges_behind(node: Node, output: int) -> Sequence[Edge] | None:
+    """The next edges that this output of an opaque node depends on; None if that cannot be told."""
+    kind, edges = _kind(node), node.next_functions
+    if kind in _HANDED_ON:
+        return [edges[output % len(edges)]]
+    opened = _open(node) if kind == _COMPILED else None
+    if opened is not None and opened[0] == len(edges) and output in opened[1]:
+        return [edges[number] for number in opened[1][output]]
+    if len(getattr(node, "_input_metadata", ())) == 1:  # there is no other output
+        return edges
+    return None
+
+
+def hidden_reach(node: Node) -> UsageError:
+    """What to say where tasks part inside a node that does not show its inside."""
+    what = _CLOSED.get(_kind(node), "compiled as a whole")
+    return UsageError(
+        f"A part of the model was {what}, which hides which of its parameters each task's loss depends on. Do so with "
+        "the shared body and each task's head apart, or train the plain model."
+    )
+
+
+def _kind(node: Node) -> str:
+    kind = type(node).__name__
+    if kind == "CppFunction":  # what of torch has no class in Python, and calls itself by its place in C++
+        return node.name().rpartition("::")[2]
+    return kind if kind not in _KINDS or _is_of_torch(node) else ""
+
+
+def _is_of_torch(node: Node) -> bool:
+    """Whether it comes from torch's own class, not from a user's of the same name."""
+    return getattr(node, "_forward_cls", object).__module__.startswith("torch.")
+
+
+def _open(node: Node) -> _Opened | None:
+    forward = node._forward_cls  # type: ignore[attr-defined]
+    if forward not in _opened:
+        try:
+            _opened[forward] = _trace(forward)
+        except Exception:  # whatever another version of torch makes of its own parts
+            _opened[forward] = None
+    return _opened[forward]
+
+
+def _trace(forward: Any) -> _Opened:
+    """Follow the graph of the backward, which AOTAutograd has traced and keeps; there is no public way to it."""
+    kept = forward._lazy_backward_info
+    graph = (kept.bw_module if hasattr(kept, "bw_module") else kept.bw_module_fn()).graph
+    outputs = _differentiable_outputs(forward.metadata)
+    tangents = [node for node in graph.nodes if node.op == "placeholder" and "tangents" in str(node.target)]
+    sources: dict[Any, set[int]] = {tangent: {number} for tangent, number in zip(tangents, outputs, strict=True)}
+    for node in graph.nodes:  # in the order of computation
+        sources.setdefault(node, set()).update(*(sources[used] for used in node.all_input_nodes))
+    (result,) = (node for node in graph.nodes if node.op == "output")
+    # Numbers among the inputs have no edge; they alone neither want a gradient nor are leaves.
+    inputs = [
+        gradient
+        for gradient, info in zip(result.args[0], forward.metadata.input_info, strict=True)
+        if info.requires_grad or info.is_leaf
+    ]
+    # A gradient that is zero whatever comes in, of a sign say, is one of every output.
+    behind = {
+        output: [i for i, g in enumerate(inputs) if g is not None and (output in sources[g] or not sources[g])]
+        for output in outputs
+    }
+    return len(inputs), behind
+
+
+def _differentiable_outputs(metadata: Any) -> list[int]:
+    """The outputs of the node for which its backward graph takes a gradient, in the order in which it takes them."""
+    from torch._functorch._aot_autograd.schemas import OutputType
+
+    own = (OutputType.non_alias, OutputType.unsafe_view_alias, OutputType.custom_function_view)
+    changed = [metadata.input_info[number] for number in metadata.mutated_inp_runtime_indices]
+    outputs = [number for number, info in enumerate(changed) if info.mutates_data and info.requires_grad]
+    for number, info in enumerate(metadata.output_info, start=len(changed)):
+        wants = getattr(info, "requires_grad_for_backward", info.requires_grad)
+        if info.output_type in own and issubclass(info.raw_type, torch.Tensor) and wants:
+            outputs.append(number)
+    start = len(changed) + metadata.num_outputs
+    return [*outputs, *range(start, start + metadata.num_intermediate_bases)]
+
+
+@contextmanager
+def several_passes() -> Iterator[None]:
+    """Around a backward pass that keeps the graph: a compiled backward may have been made for a single one.
+
+    Raises:
+        UsageError: it was.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if "donated" not in str(error):
+            raise
+        raise UsageError(
+            "Gradients by task need a backward pass for each task, but the model was compiled for a single one, in "
+            "which its buffers are used up. Set torch._functorch.config.donated_buffer = False before the model runs "
+            "for the first time (after torch.compiler.reset(), if it has run)."
+        ) from error
