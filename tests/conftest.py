@@ -13,6 +13,17 @@ torch.set_num_threads(1)
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def pytest_make_parametrize_id(val, argname):
+    """Names of tests are short, and the same in every process: bytes may hold the time, and a float its rounding."""
+    if isinstance(val, bytes):
+        return f"{len(val)} bytes"
+    if isinstance(val, float):
+        return f"{val:.6g}"
+    if isinstance(val, str) and (len(val) > 100 or not val.isprintable()):
+        return argname
+    return None  # pytest's own
+
+
 @pytest.fixture
 def command(files, monkeypatch, capsys):
     """Runs a command line in the folder of the module's `files`; gives exit code, stdout, stderr."""
