@@ -39,6 +39,8 @@ def _run(argv: list[str]) -> int:
         args = _parse(argv)
         if args is None:
             return DONE
+        if ranks.number() and args.verb not in ranks.SHARED_VERBS:
+            return DONE  # number 0 says that it takes one process; where another one failed first, it would be stopped
         ranks.check_verb(args.verb)
         # Results alone go to stdout, whatever a problem's code prints; of several processes, one speaks.
         with _silenced() if ranks.number() else redirect_stdout(sys.stderr):

@@ -15,6 +15,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 WORLD = 2
+PATIENCE = 1800  # seconds: no test waits so long, however slow the machine, but for what hangs for ever
 
 needs_gloo = pytest.mark.skipif(
     not (dist.is_available() and dist.is_gloo_available()), reason="this build of torch has no gloo"
@@ -29,7 +30,7 @@ class Ranks:
         self.pipes: list[Any] = []
         self.processes: list[Any] = []
 
-    def run(self, check: Callable[..., None], *args: object, seconds: float = 120) -> None:
+    def run(self, check: Callable[..., None], *args: object, seconds: float = PATIENCE) -> None:
         if not self.processes:
             self._start()
         job = pickle.dumps((check, args))
@@ -69,7 +70,7 @@ class Ranks:
 def _serve(rank: int, store: Path, pipe: Any) -> None:
     torch.set_num_threads(1)
     dist.init_process_group(
-        "gloo", init_method=store.as_uri(), rank=rank, world_size=WORLD, timeout=timedelta(seconds=60)
+        "gloo", init_method=store.as_uri(), rank=rank, world_size=WORLD, timeout=timedelta(seconds=PATIENCE)
     )
     while True:
         check, args = pickle.loads(pipe.recv_bytes())

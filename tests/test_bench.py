@@ -23,6 +23,7 @@ from recon_cli.bench_table import Row, paper_table, results_table, spread
 from recon_cli.counting import ConflictCounter, Counting, read_cosines
 from recon_cli.main import main
 from recon_cli.run_folder import RunFolder
+from tests.ranks import PATIENCE
 
 SIZE = "--train-samples 256 --test-batches 1 --profile-epochs 1 --workers 1"
 LABELS = ["single-task", "joint", "joint + Recon K=4", "joint + random K=4", "joint + max_macs=1.6"]
@@ -135,13 +136,13 @@ def test_a_killed_bench_leaves_no_worker_behind(files, bench_of):
         [sys.executable, "-m", "recon_cli", "bench", "digits", *options], cwd=files, stderr=subprocess.DEVNULL
     )
     log = files / "out" / "joint-Recon-K=3" / "seed-0" / "training.log"
-    deadline = time.monotonic() + 300  # three processes import torch
+    deadline = time.monotonic() + PATIENCE
     while not (log.exists() and "epoch 1/" in log.read_text()):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.05)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
-    deadline, left = time.monotonic() + 30, ""
+    deadline, left = time.monotonic() + PATIENCE, ""
     while log.read_text() != left:
         assert time.monotonic() < deadline, "a worker trains on"
         left = log.read_text()

@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file
 
 import recon
-from tests.ranks import needs_gloo
+from recon_cli.main import main
+from tests.ranks import PATIENCE, needs_gloo
 
 pytestmark = needs_gloo
 
@@ -50,16 +51,21 @@ def problem():
 """
 
 
-def command(folder: Path, *arguments: str, processes: int = 1) -> subprocess.CompletedProcess[str]:
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)] * (processes > 1)
+def by_two(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Runs a command line in two processes."""
     return subprocess.run(
-        [sys.executable, *launcher, "-m", "recon_cli", *arguments],
+        [sys.executable, *"-m torch.distributed.run --standalone --nproc-per-node 2 -m recon_cli".split(), *arguments],
         cwd=folder,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=PATIENCE,
     )
+
+
+def by_one(*arguments: str) -> None:
+    """Runs the same in this one."""
+    assert main(list(arguments)) == 0
 
 
 @pytest.fixture(scope="module")
@@ -69,12 +75,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("options", [[], ["--memory", "sketch", "--every", "2"]], ids=str)
-def test_two_processes_make_the_map_of_one(folder, options):
-    for name, processes in (("one.json", 1), ("two.json", 2)):
-        done = command(folder, "profile", "plain.py:problem", *options, "--out", name, processes=processes)
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.count(f"Saved {name}") == 1 and done.stderr.count("epoch 1/3") == 1
+@pytest.fixture(autouse=True)
+def in_folder(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "path", list(sys.path))  # importing a problem's file puts its folder there
+
+
+def test_two_processes_make_the_map_of_one(folder):
+    by_one("profile", "plain.py:problem", "--out", "one.json")
+    done = by_two(folder, "profile", "plain.py:problem", "--out", "two.json")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("Saved two.json") == 1 and done.stderr.count("epoch 1/3") == 1
     one, two = (recon.ConflictMap.load(folder / name) for name in ("one.json", "two.json"))
     assert two.made_by["processes"] == 2 and one.steps == two.steps
     assert [layer.name for layer in one.layers] == [layer.name for layer in two.layers] == ["body.0", "body.2"]
@@ -83,14 +94,14 @@ def test_two_processes_make_the_map_of_one(folder, options):
         assert first.series.tolist() == second.series.tolist()
 
 
-@pytest.mark.parametrize("options", [["--method", "pcgrad"], ["--method", "uw", "--clip", "0.5", "--accumulate", "2"]])
-def test_two_processes_train_the_model_of_one(folder, options):
-    runs = []
-    for name, processes in (("alone", 1), ("both", 2)):
-        done = command(folder, "train", "plain.py:problem", *options, "--json", "--out", name, processes=processes)
-        assert done.returncode == 0, done.stderr
-        assert done.stderr.count("epoch 1/2") == 1
-        runs.append(json.loads(done.stdout))
+def test_two_processes_train_the_model_of_one(folder, capsys):
+    line = "train plain.py:problem --method uw+pcgrad --clip 0.5 --accumulate 2 --json --out".split()
+    capsys.readouterr()
+    by_one(*line, "alone")
+    done = by_two(folder, *line, "both")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("epoch 1/2") == 1
+    runs = [json.loads(out) for out in (capsys.readouterr().out, done.stdout)]
     one, two = (load_file(folder / name / "weights.safetensors") for name in ("alone", "both"))
     for name, value in one.items():
         torch.testing.assert_close(two[name], value, rtol=1e-9, atol=1e-12)
@@ -111,12 +122,16 @@ def test_two_processes_train_the_model_of_one(folder, options):
     assert not list((folder / "both").glob("*.checkpoint"))
 
 
-def test_what_several_processes_cannot_do(folder):
-    done = command(folder, "profile", "plain.py:problem", "--resume", "--out", "resumed.json", processes=2)
-    assert done.returncode != 0 and "error: --resume goes on from a checkpoint" in done.stderr
-    done = command(folder, "methods", "--json", processes=2)
+def test_a_verb_for_one_process_says_so_once(folder):
+    done = by_two(folder, "methods", "--json")
     assert done.returncode != 0
     assert json.loads(done.stdout)["error"]["message"].startswith("`recon methods` runs in one process, but 2 were")
-    done = command(folder, "train", "plain.py:problem", "--resume", "--out", "resumed", processes=2)
-    assert done.returncode != 0 and "error: --resume goes on from a checkpoint" in done.stderr
+    assert "[rank 1]" not in done.stderr
+
+
+@pytest.mark.parametrize("line", ["profile plain.py:problem", "train plain.py:problem"])
+def test_several_processes_do_not_resume(folder, line, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main([*line.split(), "--resume", "--out", "resumed"]) == 2
+    assert "error: --resume goes on from a checkpoint" in capsys.readouterr().err
     assert not list(folder.glob("resumed*"))
