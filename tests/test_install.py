@@ -52,7 +52,7 @@ def make(tmp_path):
     [
         (
             {"python": "nowhere"},
-            "error: there is no ./nowhere here, but recon needs Python 3.10 or newer. Name one with",
+            "error: there is no ./nowhere here, but recon needs Python 3.10 or newer. Name",
         ),
         ({"version": "3.9.18", "too_old": 1}, "error: ./my python is Python 3.9.18, but recon needs 3.10 or newer."),
         ({"no_venv": 1}, "On Debian and Ubuntu they are the package python3.11-venv."),
