@@ -10,7 +10,7 @@ demo: $(READY)
 	$(BIN)/recon demo --out demo
 
 test: $(READY)
-	$(BIN)/python -m pytest -m "not slow" --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest -m "not slow" --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow

@@ -15,6 +15,14 @@ torch.set_num_threads(int(os.environ.get("RECON_TEST_THREADS", "1")))
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+LONGEST = {"test_digits", "test_families", "test_lowering", "test_profiler_zoo", "test_torchrun"}
+
+
+def pytest_collection_modifyitems(items):
+    """The longest files first: two workers take one file after another, and are to end together."""
+    items.sort(key=lambda item: item.path.stem not in LONGEST)
+
+
 def pytest_make_parametrize_id(val, argname):
     """Names of tests are short, and the same in every process: bytes may hold the time, and a float its rounding."""
     if isinstance(val, bytes):
