@@ -10,7 +10,7 @@ demo: $(READY)
 	$(BIN)/recon demo --out demo
 
 test: $(READY)
-	$(BIN)/python -m pytest -m "not slow" --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest -m "not slow" --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow
@@ -32,11 +32,9 @@ bench: $(READY)
 models: $(READY)
 	$(BIN)/python -m tests.families
 
-$(READY): pyproject.toml
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable '.[dev]'
-	touch $@
+$(READY): pyproject.toml scripts/install.sh
+	@sh scripts/install.sh "$(PYTHON)" "$(VENV)"
+	@touch $@
 
 clean:
 	rm -rf $(VENV) build demo

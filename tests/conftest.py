@@ -1,4 +1,5 @@
 import json
+import os
 import signal
 import sys
 
@@ -7,10 +8,19 @@ import torch
 
 from recon_cli.main import main
 
-# The tests' tensors are small: a second thread costs more than it brings, most of all on a busy machine.
-torch.set_num_threads(1)
+# The tests' tensors are small: a second thread costs more than it brings, most of all on a busy machine. But they must
+# pass with any number.
+torch.set_num_threads(int(os.environ.get("RECON_TEST_THREADS", "1")))
 # What a shell starts in the background ignores Ctrl-C, and so would all that the tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+LONGEST = {"test_digits", "test_families", "test_lowering", "test_profiler_zoo", "test_torchrun"}
+
+
+def pytest_collection_modifyitems(items):
+    """The longest files first: two workers take one file after another, and are to end together."""
+    items.sort(key=lambda item: item.path.stem not in LONGEST)
 
 
 def pytest_make_parametrize_id(val, argname):

@@ -1,5 +1,6 @@
 """Two processes of one gloo group for the tests of what several of them do together."""
 
+import os
 import pickle
 import time
 import traceback
@@ -68,7 +69,7 @@ class Ranks:
 
 
 def _serve(rank: int, store: Path, pipe: Any) -> None:
-    torch.set_num_threads(1)
+    torch.set_num_threads(int(os.environ.get("RECON_TEST_THREADS", "1")))
     dist.init_process_group(
         "gloo", init_method=store.as_uri(), rank=rank, world_size=WORLD, timeout=timedelta(seconds=PATIENCE)
     )

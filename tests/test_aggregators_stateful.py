@@ -28,7 +28,7 @@ def graddrop(J: Tensor, draws: Tensor, leak: float) -> Tensor:
     purity = 0.5 * (1 + J.sum(dim=0) / J.abs().sum(dim=0))
     update = torch.zeros_like(J[0])
     for g in J:
-        mask = (purity > draws) * (g > 0) + (purity < draws) * (g < 0)
+        mask = ((purity > draws) * (g > 0) + (purity < draws) * (g < 0)).to(J.dtype)  # times leak, a bool is float32
         update += (leak + (1 - leak) * mask) * g
     return update
 
@@ -39,7 +39,8 @@ def graddrop(J: Tensor, draws: Tensor, leak: float) -> Tensor:
 def test_graddrop_is_algorithm_1(kind, count, leak):
     J = gradients(kind, count)
     draws = torch.rand(J.shape[1], generator=torch.Generator().manual_seed(5), dtype=torch.float64)
-    torch.testing.assert_close(follow_one_sign(J, draws, leak), graddrop(J, draws, leak))
+    off = (follow_one_sign(J, draws, leak) - graddrop(J, draws, leak)).abs()
+    assert (off <= (count + 4) * torch.finfo(torch.float64).eps * J.abs().sum(dim=0)).all()
 
 
 @pytest.mark.parametrize("leak", [0.0, 0.3])
@@ -197,14 +198,20 @@ def test_tasks_that_are_there_share_what_they_have(name):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @every_count
 def test_excess_mtl_is_the_formula(count, dtype, warmup):
-    """He et al. 2024, eqs. (6), (7) and (9); over several blocks."""
+    """He et al. 2024, eqs. (6), (7) and (9); over several blocks.
+
+    A risk is a sum of n terms, off by some √n ulps. Up to four risks stand in an exponent, times lr = 1/2, and
+    dividing by what the tasks have together doubles that.
+    """
+    n, epsilon = 70_001, torch.finfo(dtype).eps
+    slack = 4 * n**0.5 * epsilon
     stream = torch.Generator().manual_seed(2)
     method = methods.get("excessmtl", lr=0.5, warmup=warmup)
     method.setup([f"task{i}" for i in range(count)])
-    squares = torch.zeros(count, 70_001, dtype=torch.float64)
+    squares = torch.zeros(count, n, dtype=torch.float64)
     w, first = torch.ones(count, dtype=torch.float64) / count, torch.zeros(count, dtype=torch.float64)
     for step in range(5):
-        J = torch.randn(count, 70_001, generator=stream, dtype=torch.float64) * torch.arange(1, count + 1)[:, None]
+        J = torch.randn(count, n, generator=stream, dtype=torch.float64) * torch.arange(1, count + 1)[:, None]
         J[:, ::7] = 0  # never a gradient
         J[-1] /= step + 1
         squares += J**2
@@ -215,9 +222,9 @@ def test_excess_mtl_is_the_formula(count, dtype, warmup):
             w = w * torch.exp(0.5 * risks / first)
             w /= w.sum()
         update, weights = method.combine(J.to(dtype))
-        tolerance = {"rtol": 1e-4, "atol": 1e-4} if dtype == torch.float32 else {"rtol": 1e-9, "atol": 1e-9}
-        torch.testing.assert_close(torch.stack(list(weights.values())).double(), count * w, **tolerance)
-        torch.testing.assert_close(update.double(), count * w @ J, **tolerance)
+        torch.testing.assert_close(torch.stack(list(weights.values())).double(), count * w, rtol=slack, atol=0)
+        off = (update.double() - count * w @ J).abs()
+        assert (off <= (slack + count * epsilon) * (count * w @ J.abs())).all()
     assert count == 1 or not torch.allclose(w, torch.full_like(w, 1 / count), rtol=1e-2)
 
 

@@ -67,7 +67,7 @@ def test_other_random_layers(seed):
 def test_profiling_twice_gives_the_same_scores():
     scores = []
     for _ in range(2):
-        problem = get("digits")
+        problem = get("digits", train_samples=256)
         torch.manual_seed(0)
         model = problem.make_model()
         optimizer = problem.make_optimizer(model.parameters())
