@@ -138,7 +138,7 @@ def test_a_gradient_of_next_to_nothing_is_left_out(name, size):
 @pytest.mark.parametrize("name", ["nash-mtl", "fairgrad", "upgrad", "cagrad", "mgda", "pe-ltr"])
 @every_hard_kind
 def test_forty_tasks_take_a_thousand_calls(name, kind):
-    """Python's and C's: work that is the same on every machine, of which a laptop does 10,000 in a tenth of a second."""
+    """Python's and C's: work that is the same on every machine; a laptop does 10,000 in a tenth of a second."""
     G = gradients(kind, 40) @ gradients(kind, 40).T
     method = methods.get(name)
     events = Counter()
