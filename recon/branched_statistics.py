@@ -108,12 +108,18 @@ def _plain_for(layer: nn.Module, group: Group) -> Iterator[None]:
     own = {name: state[name] for name in ("_buffers", *CALL_HOOKS)}
     branches = layer._modules.pop("branches")
     assert isinstance(branches, Branches)
-    state.update(state["_hooks_of_layer"], _buffers=branches.at(group)._buffers)
+    kept = branches.at(group)._buffers
+    # What was registered since (the mask of pruning) is one for all groups.
+    buffers = {**own["_buffers"], **kept} if own["_buffers"] else kept
+    state.update(state["_hooks_of_layer"], _buffers=buffers)
     try:
         yield
     finally:
         state.update(own)
         layer._modules["branches"] = branches
+        if buffers is not kept:
+            for name, buffer in buffers.items():
+                (kept if name in kept else layer._buffers)[name] = buffer
 
 
 def plain_state(layer: BranchedStatistics) -> dict[str, Any]:

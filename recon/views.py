@@ -65,7 +65,10 @@ class TaskView:
                 self._add_hooks(module)
             elif isinstance(module, BranchedStatistics):
                 group = _group_of(self.task, module.branches._partition)
-                self._view_around(module, sharers, self._own_or_scratch(module.branches.at(group), group))
+                buffers = self._own_or_scratch(module.branches.at(group), group)
+                if module._buffers:  # registered since, for all groups
+                    buffers = {**module._buffers, **buffers}
+                self._view_around(module, sharers, buffers)
                 self._add_hooks(module)
             elif isinstance(module, torch.jit.ScriptModule):  # nothing in it is branched
                 self._views[module] = module
