@@ -7,7 +7,10 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_buffer_registration_hook, register_module_parameter_registration_hook
+from torch.nn.modules.module import (
+    register_module_buffer_registration_hook,
+    register_module_parameter_registration_hook,
+)
 
 from recon.branches import Branches, load_into_branches
 from recon.errors import FanError, UsageError
@@ -19,7 +22,9 @@ from recon.surgical_classes import Surgery, operate
 from recon.watch import watcher
 
 # Where a module keeps what a call runs before and after its forward.
-CALL_HOOKS = tuple(name for name in vars(nn.Module()) if name.startswith(("_forward", "_backward", "_is_full_backward")))
+CALL_HOOKS = tuple(
+    name for name in vars(nn.Module()) if name.startswith(("_forward", "_backward", "_is_full_backward"))
+)
 
 
 class BranchedStatistics(nn.Module):
@@ -73,9 +78,7 @@ class BranchedStatistics(nn.Module):
         if not isinstance(module, Branches):
             super().add_module(name, module)
 
-    def _load_from_state_dict(
-        self, state_dict: Any, prefix: str, local_metadata: dict[str, Any], *args: Any
-    ) -> None:
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, local_metadata: dict[str, Any], *args: Any) -> None:
         # The class would add to a state of its older versions what is at the branches here.
         super()._load_from_state_dict(state_dict, prefix, {**local_metadata, "version": self._version}, *args)
 
@@ -110,7 +113,7 @@ def _plain_for(layer: nn.Module, group: Group) -> Iterator[None]:
     assert isinstance(branches, Branches)
     kept = branches.at(group)._buffers
     # What was registered since (the mask of pruning) is one for all groups.
-    buffers = {**own["_buffers"], **kept} if own["_buffers"] else kept
+    buffers = {**kept, **own["_buffers"]} if own["_buffers"] else kept
     state.update(state["_hooks_of_layer"], _buffers=buffers)
     try:
         yield

@@ -76,6 +76,7 @@ class Branched(nn.Module):
         self.layer_name = layer_name
         self.partition = partition
         self.branches = Branches(partition, copies)
+        vars(self)["_parameters"] = _NoParameters(layer_name)
         self.training = all(module.training for module in copies.values())
         self.register_load_state_dict_pre_hook(_load_original_into_branches)
 
@@ -124,7 +125,7 @@ class Branched(nn.Module):
         Raises:
             UsageError: always.
         """
-        self._refuse_registration(f"The parameter {name!r}")
+        raise _not_here(f"The parameter {name!r}", self.layer_name)
 
     def register_buffer(self, name: str, tensor: Tensor | None, persistent: bool = True) -> None:
         """Refuse: the buffers are the copies'.
@@ -132,14 +133,7 @@ class Branched(nn.Module):
         Raises:
             UsageError: always.
         """
-        self._refuse_registration(f"The buffer {name!r}")
-
-    def _refuse_registration(self, what: str) -> None:
-        raise UsageError(
-            f"{what} cannot be registered at {self.layer_name!r}, which is branched: its parameters and buffers are "
-            "those of its copies. Do for each copy what was meant for the layer (pruning, a parametrization): for "
-            "copy in layer.branches.children(): ..."
-        )
+        raise _not_here(f"The buffer {name!r}", self.layer_name)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -158,6 +152,28 @@ class Branched(nn.Module):
         if isinstance(values[0], Tensor) or not callable(values[0]):
             return self._marked(merge(partition, values))
         return lambda *args, **kwargs: self._on_each(lambda layer: getattr(layer, name), args, kwargs)
+
+
+class _NoParameters(dict[str, Any]):
+    """The parameters of a branched layer itself: there are none, and who takes one out meant the copies'."""
+
+    def __init__(self, layer_name: str) -> None:
+        super().__init__()
+        self.layer_name = layer_name
+
+    def __missing__(self, name: str) -> Any:
+        raise _not_here(f"The parameter {name!r}", self.layer_name)
+
+    def __delitem__(self, name: str) -> None:
+        self[name]
+
+
+def _not_here(what: str, layer_name: str) -> UsageError:
+    return UsageError(
+        f"{what} cannot be taken, replaced or registered at {layer_name!r}, which is branched: its parameters and "
+        "buffers are those of its copies. Do for each copy what was meant for the layer (pruning, a normalisation of "
+        "its weight): for copy in layer.branches.children(): ..."
+    )
 
 
 class BranchedParameter(Branched):

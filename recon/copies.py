@@ -15,7 +15,7 @@ from recon.branches import Branched, BranchedParameter
 from recon.errors import UnknownNameError, UsageError
 from recon.layers import find_layers, places
 from recon.partition import Group, Partition, refine
-from recon.references import redirect_references
+from recon.references import STRUCTURE, redirect_references
 
 
 def copy_model(model: nn.Module) -> nn.Module:
@@ -33,9 +33,22 @@ def copy_model(model: nn.Module) -> nn.Module:
         return twin
     except Exception as error:
         raise UsageError(
-            f"The model cannot be copied: {type(error).__name__}: {error}. A tensor kept as an attribute must be a "
-            "parameter, a buffer or detached."
+            f"The model cannot be copied{_uncopied(model)}: {type(error).__name__}: {error}. Let it hold nothing that "
+            "copy.deepcopy does not take (a lock, an open file, a generator), or make that when it is first used."
         ) from error
+
+
+def _uncopied(model: nn.Module) -> str:
+    """Which attribute it is that cannot be copied, in words."""
+    memo = {id(part): part for part in [*model.modules(), *model.parameters(), *model.buffers()]}
+    for path, module in model.named_modules():
+        for name, value in vars(module).items():
+            try:
+                with _DetachedCopies():
+                    copy.deepcopy(value if name not in STRUCTURE else None, dict(memo))
+            except Exception:
+                return f", because of {'.'.join(filter(None, (path, name)))!r} ({type(value).__name__})"
+    return ""
 
 
 class _DetachedCopies(TorchFunctionMode):

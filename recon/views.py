@@ -67,7 +67,7 @@ class TaskView:
                 group = _group_of(self.task, module.branches._partition)
                 buffers = self._own_or_scratch(module.branches.at(group), group)
                 if module._buffers:  # registered since, for all groups
-                    buffers = {**module._buffers, **buffers}
+                    buffers = {**buffers, **module._buffers}
                 self._view_around(module, sharers, buffers)
                 self._add_hooks(module)
             elif isinstance(module, torch.jit.ScriptModule):  # nothing in it is branched
