@@ -28,7 +28,7 @@ CALL_HOOKS = tuple(
 
 
 class BranchedStatistics(nn.Module):
-    """What a shared layer becomes whose buffers (running statistics) are kept once per task group: a mixin of its class.
+    """A shared layer whose buffers (running statistics) are kept once per task group: a mixin of its own class.
 
     The published code runs a shared BatchNorm once per task and lets the tasks overwrite one set of statistics,
     which then fits none of them. Here the layer stays what it is, with its own class, parameters and attributes, and

@@ -25,12 +25,12 @@ def operate(module: nn.Module, surgery: Surgery) -> None:
     """Give a module's class these mixins and attributes, beside those that it has had since earlier surgery."""
     done: Surgery = vars(type(module)).get("_surgery", Surgery())
     both = Surgery(done.mixins + surgery.mixins, done.attributes + surgery.attributes)
-    module.__class__ = _surgical_class(original_class(module), both)  # type: ignore[assignment]
+    module.__class__ = _surgical_class(original_class(module), both)  # type: ignore[arg-type]
 
 
 def original_class(module: nn.Module) -> type[nn.Module]:
     """The class of a module before any surgery; a parametrization that came later stays."""
-    return _without_surgery(type(module))
+    return _without_surgery(type(module))  # type: ignore[arg-type]
 
 
 @lru_cache(maxsize=1024)
@@ -70,5 +70,5 @@ def _reduce(module: nn.Module, protocol: Any) -> tuple[Any, ...]:
 
 
 def _new(cls: type[nn.Module], surgery: Surgery) -> nn.Module:
-    module: nn.Module = object.__new__(_surgical_class(cls, surgery))
+    module: nn.Module = object.__new__(_surgical_class(cls, surgery))  # type: ignore[arg-type]
     return module

@@ -210,11 +210,7 @@ def times_run(branched, path):
         fanned = partition_of((args, kwargs))
         runs["all"] += 1 if fanned is None else len(fanned.groups)
 
-    if isinstance(module, Branched):
-        parts = [part for _, part in module.branches.items()]
-    else:
-        parts = [module]
-    for part in parts:
+    for part in module.branches.children() if isinstance(module, Branched) else [module]:
         part.register_forward_pre_hook(hook, with_kwargs=True)
     return runs
 

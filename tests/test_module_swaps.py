@@ -1,4 +1,4 @@
-"""Modules that are swapped for others, or changed, in a branched model: each task sees its plain model, changed alike."""
+"""Modules that are swapped, or changed, in a branched model: each task sees its plain model, changed alike."""
 
 import warnings
 

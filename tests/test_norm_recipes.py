@@ -240,7 +240,7 @@ def test_norms_frozen_by_copying():
 
 def test_a_fan_as_a_new_buffer_or_a_parameter():
     norm = branch().body[1]
-    with pytest.raises(FanError, match="new buffer 'mean' of Linear .* Register a tensor of their shape"):
+    with pytest.raises(FanError, match=r"new buffer 'mean' of Linear .* Register a tensor of their shape"):
         nn.Linear(2, 2).register_buffer("mean", norm.running_mean)
     with pytest.raises(FanError, match="parameter 'bias' of a Linear would differ between tasks"):
         nn.Linear(4, 4).bias = nn.Parameter(norm.running_mean)
