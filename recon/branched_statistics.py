@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,8 +17,10 @@ from recon.errors import FanError, UsageError
 from recon.fan import TaskFan, common_refinement, merge, served, serving
 from recon.fan_trees import partition_of, within
 from recon.partition import Group, Partition
+from recon.references import STRUCTURE
 from recon.statement import where
 from recon.surgical_classes import Surgery, operate
+from recon.trees import leaves_of
 from recon.watch import watcher
 
 # Where a module keeps what a call runs before and after its forward.
@@ -46,10 +48,13 @@ class BranchedStatistics(nn.Module):
         arriving = partition_of((args, kwargs))
         if arriving is not None:
             partition = common_refinement([partition, arriving])
-        results = []
+        results, remembered, before = [], [], _attributes_of(self)
         for group in partition.groups:
+            self.__dict__.update(before)  # no group goes on from what another one leaves
             with _plain_for(self, group), serving(group):
                 results.append(self(*within(args, group), **within(kwargs, group)))
+            remembered.append(_attributes_of(self))
+        _remember(self, partition, before, remembered)
         return merge(partition, results)
 
     def __getattr__(self, name: str) -> Any:
@@ -123,6 +128,20 @@ def _plain_for(layer: nn.Module, group: Group) -> Iterator[None]:
         if buffers is not kept:
             for name, buffer in buffers.items():
                 (kept if name in kept else layer._buffers)[name] = buffer
+
+
+def _attributes_of(layer: nn.Module) -> dict[str, Any]:
+    return {name: value for name, value in layer.__dict__.items() if name not in STRUCTURE}
+
+
+def _remember(
+    layer: nn.Module, partition: Partition, before: Mapping[str, Any], after: Sequence[Mapping[str, Any]]
+) -> None:
+    """Let tensors that the forward has left in attributes (a loss of its own) be every group's, not the last one's."""
+    for name, value in after[-1].items():
+        values = [attributes.get(name) for attributes in after]
+        if value is not before.get(name) and len(values) > 1 and any(isinstance(v, Tensor) for v in leaves_of(values)):
+            layer.__dict__[name] = merge(partition, values)
 
 
 def plain_state(layer: BranchedStatistics) -> dict[str, Any]:

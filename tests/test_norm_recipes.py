@@ -317,6 +317,13 @@ class Codebook(nn.Module):
         super().__init__()
         self.register_buffer("codes", torch.rand(5, 4))
         self.register_buffer("count", torch.ones(5))
+        self.loss, self.calls = None, 0
+
+    def forward(self, x):
+        quantized = self.quantize(x)
+        self.loss = (x - quantized.detach()).square().mean()
+        self.calls += 1
+        return quantized
 
     def quantize(self, x):
         nearest = torch.cdist(x, self.codes).argmin(1)
@@ -328,14 +335,16 @@ class Codebook(nn.Module):
 
 
 class Quantized(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, loss_weight=0) -> None:
         super().__init__()
+        self.loss_weight = loss_weight
         self.first, self.book = nn.Linear(6, 4), Codebook()
         self.heads = nn.ModuleDict({task: nn.Linear(4, 2) for task in TASKS})
 
     def forward(self, x):
-        h = self.book.quantize(self.first(x))
-        return {task: head(h) for task, head in self.heads.items()}
+        h = self.book.quantize(self.first(x)) if self.loss_weight == 0 else self.book(self.first(x))
+        loss = 0 if self.book.loss is None else self.loss_weight * self.book.loss
+        return {task: head(h) + loss for task, head in self.heads.items()}
 
 
 @both_modes
@@ -347,3 +356,15 @@ def test_a_codebook_that_is_never_called(mode):
     for _ in range(2):
         for training in (True, False):
             oracle.check(lambda: Quantized().double(), branched.train(training), x)
+
+
+@both_modes
+def test_what_a_module_with_statistics_remembers(mode):
+    """Its own loss is every task's, not the last one's; it was called once for every task, not once for each."""
+    torch.manual_seed(0)
+    x = torch.randn(4, 6).double()
+    branched = convert(Quantized(1).double(), BranchPlan.per_task(["first"], TASKS), x, mode=mode)
+    oracle.perturb(branched)
+    for training in (True, False):
+        oracle.check(lambda: Quantized(1).double(), branched.train(training), x)
+    assert branched.book.calls == 2
