@@ -1,28 +1,29 @@
-"""The modules that a branched model is made of."""
+"""Branched layers: one copy per task group, under the layer's name."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from functools import lru_cache
 from typing import Any
 
 from torch import Tensor, nn
 
 import recon.autograd_functions
 import recon.past_python  # noqa: F401  (makes what would read a fan's memory ask first)
-from recon.errors import UsageError
-from recon.fan import common_refinement, mark_origins, merge, origins_of, served, serving
+from recon.errors import FanError, UsageError
+from recon.fan import TaskFan, mark_origins, merge, origins_of, served
 from recon.fan_trees import partition_of, within
 from recon.partition import Group, Partition, group_name
+from recon.statement import where
+from recon.surgical_classes import Surgery, operate
 from recon.watch import watcher
 
 
 class Branches(nn.Module):
     """Modules by group. Unlike `nn.ModuleDict` it takes any task name, `keys` and `type` included."""
 
-    def __init__(self, by_group: Mapping[Group, nn.Module]) -> None:
+    def __init__(self, partition: Partition, by_group: Mapping[Group, nn.Module]) -> None:
         super().__init__()
+        self._partition = partition  # no name that a task may have
         for group, module in by_group.items():
             self._modules[group_name(group)] = module
 
@@ -30,17 +31,42 @@ class Branches(nn.Module):
         """Group name and module, in order."""
         return ((name, module) for name, module in self._modules.items() if module is not None)
 
-    def at(self, partition: Partition, group: Group) -> nn.Module:
+    def at(self, group: Group) -> nn.Module:
         """The module of the group that `group` lies within."""
+        partition = self._partition
         module = self._modules[group_name(partition.groups[partition.label_of[group[0]]])]
         assert module is not None
         return module
+
+    def assign(self, name: str, value: Any) -> None:
+        """Set an attribute of every group's module; of a fan, each gets its group's value.
+
+        Parameters are tied from then on, as they are between layers to which one parameter is assigned; of any other
+        tensor, each has its own.
+
+        Raises:
+            FanError: the value differs between tasks of one group.
+        """
+        for number, group in enumerate(self._partition.groups):
+            mine = within(value, group)
+            if type(mine) is TaskFan:
+                raise FanError(
+                    f"A value that differs between the tasks {list(group)} is assigned to {name!r}{where()}, of which "
+                    "they share one. Branch the layer in the plan's finer groups, or assign to each group's copy "
+                    "(the submodules of .branches) what all of its tasks can use."
+                )
+            if type(value) is TaskFan and isinstance(value, nn.Parameter):  # nn.Parameter(fan)
+                mine = nn.Parameter(mine.detach(), mine.requires_grad)
+            elif number and mine is value and isinstance(mine, Tensor) and not isinstance(mine, nn.Parameter):
+                mine = mine.clone()
+            setattr(self.at(group), name, mine)
 
 
 class Branched(nn.Module):
     """A layer with one copy per task group; its output is a task fan.
 
-    A group's copy is the submodule `branches.<group>`. Attributes of the layer (`conv.weight`) read as fans.
+    A group's copy is the submodule `branches.<group>`. Attributes of the layer (`conv.weight`) read as fans; what is
+    assigned to one (`conv.stride = 2`, `norm.momentum = 0.01`) is assigned to every copy's.
     """
 
     branches: Branches
@@ -49,13 +75,14 @@ class Branched(nn.Module):
         super().__init__()
         self.layer_name = layer_name
         self.partition = partition
-        self.branches = Branches(copies)
+        self.branches = Branches(partition, copies)
+        vars(self)["_parameters"] = _NoParameters(layer_name)
         self.training = all(module.training for module in copies.values())
         self.register_load_state_dict_pre_hook(_load_original_into_branches)
 
     def branch(self, group: Group) -> nn.Module:
         """The copy that serves a group of tasks, or a part of one."""
-        return self.branches.at(self.partition, group)
+        return self.branches.at(group)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run each group's copy on what the group's tasks see."""
@@ -74,9 +101,39 @@ class Branched(nn.Module):
             mark_origins(output, origins_of(inputs) | {self.layer_name})
         return output
 
-    def originals(self, key: str) -> bool:
-        """Whether a state entry of the unbranched layer belongs to the branches: all of them do."""
-        return True
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not self._is_copies(name):
+            super().__setattr__(name, value)
+        elif isinstance(value, nn.Module):
+            raise UsageError(
+                f"{self.layer_name!r} is branched: a module assigned to its {name!r} would have to be one for all "
+                f"copies. Assign to each copy: for copy in layer.branches.children(): copy.{name} = ..."
+            )
+        else:
+            self.branches.assign(name, value)
+
+    def _is_copies(self, name: str) -> bool:
+        """Whether an attribute is one of the copies', not of this module or its class."""
+        branches = self.__dict__.get("_modules", {}).get("branches")
+        if branches is None or name in self.__dict__ or hasattr(type(self), name):
+            return False
+        return all(hasattr(copy, name) for copy in branches.children())
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Refuse: the parameters are the copies'.
+
+        Raises:
+            UsageError: always.
+        """
+        raise _not_here(f"The parameter {name!r}", self.layer_name)
+
+    def register_buffer(self, name: str, tensor: Tensor | None, persistent: bool = True) -> None:
+        """Refuse: the buffers are the copies'.
+
+        Raises:
+            UsageError: always.
+        """
+        raise _not_here(f"The buffer {name!r}", self.layer_name)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -97,6 +154,28 @@ class Branched(nn.Module):
         return lambda *args, **kwargs: self._on_each(lambda layer: getattr(layer, name), args, kwargs)
 
 
+class _NoParameters(dict[str, Any]):
+    """The parameters of a branched layer itself: there are none, and who takes one out meant the copies'."""
+
+    def __init__(self, layer_name: str) -> None:
+        super().__init__()
+        self.layer_name = layer_name
+
+    def __missing__(self, name: str) -> Any:
+        raise _not_here(f"The parameter {name!r}", self.layer_name)
+
+    def __delitem__(self, name: str) -> None:
+        self[name]
+
+
+def _not_here(what: str, layer_name: str) -> UsageError:
+    return UsageError(
+        f"{what} cannot be taken, replaced or registered at {layer_name!r}, which is branched: its parameters and "
+        "buffers are those of its copies. Do for each copy what was meant for the layer (pruning, a normalisation of "
+        "its weight): for copy in layer.branches.children(): ..."
+    )
+
+
 class BranchedParameter(Branched):
     """A bare parameter of a container, with one copy per task group; the container's attribute reads as a fan."""
 
@@ -110,126 +189,15 @@ class BranchedParameter(Branched):
         name = self.attribute_name
         container._parameters[name] = None  # keeps the place in the order of parameters
         container._modules[name] = self
-        names = (*_fans_of(type(container)), name)
-        container.__class__ = _class_with_fans(original_class(container), names)  # type: ignore[arg-type]
+        # A module is found only after the class's own attributes.
+        operate(container, Surgery(attributes=((name, _fan_of),)))
         container.register_load_state_dict_pre_hook(LoadBareParameter(name))
 
 
-@lru_cache(maxsize=1024)
-def _class_with_fans(cls: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
-    """A class whose attributes `names` hand out fans: a module is found only after the class's own attributes."""
-    fans = {name: _fan_property(name) for name in names}
-    fields = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__reduce_ex__": _reduce, "_fans": names}
-    return type(cls.__name__, (cls,), {**fans, **fields})
-
-
-def _fan_property(name: str) -> property:
-    def fan(container: nn.Module) -> Any:  # a function: torch.compile takes no partial for one
-        parameter = container._modules[name]
-        assert isinstance(parameter, BranchedParameter)
-        return parameter.attribute(name)
-
-    return property(fan)
-
-
-def _reduce(module: nn.Module, protocol: Any) -> tuple[Any, ...]:
-    # Pickle would look for the class by its name, and find the original.
-    return _new_with_fans, (original_class(module), _fans_of(type(module))), object.__reduce_ex__(module, protocol)[2]
-
-
-def _new_with_fans(cls: type[nn.Module], names: tuple[str, ...]) -> nn.Module:
-    module: nn.Module = object.__new__(_class_with_fans(cls, names))  # type: ignore[arg-type]
-    return module
-
-
-def _fans_of(cls: type[nn.Module]) -> tuple[str, ...]:
-    return vars(cls).get("_fans", ())
-
-
-def original_class(module: nn.Module) -> type[nn.Module]:
-    """The class of a module before its bare parameters were branched."""
-    return next(cls for cls in type(module).__mro__ if not _fans_of(cls))
-
-
-class BranchedStatistics(nn.Module):
-    """A shared layer whose buffers (running statistics) are kept once per task group.
-
-    The published code runs a shared BatchNorm once per task and lets the tasks overwrite one set of statistics,
-    which then fits none of them. Here the parameters stay shared, under their own names, and each group's buffers
-    are at `branches.<group>`.
-    """
-
-    branches: Branches
-    layer: nn.Module
-
-    def __init__(self, layer: nn.Module, partition: Partition) -> None:
-        super().__init__()
-        if "branches" in layer._modules:
-            raise UsageError(
-                f"{type(layer).__name__} keeps running statistics and has a child named 'branches', the name that "
-                "recon keeps them under. Rename the child."
-            )
-        self.partition = partition
-        # Not registered as a child: its parameters and children are this module's own, so that their names stay.
-        object.__setattr__(self, "layer", layer)
-        self._parameters = layer._parameters
-        self._modules.update(layer._modules)
-        self._load_state_dict_pre_hooks.update(layer._load_state_dict_pre_hooks)
-        self.branches = Branches({group: _Buffers(layer) for group in partition.groups})
-        self.training = layer.training
-        self.register_load_state_dict_pre_hook(_load_original_into_branches)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the layer once per group, on that group's statistics."""
-        partition = served(self.partition)
-        arriving = partition_of((args, kwargs))
-        if arriving is not None:
-            partition = common_refinement([partition, arriving])
-        results = []
-        for group in partition.groups:
-            with self._buffers_of(group) as layer, serving(group):
-                results.append(layer(*within(args, group), **within(kwargs, group)))
-        return merge(partition, results)
-
-    @contextmanager
-    def _buffers_of(self, group: Group) -> Iterator[nn.Module]:
-        kept = self.layer._buffers
-        self.layer.training = self.training
-        self.layer._buffers = self.branches.at(self.partition, group)._buffers
-        try:
-            yield self.layer
-        finally:
-            self.layer._buffers = kept
-
-    def originals(self, key: str) -> bool:
-        """Whether a state entry of the unbranched layer belongs to the branches: its own buffers do."""
-        return key in self.layer._buffers
-
-    def __getattr__(self, name: str) -> Any:
-        bare = self.__dict__.get("_modules", {}).get(name)
-        if isinstance(bare, BranchedParameter):  # the property that hands out the fan is its layer's
-            return bare.attribute(name)
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name.startswith("__") or "branches" not in self._modules:
-                raise
-        if name in self.layer._buffers:
-            partition = served(self.partition)
-            return merge(
-                partition, [self.branches.at(self.partition, group)._buffers[name] for group in partition.groups]
-            )
-        return getattr(self.layer, name)
-
-
-class _Buffers(nn.Module):
-    """A copy of a module's own buffers."""
-
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        for name, buffer in layer._buffers.items():
-            persistent = name not in layer._non_persistent_buffers_set
-            self.register_buffer(name, None if buffer is None else buffer.detach().clone(), persistent)
+def _fan_of(container: nn.Module, name: str) -> Any:
+    parameter = container._modules[name]
+    assert isinstance(parameter, BranchedParameter)
+    return parameter.attribute(name)
 
 
 class _Holder(nn.Module):
@@ -241,14 +209,21 @@ class _Holder(nn.Module):
 
 
 def _load_original_into_branches(module: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-    """Let a checkpoint from before the surgery load: every branch gets the layer's own entries."""
-    assert isinstance(module, (Branched, BranchedStatistics))
+    """Let a checkpoint from before the surgery load: every copy gets the layer's own entries."""
+    assert isinstance(module, Branched)
+    load_into_branches(module.branches, state_dict, prefix, lambda key: True)
+
+
+def load_into_branches(
+    branches: Branches, state_dict: dict[str, Any], prefix: str, belongs: Callable[[str], bool]
+) -> None:
+    """Move the entries of an unbranched layer that belong to its branches to every group."""
     inside = f"{prefix}branches."
     for key in [k for k in state_dict if k.startswith(prefix) and not k.startswith(inside)]:
         name = key[len(prefix) :]
-        if module.originals(name):
+        if belongs(name):
             value = state_dict.pop(key)
-            for group, _ in module.branches.items():
+            for group, _ in branches.items():
                 state_dict.setdefault(f"{inside}{group}.{name}", value)
 
 
@@ -265,20 +240,3 @@ class LoadBareParameter:
             value = state_dict.pop(prefix + self.name)
             for group, _ in branched.branches.items():
                 state_dict.setdefault(f"{prefix}{self.name}.branches.{group}.{self.name}", value)
-
-
-def named_surgical_modules(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, Branched | BranchedStatistics]]:
-    """The branched modules of a model, by every path that reaches them, outer ones first; none inside a copy."""
-    for name, child in model._modules.items():
-        if isinstance(child, (Branched, BranchedStatistics)):
-            yield prefix + name, child
-        if child is not None and not isinstance(child, Branches):
-            yield from named_surgical_modules(child, f"{prefix}{name}.")
-
-
-def all_modules(model: nn.Module) -> Iterator[nn.Module]:
-    """Every module, those included that stand behind another and so are in nobody's `modules()`."""
-    for module in model.modules():
-        yield module
-        if isinstance(module, BranchedStatistics):
-            yield module.layer

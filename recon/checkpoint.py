@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 
 import torch
@@ -10,6 +9,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from recon.branch_plan import BranchPlan
+from recon.copies import copy_model
 from recon.errors import CheckpointError, ReconError, UsageError
 from recon.files import write_text
 from recon.plan_file import plan_from_json, plan_to_json
@@ -60,7 +60,7 @@ def load(folder: str | Path, model: nn.Module) -> nn.Module:
     folder = Path(folder)
     text = _metadata(folder).get("plan", "")
     if not text:
-        loaded = copy.deepcopy(model)
+        loaded = copy_model(model)
     else:
         plan = plan_from_json(_read_plan(folder, text), str(folder / PLAN_FILE))
         try:

@@ -7,13 +7,15 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
-from recon.branches import Branched, BranchedParameter, BranchedStatistics, all_modules
+from recon.branched_statistics import keep_by_group
+from recon.branches import Branched, BranchedParameter
 from recon.errors import UnknownNameError, UsageError
 from recon.layers import find_layers, places
 from recon.partition import Group, Partition, refine
-from recon.references import redirect_references
+from recon.references import STRUCTURE, redirect_references
 
 
 def copy_model(model: nn.Module) -> nn.Module:
@@ -23,16 +25,45 @@ def copy_model(model: nn.Module) -> nn.Module:
         UsageError: the model cannot be copied.
     """
     try:
-        with torch.no_grad():  # a scripted module would make its copy a function of the original's parameters
+        # With gradients, a scripted module would make its copy a function of the original's parameters.
+        with torch.no_grad(), _DetachedCopies():
             twin = copy.deepcopy(model)
         for original, parameter in zip(model.parameters(), twin.parameters(), strict=True):
             parameter.requires_grad_(original.requires_grad)
         return twin
     except Exception as error:
         raise UsageError(
-            f"The model cannot be copied: {type(error).__name__}: {error}. A tensor kept as an attribute must be a "
-            "parameter, a buffer or detached."
+            f"The model cannot be copied{_uncopied(model)}: {type(error).__name__}: {error}. Let it hold nothing that "
+            "copy.deepcopy does not take (a lock, an open file, a generator), or make that when it is first used."
         ) from error
+
+
+def _uncopied(model: nn.Module) -> str:
+    """Which attribute it is that cannot be copied, in words."""
+    memo = {id(part): part for part in [*model.modules(), *model.parameters(), *model.buffers()]}
+    for path, module in model.named_modules():
+        for name, value in vars(module).items():
+            try:
+                with _DetachedCopies():
+                    copy.deepcopy(value if name not in STRUCTURE else None, dict(memo))
+            except Exception:
+                return f", because of {'.'.join(filter(None, (path, name)))!r} ({type(value).__name__})"
+    return ""
+
+
+class _DetachedCopies(TorchFunctionMode):
+    """Copies of what a model keeps of a forward are without its graph, which torch does not copy.
+
+    An activation kept as an attribute, a weight that a hook made (pruning, `weight_norm`): the next forward makes it
+    anew.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.__deepcopy__ and not args[0].is_leaf:
+            tensor, memo = args
+            memo[id(tensor)] = tensor.detach().clone()
+            return memo[id(tensor)]
+        return func(*args, **(kwargs or {}))
 
 
 def branch_layers(model: nn.Module, layers: Mapping[str, Partition]) -> None:
@@ -94,27 +125,14 @@ class _ParameterCopies:
         return copy.deepcopy(module, memo)
 
 
-def split_statistics(model: nn.Module, statistics: Mapping[str, Partition]) -> nn.Module:
-    """Let these modules keep their buffers by group; the model is another one only if it is such a module itself."""
-    splits: dict[nn.Module, nn.Module] = {}
-    # Inner ones first: an outer one takes its children along as they are.
-    for path, partition in sorted(statistics.items(), key=lambda item: -_depth(item[0])):
-        module = module_at(model, path)
-        split = splits[module] = BranchedStatistics(module, partition)
-        for parent in list(model.modules()):
-            for name, child in parent._modules.items():
-                if child is module:
-                    setattr(parent, name, split)
-    new_model = splits.get(model, model)
-    own = set(splits.values())  # each holds its layer as an attribute
-    redirect_references(
-        (module for module in all_modules(new_model) if module not in own), lambda module: splits.get(module, module)
-    )
-    return new_model
+def split_statistics(model: nn.Module, statistics: Mapping[str, Partition]) -> None:
+    """Let these modules keep their buffers by group.
 
-
-def _depth(path: str) -> int:
-    return path.count(".") + bool(path)
+    Raises:
+        UnknownNameError: there is no such module.
+    """
+    for path, partition in statistics.items():
+        keep_by_group(module_at(model, path), partition)
 
 
 def module_at(model: nn.Module, path: str) -> nn.Module:

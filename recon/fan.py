@@ -120,6 +120,10 @@ class TaskFan(Tensor):
             from recon.fan_writes import map_write  # the two know each other, and writes are few
 
             return map_write(func, name, written, args, kwargs)
+        if name in ("_pack_padded_sequence", "_pad_packed_sequence"):
+            from recon.packing import map_packing  # as above
+
+            return map_packing(func, args, kwargs)
         return map_groups(func, args, kwargs)
 
     @classmethod

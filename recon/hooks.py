@@ -12,14 +12,19 @@ from recon.partition import Group
 
 
 class TasksOnly:
-    """Forward pre-hook of a module that serves some tasks only: it sees no other task's values."""
+    """Forward pre-hook of a module that serves some tasks only: it sees no other task's values.
+
+    What swaps a module for another (torch.ao's quantization, say) puts its hooks on the new one, without a word on how
+    they want to be called: it works with the keyword arguments, and without.
+    """
 
     def __init__(self, tasks: Group) -> None:
         self.tasks = tasks
 
-    def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any = None) -> tuple[Any, ...]:
         """Restrict the fans among the inputs."""
-        return restrict(args, self.tasks), restrict(kwargs, self.tasks)
+        args = restrict(args, self.tasks)
+        return args if kwargs is None else (args, restrict(kwargs, self.tasks))
 
 
 class SplitOutputs:
@@ -28,7 +33,7 @@ class SplitOutputs:
     def __init__(self, tasks: Group) -> None:
         self.tasks = tasks
 
-    def __call__(self, module: nn.Module, args: Any, output: Any) -> dict[str, Any]:
+    def __call__(self, module: nn.Module, args: Any, *others: Any) -> dict[str, Any]:
         """Take the fans apart."""
-        output = check_outputs(output, self.tasks)
+        output = check_outputs(others[-1], self.tasks)  # behind the keyword arguments, if the hook was put on for them
         return {task: value_for(output[task], task) for task in self.tasks}

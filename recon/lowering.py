@@ -15,7 +15,6 @@ from torch.export import Dim, ExportedProgram, ShapesCollection
 from torch.utils._pytree import tree_leaves, tree_map
 
 from recon.batches import Inputs, call
-from recon.branches import all_modules
 from recon.copies import copy_model
 from recon.dry_run import run
 from recon.errors import ReconError, UsageError
@@ -128,14 +127,14 @@ def _deployed_outputs(model: nn.Module, inputs: Any) -> Mapping[str, Any]:
 def _run_and_copy(branched: nn.Module, inputs: Any) -> tuple[Mapping[str, Any], nn.Module]:
     """The outputs, and a copy in evaluation mode, without the tensors that a forward leaves behind in attributes."""
     with _deployed(branched):
-        before = [dict(vars(module)) for module in all_modules(branched)]
+        before = [dict(vars(module)) for module in branched.modules()]
         outputs = run(branched.eval(), _copied(inputs))
         model = copy_model(branched)  # now that no attribute holds on to a gradient
         left_behind = [
             [name for name, value in vars(module).items() if isinstance(value, Tensor) and value is not old.get(name)]
-            for module, old in zip(all_modules(branched), before, strict=True)
+            for module, old in zip(branched.modules(), before, strict=True)
         ]
-    for module, names in zip(all_modules(model), left_behind, strict=True):
+    for module, names in zip(model.modules(), left_behind, strict=True):
         module.__dict__.update(dict.fromkeys(names))
     return outputs, model
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from recon.branch_plan import BranchPlan, Mode, checked_mode
+from recon.branched_statistics import load_buffers
 from recon.branches import LoadBareParameter
 from recon.copies import branch_layers, copy_model, module_at, split_statistics
 from recon.dry_run import find_statistics, find_task_modules, refuse_foreign, run
@@ -111,10 +112,9 @@ def _tell_what_is_left_out(model: nn.Module, plan: BranchPlan, example_inputs: A
 def _fan_form(model: nn.Module, branched: nn.Module, plan: BranchPlan, example_inputs: Any) -> nn.Module:
     if plan.statistics is None:
         _refuse_meta(branched)
-        branched, statistics = _follow_fans(branched, example_inputs)
-        plan = replace(plan, statistics=statistics)
+        plan = replace(plan, statistics=_follow_fans(branched, example_inputs))
     else:
-        branched = split_statistics(branched, plan.statistics)
+        split_statistics(branched, plan.statistics)
     branched.register_forward_hook(SplitOutputs(plan.tasks))
     if plan.task_modules is None:
         plan = replace(plan, task_modules=find_task_modules(branched, plan.tasks, example_inputs, original=model))
@@ -124,15 +124,15 @@ def _fan_form(model: nn.Module, branched: nn.Module, plan: BranchPlan, example_i
     return branched
 
 
-def _follow_fans(branched: nn.Module, example_inputs: Any) -> tuple[nn.Module, dict[str, Partition]]:
+def _follow_fans(branched: nn.Module, example_inputs: Any) -> dict[str, Partition]:
     """Split the statistics that differ between tasks, and those that do so only because of the first ones' groups."""
     statistics: dict[str, Partition] = {}
     while True:
         found = find_statistics(branched, example_inputs)
         new = {path: partition for path, partition in found.items() if path not in statistics}
         if not new:
-            return branched, statistics
-        branched = split_statistics(branched, new)
+            return statistics
+        split_statistics(branched, new)
         statistics |= new
 
 
@@ -141,7 +141,7 @@ def _per_task_form(model: nn.Module, branched: nn.Module, plan: BranchPlan, exam
     if not found:
         _refuse_meta(branched)
         plan = replace(plan, statistics=find_statistics_by_value(branched, plan.tasks, example_inputs))
-    branched = split_statistics(branched, plan.statistics or {})
+    split_statistics(branched, plan.statistics or {})
     branched.forward = PerTaskForward(branched, plan.tasks)
     branched.branch_plan = replace(plan, task_modules={})  # type: ignore[assignment]
     if not found:
@@ -204,7 +204,8 @@ def _drop_hooks(module: nn.Module) -> None:
     for hooks in (module._forward_hooks, module._forward_pre_hooks, module._load_state_dict_pre_hooks):
         for key, hook in list(hooks.items()):
             # torch wraps what it calls before loading
-            if isinstance(getattr(hook, "hook", hook), (SplitOutputs, TasksOnly, LoadBareParameter)):
+            hook = getattr(hook, "hook", hook)
+            if hook is load_buffers or isinstance(hook, (SplitOutputs, TasksOnly, LoadBareParameter)):
                 del hooks[key]
                 module._forward_pre_hooks_with_kwargs.pop(key, None)
 

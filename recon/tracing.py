@@ -12,7 +12,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from recon.branches import Branched, BranchedParameter, BranchedStatistics
+from recon.branched_statistics import BranchedStatistics
+from recon.branches import Branched, BranchedParameter
 
 
 class _FoundParameter(BranchedParameter):

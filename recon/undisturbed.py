@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from recon.branches import all_modules
 from recon.references import STRUCTURE
 from recon.watch import equal, storage_of
 
@@ -18,7 +17,7 @@ from recon.watch import equal, storage_of
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
     """Put back what a forward changes: modes, buffers, what modules remember as attributes, and the random state."""
-    kept = [(module, _Attributes(module), _Buffers(module)) for module in all_modules(model)]
+    kept = [(module, _Attributes(module), _Buffers(module)) for module in model.modules()]
     devices = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
     with torch.random.fork_rng(devices=sorted(index for index in devices if index is not None)):
         try:

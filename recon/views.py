@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from recon.branches import Branched, BranchedParameter, BranchedStatistics, original_class
+from recon.branched_statistics import CALL_HOOKS, BranchedStatistics, plain_state
+from recon.branches import Branched, BranchedParameter
 from recon.partition import Group, Partition
 from recon.references import STRUCTURE, replace_references
-
-_CALL_HOOKS = [name for name in vars(nn.Module()) if name.startswith(("_forward", "_backward", "_is_full_backward"))]
+from recon.surgical_classes import original_class
 
 
 class ByTask(dict[str, Any]):
@@ -64,10 +64,11 @@ class TaskView:
                 self._views[module] = self._view(module.branch(group), group)
                 self._add_hooks(module)
             elif isinstance(module, BranchedStatistics):
-                group = _group_of(self.task, module.partition)
-                buffers = self._own_or_scratch(module.branches.at(module.partition, group), group)
-                self._views[module] = self._view_around(module.layer, sharers, buffers)
-                self._views[module].training = module.training
+                group = _group_of(self.task, module.branches._partition)
+                buffers = self._own_or_scratch(module.branches.at(group), group)
+                if module._buffers:  # registered since, for all groups
+                    buffers = {**buffers, **module._buffers}
+                self._view_around(module, sharers, buffers)
                 self._add_hooks(module)
             elif isinstance(module, torch.jit.ScriptModule):  # nothing in it is branched
                 self._views[module] = module
@@ -78,8 +79,9 @@ class TaskView:
     def _view_around(self, module: nn.Module, sharers: Group, buffers: dict[str, Tensor | None]) -> nn.Module:
         view: nn.Module = object.__new__(original_class(module))
         self._views[module], self._given[module] = view, {}
-        vars(view).update(vars(module), _modules={}, _buffers=buffers)
-        for name, child in module._modules.items():
+        state = plain_state(module) if isinstance(module, BranchedStatistics) else vars(module)
+        vars(view).update(state, _modules={}, _buffers=buffers)
+        for name, child in state["_modules"].items():
             if isinstance(child, BranchedParameter):
                 holder = child.branch(_group_of(self.task, child.partition))
                 vars(view)["_parameters"] = {**view._parameters, name: holder._parameters[name]}
@@ -104,7 +106,7 @@ class TaskView:
         return {name: _identity(value) for name, value in attributes.items() if name not in STRUCTURE}
 
     def _add_hooks(self, wrapper: nn.Module) -> None:
-        hooks = {name: vars(wrapper)[name] for name in _CALL_HOOKS if vars(wrapper)[name]}
+        hooks = {name: vars(wrapper)[name] for name in CALL_HOOKS if vars(wrapper)[name]}
         for name, added in hooks.items() if self.beside else ():
             attributes = vars(self._views[wrapper])
             attributes[name] = {**attributes[name], **added} if isinstance(added, dict) else added

@@ -38,7 +38,6 @@ from torchvision.ops import FrozenBatchNorm2d
 
 import recon
 from recon.batches import Inputs, call
-from recon.branches import all_modules
 from recon.errors import ReconError
 from recon.layers import find_layers
 from recon.surgery import plan_of
@@ -211,7 +210,7 @@ def _batch(draw: Callable[[int], Any], dtype: torch.dtype, size: int) -> Any:
 @torch.no_grad()
 def settle(model: nn.Module, inputs: Any) -> None:
     """Give the norms statistics of real values: with fresh ones, deep networks' signals die out in evaluation mode."""
-    norms = [module for module in all_modules(model) if isinstance(module, nn.modules.batchnorm._NormBase)]
+    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._NormBase)]
     kept = [norm.momentum for norm in norms]
     for norm in norms:
         norm.momentum = 1.0

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from recon.batches import call
-from recon.branches import Branched, BranchedStatistics
+from recon.branches import Branched
 from recon.cost_model import CostModel
 from recon.costs import costs
 from recon.counting import unfused_kernels
@@ -210,12 +210,7 @@ def times_run(branched, path):
         fanned = partition_of((args, kwargs))
         runs["all"] += 1 if fanned is None else len(fanned.groups)
 
-    if isinstance(module, Branched):
-        parts = [part for _, part in module.branches.items()]
-    else:
-        parts = [module.layer if isinstance(module, BranchedStatistics) else module]
-    for part in parts:
-        part = part.layer if isinstance(part, BranchedStatistics) else part
+    for part in module.branches.children() if isinstance(module, Branched) else [module]:
         part.register_forward_pre_hook(hook, with_kwargs=True)
     return runs
 

@@ -1,5 +1,6 @@
 import copy
 import pickle
+import threading
 import zlib
 
 import pytest
@@ -473,8 +474,8 @@ def test_example_inputs_that_do_not_fit():
 
 def test_a_model_that_cannot_be_copied():
     model = PlainConv().double()
-    model.last = model.body(image(2))
-    with pytest.raises(UsageError, match="cannot be copied: RuntimeError"):
+    model.body[1].lock = threading.Lock()
+    with pytest.raises(UsageError, match=r"cannot be copied, because of 'body\.1\.lock' \(lock\): TypeError"):
         convert(model, BranchPlan.per_task(["body.0.0"], TASKS), image(2))
 
 

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from recon.branch_plan import BranchPlan
-from recon.branches import Branched, BranchedStatistics
+from recon.branched_statistics import BranchedStatistics
+from recon.branches import Branched
 from recon.errors import PlanError, UsageError, VerificationError
 from recon.fan import merge
 from recon.surgery import convert
