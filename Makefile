@@ -28,6 +28,7 @@ bench: $(READY)
 	$(BIN)/python benchmarks/until_stable.py
 	$(BIN)/python benchmarks/method_step.py
 	$(BIN)/python benchmarks/plan_costs.py
+	$(BIN)/python benchmarks/answers.py
 
 models: $(READY)
 	$(BIN)/python -m tests.families
