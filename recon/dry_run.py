@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -32,7 +32,7 @@ def find_statistics(branched: nn.Module, example_inputs: Any) -> dict[str, Parti
         UsageError: the forward fails on the example inputs.
         FanError: a statement of it cannot work on fans, or the statistics are kept by the model as a whole.
     """
-    owners = {}
+    owners: dict[Hashable, str] = {}
     for path, module in branched.named_modules():
         for buffer in module._buffers.values():
             if buffer is not None:
