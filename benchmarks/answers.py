@@ -64,6 +64,7 @@ def main() -> None:
         rows["recon plan / import torch"] = (python(*line, "--max-macs", "1.25"), python("-c", "import torch"), 3)
         for name in ("nash-mtl", "fairgrad", "upgrad", "cagrad", "mgda", "pe-ltr"):
             method = methods.get(name)
+            assert isinstance(method, methods.GramianAggregator)
             rows[f"{name}, {TASKS} tasks / eigh"] = (partial(method.weights, G), partial(torch.linalg.eigh, G), 21)
         print(f"{'':<36}{'seconds':>10}{'ratio':>10}")
         for title, (one, unit, rounds) in rows.items():
