@@ -214,6 +214,19 @@ def test_a_block_of_steps_belongs_to_the_quarter_in_which_its_middle_lies():
             assert abs(end - steps * quarter / 4) <= block / 2, steps
 
 
+def test_a_tally_that_loads_a_state_forgets_what_it_had_counted():
+    agree, conflict = (torch.tensor([[[1.0, c], [c, 1.0]]], dtype=torch.float64) for c in (1.0, -1.0))
+    saved, other = (Tally(1, -0.1, torch.device("cpu")) for _ in range(2))
+    for _ in range(3):
+        saved.add([0], [0, 1], agree)
+    other.add([0], [0, 1], conflict)
+    other.load_state_dict(saved.state_dict())
+    other.add([0], [0, 1], agree)
+    conflicts, observed, _ = other.by_stage(2)
+    assert (other.steps, int(conflicts.sum()), int(observed.sum())) == (4, 0, 4)
+    assert other.histogram.sum() == 4
+
+
 def test_tied_and_reused_layers_are_scored_once_on_the_full_gradient():
     class Tied(nn.Module):
         def __init__(self):
