@@ -218,6 +218,11 @@ def test_a_share_of_the_conflict_takes_the_fewest_layers_that_hold_it(share, exp
     assert layers_of(scored(conv=1, norm=6, fc=3), share=share) == expected
 
 
+def test_a_share_that_a_layer_holds_exactly_is_held():
+    assert 0.55 * 100 > 55  # in floating point
+    assert layers_of(scored(conv=25, norm=55, fc=20), share=0.55) == ["norm"]
+
+
 def test_a_share_leaves_out_layers_that_never_conflict():
     assert layers_of(scored(conv=0, norm=6, fc=3), share=1) == ["norm", "fc"]
     with pytest.raises(PlanError, match="No layer of the map has a conflict"):
