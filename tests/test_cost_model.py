@@ -244,6 +244,28 @@ def test_statistics_follow_all_that_they_are_made_of_and_their_module_all_that_i
     assert_agrees("", CostModel(model, TASKS, inputs), plan, model, inputs)
 
 
+class WritesFiner(nn.Module):
+    """Adds in place to what may be in fewer groups than what is added."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 4), nn.Linear(6, 4)
+        self.heads = nn.ModuleDict({task: nn.Linear(4, 2) for task in TASKS})
+
+    def forward(self, x):
+        y = self.first(x)
+        y.add_(self.second(x))
+        return {task: head(y) for task, head in self.heads.items()}
+
+
+@pytest.mark.parametrize("second", [["a", "b", "c"], ["a", "bc"]], ids="/".join)
+def test_what_groups_share_is_copied_before_they_write_into_it(second):
+    torch.manual_seed(0)
+    model, inputs = WritesFiner().double(), vector(4)
+    split = {"first": [["a", "b"], ["c"]], "second": [list(group) for group in second]}
+    assert_agrees("", CostModel(model, TASKS, inputs), BranchPlan.grouped(split, TASKS), model, inputs)
+
+
 # Which modules run per group.
 
 

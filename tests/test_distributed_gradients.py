@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import recon
-from recon.distributed import RankBatches, average_, broadcast_model, gather
+from recon.distributed import RankBatches, average_, average_losses, broadcast_model, gather
 from recon.errors import ProblemError, UsageError
 from recon.profiler import Profiler
 from tests.ranks import Ranks, needs_gloo
@@ -409,6 +409,9 @@ def _check_sharing(rank: int) -> None:
     unequal = [torch.tensor([rank + 1.0]), torch.ones(2, 2).T * rank, torch.tensor(rank, dtype=torch.float64)]
     average_(unequal)
     assert [t.tolist() for t in unequal] == [[1.5], [[0.5, 0.5], [0.5, 0.5]], 0.5]
+    losses = {"a": torch.tensor(3.0 + rank), **({"b": torch.tensor(5.0)} if rank == 0 else {})}
+    means = average_losses(losses, ["a", "b"], torch.device("cpu"))
+    assert {task: mean.item() for task, mean in means.items()} == {"a": 3.5, "b": 5.0}  # of those that have one
     loader = [(torch.arange(5), {"a": torch.arange(5) + 10, "b": None}), (torch.arange(1), {"a": torch.zeros(1)})]
     seen = [(x.tolist(), y["a"].tolist()) for x, y in RankBatches(loader)]
     assert seen == [([0, 1], [10, 11])] if rank == 0 else seen == [([2, 3], [12, 13])]
