@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Mapping
 from itertools import chain
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from torch.utils._pytree import tree_map
 
 from recon.errors import ProblemError
 from recon.problem import Batch
+from recon.trees import map_tree
 
 Tree = TypeVar("Tree")
 
@@ -36,6 +38,28 @@ def call(model: nn.Module, inputs: Any) -> Any:
     if isinstance(inputs, Inputs):
         return model(*inputs.args, **inputs.kwargs)
     return model(inputs)
+
+
+def fresh(inputs: Tree) -> Tree:
+    """The same inputs for a forward that may write into them: in nests, tensors and graph batches of their own.
+
+    Gradients reach the tensors that were given.
+    """
+    copies: dict[int, Any] = {}  # one tensor given twice stays one
+
+    def own(leaf: Any) -> Any:
+        if id(leaf) not in copies:
+            copies[id(leaf)] = _own(leaf)
+        return copies[id(leaf)]
+
+    return cast("Tree", map_tree(own, inputs))
+
+
+def _own(leaf: Any) -> Any:
+    if isinstance(leaf, nn.Module) or not hasattr(leaf, "to"):
+        return leaf
+    # A graph batch clones its tensors as a tensor does itself; a tokenizer's output is at least a dict of its own.
+    return leaf.clone() if hasattr(leaf, "clone") else copy.copy(leaf)
 
 
 def model_device(model: nn.Module) -> torch.device:

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from recon.batches import call
+from recon.batches import call, fresh
 from recon.dry_run import run
 from recon.undisturbed import undisturbed
 from recon.watch import storage_of
@@ -58,6 +58,7 @@ def byte_size(tensor: Tensor) -> int:
 
 def count_macs(model: nn.Module, inputs: Any) -> int:
     """The multiply-adds of convolutions and matrix products in one forward in evaluation mode."""
+    inputs = fresh(inputs)
     with undisturbed(model), torch.no_grad(), unfused_kernels(), Meter() as meter:
         call(model.eval(), inputs)
     return meter.macs
@@ -69,6 +70,7 @@ def count_activation_bytes(model: nn.Module, inputs: Any) -> int:
     Raises:
         UsageError: it fails.
     """
+    inputs = fresh(inputs)
     with undisturbed(model), torch.enable_grad(), unfused_kernels(), Meter() as meter:
         run(model.train(), inputs)
     return meter.bytes

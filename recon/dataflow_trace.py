@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from recon.batches import check_outputs
+from recon.batches import check_outputs, fresh
 from recon.counting import Meter, byte_size, tensors_in, unfused_kernels
 from recon.dataflow import Call, Dataflow, Operation
 from recon.dry_run import move_statistics, run
@@ -31,12 +31,13 @@ def trace(model: nn.Module, tasks: Sequence[str], example_inputs: Any, *, traini
         UsageError: the forward fails on the example inputs.
         ProblemError: its output lacks a task.
     """
+    inputs = fresh(example_inputs)
     with undisturbed(model), torch.set_grad_enabled(training), unfused_kernels():
         move_statistics(model)
         recorder = _Recorder(model)
         # The model is entered before its own hooks run, and left after them.
         with _watch_calls(model, recorder), recorder.meter, recorder:
-            outputs = check_outputs(run(model.train(training), example_inputs), tasks)
+            outputs = check_outputs(run(model.train(training), inputs), tasks)
         leaves = {task: [v for v in leaves_of(outputs[task]) if isinstance(v, Tensor)] for task in tasks}
         served: dict[Tensor, set[str]] = {}
         for task, values in leaves.items():

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from recon.batches import call
+from recon.batches import call, fresh
 from recon.branches import Branches
 from recon.errors import FanError, ReconError, UsageError, some
 from recon.fan_trees import partition_of, value_for
@@ -51,7 +51,7 @@ def find_statistics(branched: nn.Module, example_inputs: Any) -> dict[str, Parti
     with undisturbed(branched), watch_writes(Writes(is_statistics)):
         move_statistics(branched)
         before = {path: buffer_values(module) for path, module in branched.named_modules()}
-        run(branched.train(), example_inputs)
+        run(branched.train(), fresh(example_inputs))
         for path, module in branched.named_modules():
             partition = partition_of(list(module._buffers.values()))
             if partition is not None:  # assigned anew
@@ -115,7 +115,7 @@ def find_task_modules(branched: nn.Module, tasks: Group, example_inputs: Any, or
         FanError: a statement of it cannot work on fans.
     """
     with undisturbed(branched), _watch_fans(branched) as arriving, watch_writes(Writes()), torch.enable_grad():
-        output = run(branched.train(), example_inputs)
+        output = run(branched.train(), fresh(example_inputs))
         refuse_foreign({task: value_for(output[task], task) for task in tasks}, original)
         serves: dict[Tensor, set[str]] = {}
         for task in tasks:
@@ -123,7 +123,7 @@ def find_task_modules(branched: nn.Module, tasks: Group, example_inputs: Any, or
             for parameter in reached_leaves(leaves):
                 serves.setdefault(parameter, set()).add(task)
     with undisturbed(branched), watch_writes(Writes()), torch.no_grad():
-        run(branched.eval(), example_inputs)
+        run(branched.eval(), fresh(example_inputs))
     copies = {copy for module in branched.modules() if isinstance(module, Branches) for copy in module.modules()}
     found: dict[str, Group] = {}
     for path, module in branched.named_modules():
@@ -162,7 +162,7 @@ def _nobody_misses(branched: nn.Module, task_modules: Mapping[str, Group], examp
     try:
         restricted = _buffer_writes(branched, example_inputs)
         with undisturbed(branched), torch.no_grad():
-            run(branched.eval(), example_inputs)
+            run(branched.eval(), fresh(example_inputs))
     except FanError:
         return False
     finally:
@@ -176,7 +176,7 @@ def _buffer_writes(branched: nn.Module, example_inputs: Any) -> dict[str, int | 
     """How often a training forward writes each buffer; `None` for one that it assigns anew, as a whole or its data."""
     with undisturbed(branched), torch.no_grad():
         before = {name: (buffer, buffer._version, storage_of(buffer)) for name, buffer in branched.named_buffers()}
-        run(branched.train(), example_inputs)
+        run(branched.train(), fresh(example_inputs))
         after = dict(branched.named_buffers())
         return {
             name: buffer._version - version if after.get(name) is buffer and storage_of(buffer) == storage else None

@@ -221,14 +221,13 @@ def _greedy(weights: Matrix, n: int) -> NDArray[np.int64]:
 
 
 def _improved(weights: Matrix, labels: NDArray[np.int64], n: int) -> NDArray[np.int64]:
-    """Steepest descent by moves of one task and swaps of two."""
+    """Steepest descent by moves of one task and swaps of two; a group's last task, without a conflict in it, stays."""
     labels = labels.copy()
     tasks = np.arange(len(labels))
     while True:
         to_group = weights @ np.eye(n)[labels]  # (T, n): a task's conflicts with each group
         own = to_group[tasks, labels]
         moves = to_group - own[:, None]
-        moves[np.bincount(labels, minlength=n)[labels] == 1] = 0  # would leave its group empty
         swaps = to_group[:, labels] - own[:, None]
         swaps = swaps + swaps.T - 2 * weights
         swaps[np.equal.outer(labels, labels)] = 0

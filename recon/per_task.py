@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from recon.batches import check_outputs
+from recon.batches import check_outputs, fresh
 from recon.copies import copy_model
 from recon.dry_run import run, with_inner
 from recon.partition import Group, Partition
@@ -29,9 +29,11 @@ class PerTaskForward:
         views = [TaskView(self.branched, task, self.tasks) for task in self.tasks]
         for view in views:
             vars(view.network).pop("forward", None)  # this object: the original is its class's
-        outputs = {
-            view.task: check_outputs(view.network.forward(*args, **kwargs), self.tasks)[view.task] for view in views
-        }
+        outputs = {}
+        for view in views:
+            # What one task's forward writes into its inputs, the next one's must not see; the caller sees the last's.
+            args_, kwargs_ = (args, kwargs) if view is views[-1] else fresh((args, kwargs))
+            outputs[view.task] = check_outputs(view.network.forward(*args_, **kwargs_), self.tasks)[view.task]
         _keep_attributes(views)
         return outputs
 
@@ -83,7 +85,7 @@ def find_statistics_by_value(branched: nn.Module, tasks: Group, example_inputs: 
     for task in tasks:
         with undisturbed(twin):
             view = TaskView(twin, task)
-            run(view.network, example_inputs)
+            run(view.network, fresh(example_inputs))
             for module, seen in view.modules.items():
                 after.setdefault(module, {})[task] = buffer_values(seen)
     found = {paths[module]: _partition(values) for module, values in after.items()}

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from recon.batches import fresh
 from recon.branch_plan import BranchPlan, Mode, checked_mode
 from recon.branched_statistics import load_buffers
 from recon.branches import LoadBareParameter
@@ -99,7 +100,7 @@ def convert(
 
 def _tell_what_is_left_out(model: nn.Module, plan: BranchPlan, example_inputs: Any) -> None:
     with undisturbed(model), torch.no_grad():
-        others = [name for name in run(model.eval(), example_inputs) if name not in plan.tasks]
+        others = [name for name in run(model.eval(), fresh(example_inputs)) if name not in plan.tasks]
     if others:
         logger.warning(
             "The model's output also has %s, which the branched model leaves out: the plan's tasks are %s. Make the "
@@ -147,7 +148,7 @@ def _per_task_form(model: nn.Module, branched: nn.Module, plan: BranchPlan, exam
     if not found:
         for training in (True, False):
             with undisturbed(branched), torch.enable_grad():
-                refuse_foreign(run(branched.train(training), example_inputs), model)
+                refuse_foreign(run(branched.train(training), fresh(example_inputs)), model)
     return branched
 
 

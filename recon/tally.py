@@ -48,7 +48,6 @@ class Tally:
             self._pending_of = tuple(layers), tuple(tasks)
         for blocks in (self._pairs, self._series):
             if self.steps == blocks.room:
-                self._flush()
                 blocks.merge()
         self._pending.append(gramians)
         self.steps += 1

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from recon.budget import Budget, Chooser
+from recon.budget import Budget, Chooser, _steps
 from recon.cost_model import CostModel
 from recon.errors import FanError, PlanError
 from recon.partition import Partition
@@ -90,6 +90,35 @@ def test_the_best_of_all_subsets_of_a_zoo_model(name):
         names = chooser.best(budget)
         assert budget.allows(costs.of({name: partitions[name] for name in names}))
         assert worth(values, names) == best if costs.traced else worth(values, names) >= best
+
+
+@pytest.mark.parametrize("name", ["PlainConv", "ResidualNet", "UNet"])
+def test_the_steps_that_a_plan_takes_add_up_to_its_cost(name):
+    torch.manual_seed(0)
+    costs = CostModel(ZOO[name].make(), TASKS, ZOO[name].inputs(2))
+    layers = [layer for layer in costs.layers if "heads" not in layer][::2][:6]
+    split = {layer: (PER_TASK, COARSE)[number % 2] for number, layer in enumerate(layers)}
+    alone = np.array([costs.operation_macs({layer: split[layer]}) for layer in layers])
+    steps = _steps(alone - np.array(costs.operation_macs({})))
+    for names in (names for k in range(len(layers) + 1) for names in combinations(range(len(layers)), k)):
+        taken = sum(macs for takers, macs in steps.items() if set(takers) & set(names))
+        assert costs.of({}).macs + taken == costs.of({layers[i]: split[layers[i]] for i in names}).macs
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_best_of_thirty_layers(seed):
+    """Parameters alone make a knapsack, which a table solves."""
+    rng = np.random.default_rng(seed)
+    sizes, values = rng.integers(50, 100, size=30).tolist(), rng.integers(50, 100, size=30).tolist()
+    costs = chain([(size, 1) for size in sizes])
+    room = 2 * sum(sizes) // 3  # two more copies of each chosen layer: a third of all of them
+    best = np.zeros(room + 1, dtype=int)
+    for size, value in zip(sizes, values, strict=True):
+        best[2 * size :] = np.maximum(best[2 * size :], best[: -2 * size] + value)
+    worths = {f"l{i}": value for i, value in enumerate(values)}
+    budget = Budget(max_params=1 + (room + 0.5) / costs.of({}).parameters)
+    names = Chooser(costs, dict.fromkeys(worths, PER_TASK), worths).best(budget)
+    assert worth(worths, names) == best[-1]
 
 
 def test_branching_below_a_fan_is_free_of_multiply_adds():

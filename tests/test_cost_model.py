@@ -198,6 +198,74 @@ def test_an_alias_names_the_same_layer():
     assert branched(cost_model, "two.linear") == branched(cost_model, "one.linear")
 
 
+class Averages(nn.Module):
+    """Its statistics end with a count, which is the same for all; it also changes values that these do not see."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(4, 4)
+        self.register_buffer("mean", torch.zeros(4))
+        self.register_buffer("seen", torch.zeros(()))
+
+    def forward(self, x, y=0.0):
+        x = self.inner(x)
+        if self.training:
+            self.mean.lerp_(x.detach().mean(0), 0.1)
+            self.seen += 1
+        return x - self.mean + y
+
+
+class Averaged(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 4), nn.Linear(6, 4)
+        self.average = Averages()
+        self.heads = nn.ModuleDict({task: nn.Linear(4, 2) for task in TASKS})
+
+    def forward(self, x):
+        y = self.average(self.first(x), self.second(x))
+        return {task: head(y) for task, head in self.heads.items()}
+
+
+@pytest.mark.parametrize(
+    "groups",
+    [
+        {"first": ["a", "b", "c"]},
+        {"first": ["ab", "c"]},
+        {"first": ["ab", "c"], "second": ["a", "b", "c"]},
+        {"first": ["ab", "c"], "second": ["a", "bc"]},
+    ],
+    ids=["per task", "groups", "finer inputs", "crossing inputs"],
+)
+def test_statistics_follow_all_that_they_are_made_of_and_their_module_all_that_it_takes(groups):
+    torch.manual_seed(0)
+    model, inputs = Averaged().double(), vector(4)
+    plan = BranchPlan.grouped({name: [list(group) for group in split] for name, split in groups.items()}, TASKS)
+    assert_agrees("", CostModel(model, TASKS, inputs), plan, model, inputs)
+
+
+class WritesFiner(nn.Module):
+    """Adds in place to what may be in fewer groups than what is added."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 4), nn.Linear(6, 4)
+        self.heads = nn.ModuleDict({task: nn.Linear(4, 2) for task in TASKS})
+
+    def forward(self, x):
+        y = self.first(x)
+        y.add_(self.second(x))
+        return {task: head(y) for task, head in self.heads.items()}
+
+
+@pytest.mark.parametrize("second", [["a", "b", "c"], ["a", "bc"]], ids="/".join)
+def test_what_groups_share_is_copied_before_they_write_into_it(second):
+    torch.manual_seed(0)
+    model, inputs = WritesFiner().double(), vector(4)
+    split = {"first": [["a", "b"], ["c"]], "second": [list(group) for group in second]}
+    assert_agrees("", CostModel(model, TASKS, inputs), BranchPlan.grouped(split, TASKS), model, inputs)
+
+
 # Which modules run per group.
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import recon
-from recon.distributed import RankBatches, average_, broadcast_model, gather
+from recon.distributed import RankBatches, average_, average_losses, broadcast_model, gather
 from recon.errors import ProblemError, UsageError
 from recon.profiler import Profiler
 from tests.ranks import Ranks, needs_gloo
@@ -279,6 +279,58 @@ def _check_norms(rank: int, method: str, tasks: tuple[tuple[str, ...], ...]) -> 
     assert any(weight.item() != 1 for weight in weights.values())
 
 
+class OnDemand(nn.Module):
+    """Runs the head that is asked for; nobody asks for the spare one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4), nn.Tanh())
+        self.heads = nn.ModuleDict({task: nn.Linear(4, 2) for task in (*TASKS, "spare")})
+
+    def forward(self, x: Tensor, task: str) -> Tensor:
+        return self.heads[task](self.body(x))
+
+
+@pytest.mark.parametrize(
+    ("method", "profiled"), [("joint", True), ("uw", False), ("uw", True), ("pcgrad", False), ("pcgrad", True)]
+)
+def test_several_forwards_a_step_and_heads_that_are_not_used(ranks: Ranks, method: str, profiled: bool) -> None:
+    ranks.run(_check_several_forwards, method, profiled)
+
+
+def _check_several_forwards(rank: int, method: str, profiled: bool) -> None:
+    """Each task has a batch and a forward of its own, as data sets that are labelled for one task each want it."""
+    torch.manual_seed(0)
+    one, many = OnDemand().double(), OnDemand().double()
+    many.load_state_dict(one.state_dict())
+    ddp = DistributedDataParallel(many, find_unused_parameters=True)
+    chosen, oracle = (recon.methods.get(method) for _ in range(2))
+    for each in (chosen, oracle):
+        each.setup(TASKS)
+        each.double()
+    profilers = (Profiler(ddp), Profiler(one)) if profiled else (None, None)
+    optimizers = [torch.optim.SGD(m.parameters(), lr=0.1) for m in (many, one)]
+    for step in range(3):
+        draw = torch.Generator().manual_seed(step)
+        batches = {task: torch.randn(2, 3, 6, generator=draw, dtype=torch.float64) for task in TASKS}
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        losses = {task: (ddp(x[rank], task) - 1).square().mean() for task, x in batches.items()}
+        recon.backward(losses, ddp, chosen, profiler=profilers[0])
+        with one_process():
+            losses = {task: (one(x.flatten(0, 1), task) - 1).square().mean() for task, x in batches.items()}
+            recon.backward(losses, one, oracle, profiler=profilers[1])
+        for (name, ours), theirs in zip(many.named_parameters(), one.parameters(), strict=True):
+            assert (theirs.grad is None) == name.startswith("heads.spare"), name
+            assert (ours.grad is None) == (theirs.grad is None), name
+            if theirs.grad is not None:
+                torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-9, atol=1e-12)
+        for optimizer in optimizers:
+            optimizer.step()
+    if profiled:
+        assert_same_map(*profilers)
+
+
 @pytest.mark.parametrize("memory", ["exact", "sketch"])
 def test_a_task_that_one_rank_lacks(ranks: Ranks, memory: str) -> None:
     ranks.run(_check_missing_task, memory)
@@ -357,6 +409,9 @@ def _check_sharing(rank: int) -> None:
     unequal = [torch.tensor([rank + 1.0]), torch.ones(2, 2).T * rank, torch.tensor(rank, dtype=torch.float64)]
     average_(unequal)
     assert [t.tolist() for t in unequal] == [[1.5], [[0.5, 0.5], [0.5, 0.5]], 0.5]
+    losses = {"a": torch.tensor(3.0 + rank), **({"b": torch.tensor(5.0)} if rank == 0 else {})}
+    means = average_losses(losses, ["a", "b"], torch.device("cpu"))
+    assert {task: mean.item() for task, mean in means.items()} == {"a": 3.5, "b": 5.0}  # of those that have one
     loader = [(torch.arange(5), {"a": torch.arange(5) + 10, "b": None}), (torch.arange(1), {"a": torch.zeros(1)})]
     seen = [(x.tolist(), y["a"].tolist()) for x, y in RankBatches(loader)]
     assert seen == [([0, 1], [10, 11])] if rank == 0 else seen == [([2, 3], [12, 13])]

@@ -6,7 +6,7 @@ import pytest
 
 from recon.conflict_map import BINS, ConflictMap, LayerConflicts
 from recon.errors import PlanError
-from recon.grouping import by_conflict, conflict_graph, fewest_conflicts, hierarchy, partitions, separated
+from recon.grouping import _improved, by_conflict, conflict_graph, fewest_conflicts, hierarchy, partitions, separated
 from recon.partition import Partition, refine
 from tests.cost_double import chain
 from tests.test_conflict_map import make_map, score_map
@@ -102,6 +102,22 @@ def test_more_tasks_end_where_no_move_and_no_swap_helps(seed):
             assert within(graph, Partition.of_groups(split, tasks)) >= least
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_from_any_start_no_move_and_no_swap_is_left_that_helps(seed):
+    rng = np.random.default_rng(seed)
+    tasks = [f"t{i}" for i in range(9)]
+    weights = nx.to_numpy_array(conflict_graph(drawn_map(seed, tasks, layers=1, high=60), tasks), weight="weight")
+    start = np.concatenate([[0, 1, 2], rng.integers(0, 3, 6)])
+    labels = _improved(weights, start, 3)
+    others = [np.where(np.arange(9) == i, group, labels) for i in range(9) for group in range(3)]
+    for i, j in combinations(range(9), 2):
+        swapped = labels.copy()
+        swapped[[i, j]] = swapped[[j, i]]
+        others.append(swapped)
+    inner = [weights[np.equal.outer(other, other)].sum() for other in (labels, start, *others) if len(set(other)) == 3]
+    assert inner[0] == min(inner) and len(set(labels)) == 3
+
+
 def test_forty_tasks_of_three_camps_are_found():
     tasks = [f"t{i}" for i in range(40)]
     cmap = pair_map({"x": camps(tasks, lambda task: int(task[1:]) % 3)}, tasks)
@@ -189,6 +205,14 @@ def test_conflicts_within_a_group_are_not_parted():
         assert found[layer.name] == cmap.scores()[layer.name] - within(graph, halves)
     per_task = dict.fromkeys(cmap.scores(), Partition.per_task(TASKS))
     assert separated(cmap, per_task) == cmap.scores()
+
+
+def test_a_model_of_some_of_the_maps_tasks_parts_what_its_own_conflict():
+    """The score stands for all of the map's tasks; its share that is parted is that of the model's own pairs."""
+    counts = {("a", "b"): 12, ("a", "c"): 30, ("b", "c"): 18, ("c", "d"): 40}
+    cmap = pair_map({"x": counts}, tuple("abcd"))
+    split = Partition.of_groups([["a", "b"], ["c"]], ("a", "b", "c"))
+    assert separated(cmap, {"x": split}) == {"x": round(100 * 48 / 60)}
 
 
 def test_at_another_threshold_conflicts_are_parted_in_the_same_proportion():

@@ -88,6 +88,55 @@ def test_resnet18_is_branched_like_any_other_module(resnet):
     assert recon.verify(resnet, branched, images)
 
 
+def by_lists(model, copies, x):
+    """ResNet-18 branched by hand as the published code does it: from the first branched layer on, a value per task.
+
+    Args:
+        model: the plain network.
+        copies: `{layer: {task: its copy}}`.
+        x: images.
+    """
+    paths = {module: path for path, module in model.named_modules()}
+    tasks = list(model.heads)
+
+    def run(module, values):
+        by_task = copies.get(paths[module], {})
+        return {task: by_task.get(task, module)(values[task]) for task in tasks}
+
+    def block(part, values):
+        inner = run(part.bn2, run(part.conv2, relu(run(part.bn1, run(part.conv1, values)))))
+        if part.downsample is not None:
+            values = run(part.downsample[1], run(part.downsample[0], values))
+        return {task: torch.relu(inner[task] + values[task]) for task in tasks}
+
+    def relu(values):
+        return {task: value.relu() for task, value in values.items()}
+
+    values = run(model.maxpool, relu(run(model.bn1, run(model.conv1, dict.fromkeys(tasks, x)))))
+    for stage in (model.layer1, model.layer2, model.layer3, model.layer4):
+        for part in stage:
+            values = block(part, values)
+    pooled = {task: torch.flatten(value, 1) for task, value in run(model.avgpool, values).items()}
+    return {task: model.heads[task](value) for task, value in relu(run(model.fc, pooled)).items()}
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_a_resnet18_branched_by_hand_gives_the_same_to_the_last_bit(resnet, training):
+    images = torch.rand(4, 1, 36, 36)
+    names = ["bn1", "layer1.0.conv2", "layer2.0.downsample.0", "layer2.0.downsample.1", "layer4.1.bn2", "fc"]
+    branched = recon.convert(resnet, recon.BranchPlan.per_task(names, tuple(resnet.heads)), images).train(training)
+    with torch.no_grad():  # statistics stay alike: the published code keeps one set for all tasks
+        for parameter in branched.parameters():
+            parameter.mul_(1 + 0.1 * torch.randn_like(parameter))
+    copies = {
+        name: {task: branched.get_submodule(f"{name}.branches.{task}") for task in resnet.heads} for name in names
+    }
+    resnet.load_state_dict(recon.extract_task(branched, "digit").state_dict())  # what is shared
+    expected = by_lists(resnet.train(training), copies, images)
+    for task, logits in branched(images).items():
+        assert torch.equal(logits, expected[task]), task
+
+
 @pytest.mark.skipif(not PUBLISHED.is_dir(), reason="needs the published scores in ../shared/data")
 def test_the_published_scores_are_of_these_layers(resnet):
     published = json.loads((PUBLISHED / "multi-fashion-mnist-resnet18-S-0.1.json").read_text())

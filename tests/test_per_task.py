@@ -5,6 +5,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+import recon
 from recon.batches import call
 from recon.branch_plan import BranchPlan
 from recon.checkpoint import load, save
@@ -234,3 +235,81 @@ def test_to_another_dtype_and_back():
     branched.double()
     oracle.perturb(branched)
     check_both_modes(entry, branched, inputs)
+
+
+# Forwards that write into their inputs.
+
+
+class GraphBatch:
+    """Keeps its tensors in itself, as the batches of graph libraries do."""
+
+    def __init__(self, x, y):
+        self.x, self.y = x, y
+
+    def to(self, device):
+        return GraphBatch(self.x.to(device), self.y.to(device))
+
+    def clone(self):
+        return GraphBatch(self.x.clone(), self.y.clone())
+
+
+def adds(body, batch):
+    return body(batch["x"].add_(1.0)) * batch["y"]
+
+
+def puts(body, batch):
+    batch["x"] = body(batch["x"])
+    return batch["x"] * batch["y"]
+
+
+def pops(body, batch):
+    return body(batch.pop("x")) * batch.pop("y")
+
+
+def puts_into_a_graph(body, batch):
+    batch.x.mul_(batch.y)
+    batch.x = body(batch.x)
+    return batch.x * batch.y
+
+
+class Writes(nn.Module):
+    def __init__(self, how):
+        super().__init__()
+        self.how, self.body = how, nn.Linear(6, 4)
+        self.heads = nn.ModuleDict({task: nn.Linear(4, 2) for task in TASKS})
+
+    def forward(self, batch):
+        x = torch.tanh(self.how(self.body, batch))
+        return {task: head(x) for task, head in self.heads.items()}
+
+
+@pytest.mark.parametrize("mode", ["fan", "per-task"])
+@pytest.mark.parametrize("how", [adds, puts, pops, puts_into_a_graph])
+def test_what_a_forward_writes_into_its_inputs_no_other_one_sees(how, mode):
+    def batch(x, y):
+        return GraphBatch(x.clone(), y.clone()) if how is puts_into_a_graph else {"x": x.clone(), "y": y.clone()}
+
+    torch.manual_seed(0)
+    model, x, y = Writes(how).double(), vector(4), vector(4)[:, :1]
+    example = batch(x, y)
+    plan = BranchPlan.per_task(["body"], TASKS)
+    branched = convert(model, plan, example, mode=mode)
+    assert recon.costs(model, plan_of(branched), example).parameters == sum(p.numel() for p in branched.parameters())
+    kept = vars(example) if how is puts_into_a_graph else example
+    assert list(kept) == ["x", "y"] and torch.equal(kept["x"], x) and torch.equal(kept["y"], y)
+    oracle.perturb(branched)
+    outputs = branched(batch(x, y))
+    for task in TASKS:
+        expected = oracle.plain_model(lambda: copy.deepcopy(model), branched, task)(batch(x, y))[task]
+        oracle.assert_close(outputs[task], expected, task)
+
+
+def test_gradients_reach_the_inputs():
+    _, model, branched, _ = per_task("PlainConv", "all", 0)
+    oracle.perturb(branched)
+    x = image(2).requires_grad_()
+    outputs = branched.eval()(x * 1.0)
+    for task in TASKS:
+        plain = oracle.plain_model(lambda: copy.deepcopy(model), branched, task).eval()
+        (ours,), (theirs,) = (torch.autograd.grad(out[task].sum(), x, retain_graph=True) for out in (outputs, plain(x)))
+        oracle.assert_close(ours, theirs, task)

@@ -19,6 +19,7 @@ from tests.test_conflict_map import make_map, score_map
 from tests.test_grouping import pair_map
 
 TASKS = ("a", "b")
+FOUR = ("a", "b", "c", "d")
 
 
 def net(**shapes):
@@ -217,6 +218,11 @@ def test_a_share_of_the_conflict_takes_the_fewest_layers_that_hold_it(share, exp
     assert layers_of(scored(conv=1, norm=6, fc=3), share=share) == expected
 
 
+def test_a_share_that_a_layer_holds_exactly_is_held():
+    assert 0.55 * 100 > 55  # in floating point
+    assert layers_of(scored(conv=25, norm=55, fc=20), share=0.55) == ["norm"]
+
+
 def test_a_share_leaves_out_layers_that_never_conflict():
     assert layers_of(scored(conv=0, norm=6, fc=3), share=1) == ["norm", "fc"]
     with pytest.raises(PlanError, match="No layer of the map has a conflict"):
@@ -329,6 +335,18 @@ def test_controls_at_the_parameters_of_a_plan():
         layers_of(cmap, like=like)
 
 
+def test_controls_at_the_parameters_of_a_plan_with_other_groups():
+    """What counts is the parameters that copies add: two groups of four tasks make one copy, four make three."""
+    counts = dict.fromkeys(combinations(FOUR, 2), 5)
+    cmap = pair_map({"conv": counts, "norm": counts, "fc": counts}, FOUR)
+    one_copy = recon.plan(cmap, Chain(FOUR), layers=["conv"], groups=2)  # adds 210
+    assert layers_of(cmap, Chain(FOUR), like=one_copy, select="last", groups=2) == ["norm", "fc"]  # 93 + 60
+    with pytest.raises(PlanError, match=r"adds 210 parameters, and 'fc', the first in line, alone adds 279"):
+        layers_of(cmap, Chain(FOUR), like=one_copy, select="last")
+    copies = recon.plan(cmap, Chain(FOUR), layers=["fc"])  # adds 279
+    assert layers_of(cmap, Chain(FOUR), like=copies, select="first", groups=2) == ["conv", "norm"]  # 210 + 60
+
+
 def test_controls_within_a_budget():
     cmap = scored(conv=9, norm=5, fc=6)
     assert layers_of(cmap, select="last", max_params=1.3) == ["fc"]  # norm would make it 1.41
@@ -371,8 +389,6 @@ def test_controls_of_what_has_none(choice):
 
 
 # Groups.
-
-FOUR = ("a", "b", "c", "d")
 
 
 def test_groups_of_tasks_share_their_copies():

@@ -9,6 +9,7 @@ from torch import nn
 import recon
 from recon.errors import CheckpointError, GradientError, ProblemError, UsageError
 from recon.profiler import Profiler
+from recon.tally import Tally
 from tests.test_gradients import TwoHeads, autograd_cosines, losses_of
 
 TASKS = ("a", "b")
@@ -199,6 +200,33 @@ def test_quarters_split_the_training_evenly(steps):
     assert cmap.layers[0].conflicts[:, 0].tolist() == list(cmap.stage_steps)
 
 
+def test_a_block_of_steps_belongs_to_the_quarter_in_which_its_middle_lies():
+    """No quarter ends farther than half a block from where it should."""
+    gramian = torch.tensor([[[1.0, -1.0], [-1.0, 1.0]]], dtype=torch.float64)
+    tally = Tally(1, -0.1, torch.device("cpu"))
+    block = 1
+    for steps in range(1, 400):
+        tally.add([0], [0, 1], gramian)
+        block *= 2 if steps > 64 * block else 1
+        conflicts, _, stage_steps = tally.by_stage(2)
+        assert conflicts[:, 0, 0, 1].tolist() == stage_steps
+        for end, quarter in zip(np.cumsum(stage_steps), (1, 2, 3, 4), strict=True):
+            assert abs(end - steps * quarter / 4) <= block / 2, steps
+
+
+def test_a_tally_that_loads_a_state_forgets_what_it_had_counted():
+    agree, conflict = (torch.tensor([[[1.0, c], [c, 1.0]]], dtype=torch.float64) for c in (1.0, -1.0))
+    saved, other = (Tally(1, -0.1, torch.device("cpu")) for _ in range(2))
+    for _ in range(3):
+        saved.add([0], [0, 1], agree)
+    other.add([0], [0, 1], conflict)
+    other.load_state_dict(saved.state_dict())
+    other.add([0], [0, 1], agree)
+    conflicts, observed, _ = other.by_stage(2)
+    assert (other.steps, int(conflicts.sum()), int(observed.sum())) == (4, 0, 4)
+    assert other.histogram.sum() == 4
+
+
 def test_tied_and_reused_layers_are_scored_once_on_the_full_gradient():
     class Tied(nn.Module):
         def __init__(self):
@@ -221,6 +249,32 @@ def test_tied_and_reused_layers_are_scored_once_on_the_full_gradient():
     assert [layer.name for layer in cmap.layers] == ["first"]
     cosine = torch.nn.functional.cosine_similarity(u.flatten().double(), v.flatten().double(), dim=0)
     assert cmap.layers[0].histogram[int(torch.floor((cosine + 1) * 100))] == 1
+
+
+def test_all_that_one_task_alone_reaches_counts_in_the_norm_of_a_shared_layer():
+    class Scaled(nn.Module):
+        """Task b leaves out two of its three parameters."""
+
+        def __init__(self):
+            super().__init__()
+            self.weight, self.bias, self.scale = (nn.Parameter(torch.randn(4)) for _ in range(3))
+
+        def forward(self, x):
+            return {"a": self.scale * (self.weight * x + self.bias), "b": self.weight * x}
+
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"body": Scaled()}).double()
+    profiler, expected = Profiler(model), np.zeros(200)
+    for x in torch.randn(6, 8, 4).double():
+        out = model["body"](x)
+        losses = {"a": out["a"].square().sum(), "b": out["b"].exp().sum()}
+        options = {"retain_graph": True, "allow_unused": True, "materialize_grads": True}
+        u, v = (torch.cat(torch.autograd.grad(loss, list(model.parameters()), **options)) for loss in losses.values())
+        expected[int(torch.floor((u @ v / (u.norm() * v.norm()) + 1) * 100))] += 1
+        profiler.backward(losses)
+    cmap = profiler.conflict_map()
+    assert [layer.name for layer in cmap.layers] == ["body"]
+    assert cmap.layers[0].histogram.tolist() == expected.tolist()
 
 
 def test_nothing_profiled_yet(model):

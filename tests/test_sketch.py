@@ -58,6 +58,14 @@ def test_cosines_err_by_less_than_three_hundredths(kind, shape):
     assert torch.tensor(errors).square().mean().sqrt() < 0.03
 
 
+def test_gradients_of_one_sign_in_many_small_parameters_do_not_add_up():
+    """Each parameter is a part of a row of signs: without them, orthogonal gradients would fold onto each other."""
+    parameters = [nn.Parameter(torch.empty(1500)) for _ in range(6)]
+    ones, zeros = torch.ones(1500), torch.zeros(1500)
+    rows = [[ones] * 3 + [zeros] * 3, [zeros] * 3 + [ones] * 3]
+    assert abs(cosine(sketched(parameters, rows))) < 0.1  # of a standard deviation of 0.022
+
+
 @pytest.mark.parametrize("shapes", [[(3,)], [(40, 50), (39,)], [(2039,)]])
 def test_a_small_layer_is_exact(shapes):
     parameters = [nn.Parameter(torch.empty(shape)) for shape in shapes]

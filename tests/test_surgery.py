@@ -191,6 +191,42 @@ def test_groups_refine_where_fans_meet():
     check_both_modes(entry, branched, image(4))
 
 
+class TiedAcrossLayers(nn.Module):
+    """A decoder with the encoder's weight and a bias of its own, which a plan may split in other groups."""
+
+    def __init__(self):
+        super().__init__()
+        self.encode = nn.Linear(6, 6, bias=False)
+        self.decode = nn.Linear(6, 6)
+        self.decode.weight = self.encode.weight
+        self.heads = nn.ModuleDict({task: nn.Linear(6, 2) for task in TASKS})
+
+    def forward(self, x):
+        x = self.decode(torch.tanh(self.encode(x)))
+        return {task: head(x) for task, head in self.heads.items()}
+
+
+@pytest.mark.parametrize(
+    ("encode", "decode"),
+    [
+        (["a", "bc"], ["ab", "c"]),
+        (["ab", "c"], ["a", "bc"]),
+        (["a", "bc"], ["a", "b", "c"]),
+        (["ac", "b"], ["ab", "c"]),
+    ],
+    ids=" ".join,
+)
+def test_a_weight_stays_tied_where_the_layers_that_hold_it_are_split_in_other_groups(encode, decode):
+    entry = Entry("", lambda: TiedAcrossLayers().double(), vector)
+    torch.manual_seed(0)
+    model, inputs = entry.make(), vector(4)
+    plan = BranchPlan.grouped({"encode": [list(g) for g in encode], "decode": [list(g) for g in decode]}, TASKS)
+    branched = convert(model, plan, inputs)
+    copies = {p for name, p in branched.named_parameters() if name.startswith(("encode", "decode")) and p.ndim == 2}
+    assert len(copies) == 2  # as many as the encoder's groups
+    check_through_training(entry, branched, inputs)
+
+
 def test_single_precision():
     torch.manual_seed(0)
     model = PlainConv().float()
