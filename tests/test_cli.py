@@ -1,6 +1,7 @@
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -267,7 +268,7 @@ def test_profile_writes_a_map_that_says_how_it_was_made(files, command, ask, tmp
     code, out, err = command("profile tiny.py:problem --epochs 1 --out", tmp_path / "new.json")
     assert code == 0
     assert f"Saved {tmp_path / 'new.json'}" in out
-    assert f"recon convert tiny.py:problem --map {tmp_path / 'new.json'}" in out
+    assert f"recon convert tiny.py:problem --map {shlex.quote(str(tmp_path / 'new.json'))}" in out
     assert "epoch 1/1" in err and "epoch 1/1" not in out
 
 
