@@ -292,7 +292,8 @@ class OnDemand(nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("method", "profiled"), [("joint", True), ("uw", False), ("uw", True), ("pcgrad", False), ("pcgrad", True)]
+    ("method", "profiled"),
+    [("joint", False), ("joint", True), ("uw", False), ("uw", True), ("pcgrad", False), ("pcgrad", True)],
 )
 def test_several_forwards_a_step_and_heads_that_are_not_used(ranks: Ranks, method: str, profiled: bool) -> None:
     ranks.run(_check_several_forwards, method, profiled)
