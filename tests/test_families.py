@@ -35,7 +35,19 @@ def named(name: str) -> Family:
     return family
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+# These take long, and others are built as they are; `make test-slow` has them.
+ALIKE = {
+    "inception_v3",  # googlenet
+    "resnet50",  # resnet18, densenet121
+    "mnasnet1_0",  # mobilenet_v3_small
+    "mobilenet_v2",
+    "tf_mobilenetv3_small_minimal_100",  # mobilenetv3_small_050
+    "maxvit_rmlp_pico_rw_256",  # maxvit_t
+    "fcn_resnet50",  # deeplabv3_resnet50
+}
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name not in ALIKE])
 def test_a_plan_for_every_family(name):
     check_plan(named(name), *(PLANS[0], COARSE)[list(FAMILIES).index(name) % 2])
 
