@@ -13,6 +13,7 @@ from pathlib import Path
 from recon.errors import CheckpointError, GradientError, ReconError, UsageError
 from recon.resume import refuse_existing
 from recon_cli import ranks
+from recon_cli.terminal import log_handler, tell
 
 
 class TrainingStoppedError(ReconError):
@@ -61,7 +62,7 @@ def resumable(
             raise
         except Exception as error:
             if any(checkpoint.exists() for checkpoint in checkpoints):
-                print(f"{left()}{_way_on(args, checkpoints, error)}", file=sys.stderr)
+                tell(f"{left()}{_way_on(args, checkpoints, error)}")
             raise
     for checkpoint in checkpoints:
         checkpoint.unlink(missing_ok=True)
@@ -91,7 +92,7 @@ def _way_on(args: argparse.Namespace, checkpoints: Sequence[Path], error: BaseEx
 
 @contextmanager
 def _resuming_on_stderr() -> Iterator[None]:
-    logger, handler = logging.getLogger("recon"), logging.StreamHandler(sys.stderr)
+    logger, handler = logging.getLogger("recon"), log_handler(sys.stderr)
     before = logger.level
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)

@@ -6,7 +6,6 @@ Imports torch.
 from __future__ import annotations
 
 import os
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -29,6 +28,7 @@ from recon.trainer import task_losses
 from recon_cli import workbench
 from recon_cli.optimizers import make_optimizer
 from recon_cli.recipe import Recipe
+from recon_cli.terminal import tell
 
 Job = TypeVar("Job")
 Outcome = TypeVar("Outcome")
@@ -185,4 +185,4 @@ def mean_table(tables: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 def say(text: str) -> None:
     """One line on stderr, with the time."""
-    print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr)
+    tell(f"{time.strftime('%H:%M:%S')} {text}")

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from typing import TYPE_CHECKING
 
 from recon.comparison import compare
 from recon.runs import Run
 from recon_cli.parsing import Report, add_verb, any_path
+from recon_cli.terminal import tell
 
 if TYPE_CHECKING:
     from recon_cli.parsing import Verbs
@@ -42,5 +42,5 @@ def run(args: argparse.Namespace) -> Report:
     comparison = compare({str(folder): Run.load(folder) for folder in args.runs}, baseline)
     if not args.json:  # there they are in the object
         for note in comparison.notes:
-            print(f"note: {note}", file=sys.stderr)
+            tell(f"note: {note}")
     return Report(comparison.text(), comparison.as_dict())

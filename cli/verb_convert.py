@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import shlex
-import sys
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
@@ -34,6 +33,7 @@ from recon_cli.selectors import (
     has_budget,
     surgery_name,
 )
+from recon_cli.terminal import tell
 
 if TYPE_CHECKING:
     from torch import nn
@@ -132,7 +132,7 @@ def _run(args: argparse.Namespace) -> Report:
     models = {"plain": plain, "branched": branched}
     counted = {name: workbench.costs_per_sample(model, batch[0]) for name, model in models.items()}
     _save(args, problem, branched, plan_of(branched), counted["branched"])
-    print("Timing training steps of both models ...", file=sys.stderr)
+    tell("Timing training steps of both models ...")
     steps = {name: workbench.TrainingStep(problem, model, batch) for name, model in models.items()}
     seconds = step_seconds(steps, rounds=_ROUNDS)
     table: dict[str, dict[str, float | None]] = {

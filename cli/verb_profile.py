@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import platform
 import shlex
-import sys
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -29,6 +28,7 @@ from recon_cli.parsing import (
     threshold,
 )
 from recon_cli.ranking import ranked_layers, ranking_table, unsure_why
+from recon_cli.terminal import tell
 
 if TYPE_CHECKING:
     import torch
@@ -114,10 +114,10 @@ def _run(args: argparse.Namespace, begins: bool) -> Report:
     # Whoever was killed before anything was saved was about to replace the map that is there.
     resumes = args.resume and not checkpoint.exists() and not begins
     if finished is not None and resumes and _is_ours(finished, args, problem):
-        print(f"{args.out} is finished; there is nothing to resume.", file=sys.stderr)
+        tell(f"{args.out} is finished; there is nothing to resume.")
         return _report(args, problem, finished)
     if finished is not None:
-        print(f"note: the map in {args.out} will be replaced when the new one is finished.", file=sys.stderr)
+        tell(f"note: the map in {args.out} will be replaced when the new one is finished.")
     with ranks.joined(device), resumable(args, [checkpoint]):
         cmap = _profile(args, problem, device, checkpoint)
         if ranks.number() == 0:

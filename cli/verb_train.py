@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,6 +25,7 @@ from recon_cli.parsing import (
     positive_integer,
 )
 from recon_cli.recipe import add_recipe_options, recipe_of
+from recon_cli.terminal import tell
 
 if TYPE_CHECKING:
     from recon import Problem
@@ -102,9 +102,9 @@ def _run(args: argparse.Namespace, begins: bool) -> Report:
     # Whoever was killed before anything was saved was about to replace the run that is there.
     finished = None if begins else _finished(args, job)
     if finished is None and ranks.number() == 0 and (args.out / RUN_FILE).exists() and not args.resume:
-        print(f"note: the run in {args.out} will be replaced.", file=sys.stderr)
+        tell(f"note: the run in {args.out} will be replaced.")
     if finished is not None:
-        print(f"{args.out} is finished; there is nothing to resume.", file=sys.stderr)
+        tell(f"{args.out} is finished; there is nothing to resume.")
         return report(job, finished)
     with ranks.joined(job.device), resumable(args, job.checkpoints, job.left):
         trained = job.run()

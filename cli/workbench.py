@@ -36,6 +36,7 @@ from recon_cli import ranks
 from recon_cli.backbones import is_own, with_backbone
 from recon_cli.optimizers import make_optimizer
 from recon_cli.recipe import Recipe
+from recon_cli.terminal import tell
 
 _MOST_LETTERS = 300  # of a name that a message shows to be copied
 _SAMPLES = 8  # enough for batch norm, little enough to be quick
@@ -246,7 +247,7 @@ def single_task_costs(model: nn.Module, tasks: tuple[str, ...], inputs: Any) -> 
     try:
         costs = recon.costs(model, plan, inputs)
     except FanError as error:
-        print(f"Cannot leave the other tasks' heads out of the single-task costs: {error}", file=sys.stderr)
+        tell(f"Cannot leave the other tasks' heads out of the single-task costs: {error}")
         costs = recon.costs(model, None, inputs)
         size = costs.activation_bytes
         costs = Costs(
@@ -286,7 +287,7 @@ def show_epoch(epoch: Epoch, epochs: int, prefix: str = "") -> None:
     )
     skipped = f", {epoch.skipped} skipped" if epoch.skipped else ""
     text = f"{prefix}epoch {epoch.number}/{epochs}: loss {losses} ({epoch.steps} steps{skipped}, {epoch.seconds:.1f} s)"
-    print(f"{text}; test {results}" if results else text, file=sys.stderr)
+    tell(f"{text}; test {results}" if results else text)
 
 
 def shows_progress() -> bool:
