@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -32,18 +32,19 @@ def find_statistics(branched: nn.Module, example_inputs: Any) -> dict[str, Parti
         UsageError: the forward fails on the example inputs.
         FanError: a statement of it cannot work on fans, or the statistics are kept by the model as a whole.
     """
-    owners: dict[Hashable, str] = {}
+    owners: dict[tuple[str, int], str] = {}
     for path, module in branched.named_modules():
         for buffer in module._buffers.values():
             if buffer is not None:
-                owners[buffer] = owners[storage_of(buffer)] = path  # `buffer.data = value` gives it another storage
+                # `buffer.data = value` gives it another storage, and a view of it is another tensor.
+                owners["tensor", id(buffer)] = owners["storage", storage_of(buffer)] = path
     found: dict[str, Partition] = {}
 
     def note(path: str, partition: Partition) -> None:
         found[path] = refine(found[path], partition) if path in found else partition
 
     def is_statistics(tensor: Tensor, partition: Partition) -> bool:
-        path = owners.get(tensor, owners.get(storage_of(tensor)))
+        path = owners.get(("tensor", id(tensor)), owners.get(("storage", storage_of(tensor))))
         if path is not None:
             note(path, partition)
         return path is not None

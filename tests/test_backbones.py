@@ -299,8 +299,9 @@ def test_wrong_backbones_are_refused(refused, folders, case):
     refused(*WRONG[case])
 
 
-def test_a_finished_map_of_another_backbone_is_not_resumed(command):
+def test_a_finished_map_of_another_backbone_is_not_taken_for_the_result(command):
     line = "profile own.py:problem --epochs 1 --out kept.json"
     assert command(line)[0] == 0 and command(f"{line} --resume")[0] == 0
     code, _, err = command(f"{line} --backbone SmallResNet --resume")
-    assert code == 2 and "its backbone is Flat, not SmallResNet" in err
+    assert code == 0 and "the map in kept.json will be replaced" in err and "starting from the beginning" in err
+    assert recon.ConflictMap.load("kept.json").made_by["backbone"] == "SmallResNet"

@@ -387,8 +387,10 @@ def test_weights_of_every_step_are_recorded_drawn_and_averaged(files, ask, comma
     assert [line["step"] for line in steps] == list(range(1, 19))  # 7 batches, of which one has no target at all
     means = {}
     for task in ("up", "down"):
-        weights = [line["weights"][task] for line in steps if task in line["losses"]]
-        assert len(weights) == (15 if task == "up" else 18)
+        weights = [line["weights"][task] for line in steps if task in line["weights"]]
+        labelled = sum(task in line["losses"] for line in steps)
+        assert labelled == (15 if task == "up" else 18)
+        assert len(weights) == labelled or (name == "mgda" and 0 < len(weights) < labelled)  # a loss may reach 0
         means[task] = sum(weights) / len(weights)
     assert out["mean_weights"] == pytest.approx(means)
     assert out["static_weights"] == f"joint:weights={means['up']:.4g}/{means['down']:.4g}"
@@ -494,11 +496,12 @@ def test_another_network(files, ask, command, tmp_path, monkeypatch):
     ask("train tiny.py:problem --model tiny.py:wide --epochs 1 --out wide")
     assert load_file(files / "wide" / "weights.safetensors")["stem.weight"].shape == (16, 6)
     results = Run.load(files / "wide").results
+    own = "--backbone tiny.py:wide"  # named each time: a record imports nothing
     for folder in ("wide", "wide/best"):
-        assert ask("evaluate tiny.py:problem --model", folder)["results"] == results
-    assert ask("train tiny.py:problem --model wide --epochs 1 --out wider")["backbone"].endswith("tiny.py:wide")
+        assert ask(f"evaluate tiny.py:problem {own} --model", folder)["results"] == results
+    assert ask(f"train tiny.py:problem {own} --model wide --epochs 1 --out wider")["backbone"].endswith("tiny.py:wide")
     ask("train tiny.py:problem --model tiny.py:wide --single-task --epochs 1 --out wides")
-    assert set(ask("evaluate tiny.py:problem --model wides")["results"]) == {"up", "down"}
+    assert set(ask(f"evaluate tiny.py:problem {own} --model wides")["results"]) == {"up", "down"}
     out = ask("train tiny.py:pictures --model SmallResNet --out pictures")
     weights = load_file(files / "pictures" / "weights.safetensors")
     assert weights["stem.conv.weight"].shape == (8, 3, 3, 3) and out["backbone"] == "SmallResNet"

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from recon.conflict_map import BINS, ConflictMap, LayerConflicts, threshold_bin
-from recon.errors import MapFileError, UsageError
+from recon.errors import MapFileError, UsageError, WriteError
 
 
 def make_map(layers=("conv", "norm", "fc"), tasks=("a", "b"), seed=0, steps=40, threshold=-0.1):
@@ -255,7 +255,7 @@ def test_a_failed_save_leaves_the_old_map(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.replace", full)
-    with pytest.raises(UsageError, match="No space left"):
+    with pytest.raises(WriteError, match="No space left"):
         make_map(seed=1).save(tmp_path / "map.json")
     assert (tmp_path / "map.json").read_text() == before
     assert list(tmp_path.iterdir()) == [tmp_path / "map.json"]
