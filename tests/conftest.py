@@ -15,7 +15,7 @@ torch.set_num_threads(int(os.environ.get("RECON_TEST_THREADS", "1")))
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-LONGEST = {"test_digits", "test_families", "test_lowering", "test_profiler_zoo", "test_torchrun"}
+LONGEST = {"test_bench", "test_families", "test_lowering", "test_profiler_zoo", "test_torchrun"}
 
 
 def pytest_collection_modifyitems(items):

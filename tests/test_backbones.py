@@ -304,4 +304,4 @@ def test_a_finished_map_of_another_backbone_is_not_taken_for_the_result(command)
     assert command(line)[0] == 0 and command(f"{line} --resume")[0] == 0
     code, _, err = command(f"{line} --backbone SmallResNet --resume")
     assert code == 0 and "the map in kept.json will be replaced" in err and "starting from the beginning" in err
-    assert recon.ConflictMap.load("kept.json").made_by["backbone"] == "SmallResNet"
+    assert ConflictMap.load("kept.json").made_by["backbone"] == "SmallResNet"

@@ -44,6 +44,7 @@ def test_the_demo_tells_the_whole_story(tmp_path, capsys, few_digits):
     assert list(branched.branch_plan.layers) == results["branched_layers"]
 
 
+@pytest.mark.slow
 def test_the_demos_numbers_are_those_of_the_same_training_by_hand(tmp_path, few_digits):
     main(["demo", "--seeds", "1", "--epochs", "1", "--top-k", "3", "--workers", "1", "--out", str(tmp_path)])
     results = json.loads((tmp_path / "results.json").read_text())

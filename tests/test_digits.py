@@ -39,6 +39,7 @@ def trained(layers=None, seed=0, epochs=EPOCHS):
     return mean_accuracy(model, loaders, problem, epochs)
 
 
+@pytest.mark.slow  # that statistics follow the fan is checked by the oracle too
 def test_eight_random_layers_do_as_well_as_joint_training():
     """With one set of running statistics for all tasks, as in the published code, this fails by points."""
     problem = get("digits")

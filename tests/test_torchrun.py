@@ -81,6 +81,7 @@ def in_folder(folder, monkeypatch):
     monkeypatch.setattr(sys, "path", list(sys.path))  # importing a problem's file puts its folder there
 
 
+@pytest.mark.slow  # tests/test_distributed.py checks the counts of two processes
 def test_two_processes_make_the_map_of_one(folder):
     by_one("profile", "plain.py:problem", "--out", "one.json")
     done = by_two(folder, "profile", "plain.py:problem", "--out", "two.json")
