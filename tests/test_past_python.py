@@ -381,7 +381,9 @@ def test_the_memory_that_a_fan_does_not_have_is_refused():
     fan = TaskFan(Partition.per_task(TASKS), [torch.ones(3)] * 3)
     with torch._C.DisableTorchFunctionSubclass():
         for read in (torch._C._to_dlpack, Tensor.data_ptr):
-            with pytest.raises((RuntimeError, FanError), match=re.escape(UNREADABLE)):
+            with pytest.raises(
+                (RuntimeError, FanError), match=f"{re.escape(UNREADABLE)}|as_strided.* called past Python"
+            ):
                 read(fan)
         assert fan.shape == (3,) and fan.device.type == "cpu"  # what scripted code may ask
 
