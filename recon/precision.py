@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
 from recon.batches import task_outputs
 from recon.errors import UsageError
 from recon.loss_scale import LossScale
 from recon.methods import Method
+from recon.trees import map_tree
 from recon.updates import backward
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ class Precision:
             return task_outputs(model, inputs, tasks)
         with torch.autocast(self.device.type, self.dtype):
             outputs = task_outputs(model, inputs, tasks)
-        return {task: tree_map(_at_least_float32, outputs[task]) for task in tasks}
+        return {task: map_tree(_at_least_float32, outputs[task]) for task in tasks}
 
     def backward(
         self, losses: Mapping[str, Tensor], model: nn.Module, method: Method, profiler: Profiler | None

@@ -379,9 +379,10 @@ def test_the_memory_that_a_fan_does_not_have_is_refused():
     with pytest.raises(FanError, match=r"read past Python at test_past_python.py:\d+, in reads_below_all: .*per-task"):
         converted(reads_below_all)
     fan = TaskFan(Partition.per_task(TASKS), [torch.ones(3)] * 3)
+    words = f"{re.escape(UNREADABLE)}|as_strided.* called past Python"  # older torch makes a view first
     with torch._C.DisableTorchFunctionSubclass():
         for read in (torch._C._to_dlpack, Tensor.data_ptr):
-            with pytest.raises((RuntimeError, FanError), match=re.escape(UNREADABLE)):
+            with pytest.raises((RuntimeError, FanError), match=words):
                 read(fan)
         assert fan.shape == (3,) and fan.device.type == "cpu"  # what scripted code may ask
 
