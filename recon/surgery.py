@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import logging
-import sys
 from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo.eval_frame import OptimizedModule
 
 from recon.batches import fresh
 from recon.branch_plan import BranchPlan, Mode, checked_mode
@@ -226,9 +226,7 @@ def refuse_model(model: nn.Module) -> None:
 
 
 def _refuse_wrapped(model: nn.Module) -> None:
-    # A compiled model exists only where torch.compile has loaded its compiler, which takes a second.
-    compiler = sys.modules.get("torch._dynamo.eval_frame")
-    if isinstance(model, _WRAPPERS) or (compiler is not None and isinstance(model, compiler.OptimizedModule)):
+    if isinstance(model, (*_WRAPPERS, OptimizedModule)):
         raise UsageError(
             f"The model is wrapped in {type(model).__name__}. Convert the plain module inside (model.module, or the "
             "model before torch.compile), then wrap the result."

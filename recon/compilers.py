@@ -1,0 +1,40 @@
+"""What torch.compile is told about fans: to leave the code that maps over them alone."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch._dynamo import trace_rules
+from torch._dynamo.eval_frame import OptimizedModule
+
+_OURS = "autograd_functions branches fan fan_trees fan_writes hooks partition past_python statement trees watch"
+
+
+def leave_fans_alone() -> None:
+    """Keep the compiler out of recon's own code; what this calls, with one group's tensors, may be compiled.
+
+    A compiled part of a model (or the whole of it) would otherwise be traced into the fans, where torch takes the
+    code compiled for one operation for that of another: outputs and gradients come out wrong, without a word. So a
+    compiled function breaks its graph where it meets a fan, and the operation runs once per group, as always.
+    """
+    for name in _OURS.split():
+        trace_rules.add(f"recon.{name}")
+
+
+def without_compiler() -> torch.compiler.set_stance:
+    """Run compiled parts uncompiled: a dry run looks on at operations, and `fullgraph=True` would fail on that."""
+    return torch.compiler.set_stance("force_eager")
+
+
+def compile_anew(model: nn.Module) -> None:
+    """Let the wrappers that torch.compile has put around submodules run what stands in their place now."""
+    for module in model.modules():
+        if isinstance(module, OptimizedModule):  # its forward is bound to what it was made around
+            module.__setstate__(module.__getstate__())
+
+
+def uncompiled(view: nn.Module) -> None:
+    """Let a view of a compiled submodule run its own children, not those of the module that was compiled."""
+    vars(view).pop("_compiled_call_impl", None)
+    if isinstance(view, OptimizedModule):
+        vars(view)["forward"] = view._modules["_orig_mod"].__call__
