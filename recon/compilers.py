@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import sys
+from types import FrameType
+
 import torch
 from torch import nn
-from torch._dynamo import trace_rules
+from torch._dynamo import eval_frame, trace_rules
 from torch._dynamo.eval_frame import OptimizedModule
 
-_OURS = "autograd_functions branches fan fan_trees fan_writes hooks partition past_python statement trees watch"
+from recon.errors import FanError
+from recon.statement import where
+
+_OURS = (
+    "autograd_functions branches fan fan_trees fan_writes hooks partition past_python per_task serving statement trees "
+    "unmappable views watch"
+)
 
 
 def leave_fans_alone() -> None:
@@ -38,3 +47,25 @@ def uncompiled(view: nn.Module) -> None:
     vars(view).pop("_compiled_call_impl", None)
     if isinstance(view, OptimizedModule):
         vars(view)["forward"] = view._modules["_orig_mod"].__call__
+
+
+def refuse_full_graph() -> None:
+    """Fail where values that differ between tasks meet code compiled with `fullgraph=True`, which takes no break.
+
+    torch fails there as well, but in the first step, and with words about recon's own code. What torch 2.6 keeps of
+    this option cannot be seen; there, its error is all.
+
+    Raises:
+        FanError: they do.
+    """
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        code = frame.f_code
+        if code.co_name == "compile_wrapper" and code.co_filename == eval_frame.__file__:
+            if getattr(frame.f_locals.get("self"), "fullgraph", False):
+                raise FanError(
+                    f"Values that differ between tasks meet code compiled with fullgraph=True{where()}: a compiled "
+                    "graph cannot map over them. Compile it without fullgraph=True, which breaks the graph there; "
+                    "or compile the program that recon.lower makes of the branched model."
+                )
+        frame = frame.f_back

@@ -21,7 +21,7 @@ from recon.fan_trees import value_for
 from recon.hooks import SplitOutputs, TasksOnly
 from recon.initial import Init, draw_copies, initialise
 from recon.partition import Partition
-from recon.per_task import PerTaskForward, find_statistics_by_value
+from recon.per_task import PerTaskForward, find_statistics_by_value, refuse_repeated_writes
 from recon.references import STRUCTURE
 from recon.rotations import NAME, Rotations
 from recon.trainable import refuse_sharded
@@ -146,6 +146,7 @@ def _per_task_form(model: nn.Module, branched: nn.Module, plan: BranchPlan, exam
     branched.forward = PerTaskForward(branched, plan.tasks)
     branched.branch_plan = replace(plan, task_modules={})  # type: ignore[assignment]
     if not found:
+        refuse_repeated_writes(branched, plan.tasks, example_inputs)
         for training in (True, False):
             with undisturbed(branched), torch.enable_grad():
                 refuse_foreign(run(branched.train(training), fresh(example_inputs)), model)

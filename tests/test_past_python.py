@@ -14,10 +14,11 @@ from torch.utils.data import DataLoader, TensorDataset, default_collate
 
 from recon.branch_plan import BranchPlan
 from recon.errors import FanError
-from recon.fan import UNREADABLE, TaskFan
+from recon.fan import TaskFan
 from recon.partition import Partition
 from recon.surgery import convert, extract_task
 from recon.undisturbed import undisturbed
+from recon.unmappable import UNREADABLE
 from tests import oracle
 
 TASKS = ("a", "b", "c")
