@@ -14,8 +14,8 @@ from recon.errors import FanError
 from recon.statement import where
 
 _OURS = (
-    "autograd_functions branches fan fan_trees fan_writes hooks partition past_python per_task serving statement trees "
-    "unmappable views watch"
+    "autograd_functions branched_statistics branches fan fan_trees fan_writes hooks partition past_python per_task serving "
+    "statement surgical_classes trees unmappable views watch"
 )
 
 
@@ -61,11 +61,11 @@ def refuse_full_graph() -> None:
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         code = frame.f_code
-        if code.co_name == "compile_wrapper" and code.co_filename == eval_frame.__file__:
-            if getattr(frame.f_locals.get("self"), "fullgraph", False):
-                raise FanError(
-                    f"Values that differ between tasks meet code compiled with fullgraph=True{where()}: a compiled "
-                    "graph cannot map over them. Compile it without fullgraph=True, which breaks the graph there; "
-                    "or compile the program that recon.lower makes of the branched model."
-                )
+        entry = code.co_name == "compile_wrapper" and code.co_filename == eval_frame.__file__
+        if entry and getattr(frame.f_locals.get("self"), "fullgraph", False):
+            raise FanError(
+                f"Values that differ between tasks meet code compiled with fullgraph=True{where()}: a compiled graph "
+                "cannot map over them. Compile it without fullgraph=True, which breaks the graph there; or compile "
+                "the program that recon.lower makes of the branched model."
+            )
         frame = frame.f_back
