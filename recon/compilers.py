@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import sys
+from contextlib import AbstractContextManager
 from types import FrameType
+from typing import Any
 
 import torch
 from torch import nn
@@ -22,15 +24,15 @@ _OURS = (
 def leave_fans_alone() -> None:
     """Keep the compiler out of recon's own code; what this calls, with one group's tensors, may be compiled.
 
-    A compiled part of a model (or the whole of it) would otherwise be traced into the fans, where torch takes the
-    code compiled for one operation for that of another: outputs and gradients come out wrong, without a word. So a
-    compiled function breaks its graph where it meets a fan, and the operation runs once per group, as always.
+    A compiled part of a model (or the whole of it) would otherwise be traced into the code that maps over fans, and
+    torch 2.14 then gives other outputs and gradients without a word. So a compiled function breaks its graph where it
+    meets a fan, and the operation runs once per group, as always.
     """
     for name in _OURS.split():
         trace_rules.add(f"recon.{name}")
 
 
-def without_compiler() -> torch.compiler.set_stance:
+def without_compiler() -> AbstractContextManager[Any]:
     """Run compiled parts uncompiled: a dry run looks on at operations, and `fullgraph=True` would fail on that."""
     return torch.compiler.set_stance("force_eager")
 
@@ -46,7 +48,7 @@ def uncompiled(view: nn.Module) -> None:
     """Let a view of a compiled submodule run its own children, not those of the module that was compiled."""
     vars(view).pop("_compiled_call_impl", None)
     if isinstance(view, OptimizedModule):
-        vars(view)["forward"] = view._modules["_orig_mod"].__call__
+        vars(view)["forward"] = view.get_submodule("_orig_mod").__call__
 
 
 def refuse_full_graph() -> None:
