@@ -117,7 +117,7 @@ def refuse_repeated_writes(branched: nn.Module, tasks: Group, example_inputs: An
             writers: dict[str, list[str]] = {}
             for task in tasks:
                 before = {name: parameter.detach().clone() for name, parameter in names.items()}
-                run(TaskView(twin, task, tasks).network, example_inputs)
+                run(TaskView(twin, task, tasks).network, fresh(example_inputs))
                 for name, parameter in names.items():
                     if not _close(parameter.detach(), before[name]):
                         writers.setdefault(name, []).append(task)
