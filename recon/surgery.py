@@ -143,10 +143,11 @@ def _per_task_form(model: nn.Module, branched: nn.Module, plan: BranchPlan, exam
         _refuse_meta(branched)
         plan = replace(plan, statistics=find_statistics_by_value(branched, plan.tasks, example_inputs))
     split_statistics(branched, plan.statistics or {})
+    if not found:
+        refuse_repeated_writes(branched, plan.tasks, example_inputs)
     branched.forward = PerTaskForward(branched, plan.tasks)
     branched.branch_plan = replace(plan, task_modules={})  # type: ignore[assignment]
     if not found:
-        refuse_repeated_writes(branched, plan.tasks, example_inputs)
         for training in (True, False):
             with undisturbed(branched), torch.enable_grad():
                 refuse_foreign(run(branched.train(training), fresh(example_inputs)), model)
