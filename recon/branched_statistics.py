@@ -14,10 +14,11 @@ from torch.nn.modules.module import (
 
 from recon.branches import Branches, load_into_branches
 from recon.errors import FanError, UsageError
-from recon.fan import TaskFan, common_refinement, merge, served, serving
+from recon.fan import TaskFan, common_refinement, merge
 from recon.fan_trees import partition_of, within
 from recon.partition import Group, Partition
 from recon.references import STRUCTURE
+from recon.serving import served, serving
 from recon.statement import where
 from recon.surgical_classes import Surgery, operate
 from recon.trees import leaves_of

@@ -9,13 +9,17 @@ from torch import Tensor, nn
 
 import recon.autograd_functions
 import recon.past_python  # noqa: F401  (makes what would read a fan's memory ask first)
+from recon.compilers import leave_fans_alone
 from recon.errors import FanError, UsageError
-from recon.fan import TaskFan, mark_origins, merge, origins_of, served
+from recon.fan import TaskFan, mark_origins, merge, origins_of
 from recon.fan_trees import partition_of, within
 from recon.partition import Group, Partition, group_name
+from recon.serving import served
 from recon.statement import where
 from recon.surgical_classes import Surgery, operate
 from recon.watch import watcher
+
+leave_fans_alone()
 
 
 class Branches(nn.Module):

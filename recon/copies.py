@@ -12,6 +12,7 @@ from torch.overrides import TorchFunctionMode
 
 from recon.branched_statistics import keep_by_group
 from recon.branches import Branched, BranchedParameter
+from recon.compilers import compile_anew
 from recon.errors import UnknownNameError, UsageError
 from recon.layers import find_layers, places
 from recon.partition import Group, Partition, refine
@@ -92,6 +93,7 @@ def branch_layers(model: nn.Module, layers: Mapping[str, Partition]) -> None:
             branched[place.owner] = Branched(place.path, partition, modules)
         setattr(place.parent, place.attribute, branched[place.owner])
     redirect_references(model.modules(), lambda module: branched.get(module, module))
+    compile_anew(model)
 
 
 class _ParameterCopies:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from recon.batches import call, fresh
 from recon.branches import Branches
+from recon.compilers import without_compiler
 from recon.errors import FanError, ReconError, UsageError, some
 from recon.fan_trees import partition_of, value_for
 from recon.hooks import TasksOnly
@@ -206,7 +207,8 @@ def run(branched: nn.Module, example_inputs: Any) -> Mapping[str, Any]:
     """
     mode = "training" if branched.training else "evaluation"
     try:
-        return call(branched, example_inputs)
+        with without_compiler():
+            return call(branched, example_inputs)
     except ReconError:
         raise
     except Exception as error:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,31 +12,21 @@ from torch.utils.hooks import RemovableHandle
 
 from recon.errors import FanError
 from recon.partition import Group, Partition, join, refine
+from recon.serving import tasks_served
 from recon.statement import where
 from recon.trees import leaves_of, map_tree
+from recon.unmappable import UNREADABLE, refuse_past_python, refuse_unmappable
 from recon.watch import SharedTensor, refuse_write, watcher
 
-# A Python number or bool read off a fan would send every group down one group's path.
-_READS_VALUES = frozenset(
-    "__bool__ __float__ __int__ __index__ __complex__ __contains__ __array__ __dlpack__ __reduce_ex__ "
-    "item tolist numpy is_nonzero equal allclose data_ptr storage untyped_storage _typed_storage".split()
-)
 _PLAIN_RESULTS = (bool, int, float, str, torch.Size, torch.dtype, torch.device, torch.layout)
 
 _LEAVES = frozenset((type(None), bool, int, float, str, torch.dtype, torch.device, Tensor, torch.nn.Parameter))
 
-UNREADABLE = (
-    "Values that differ between tasks (task fans) have no memory that code past Python could read. Use torch's "
-    "Python operations there, or branch later layers only."
-)
 # Whoever asks for the memory of a shell gets this error: it has none, and reading there would kill the process.
 # torch 2.6 may lack the first where it was built without CUDA.
 _refuse_reads: Callable[[Tensor, str], None] = getattr(
     torch._C, "_set_storage_access_error_msg", lambda shell, _: torch._C._set_throw_on_mutable_data_ptr(shell)
 )
-
-# The tasks that the code running now serves, where it runs once per group; None: all of them.
-_serving: ContextVar[Group | None] = ContextVar("serving", default=None)
 
 
 class TaskFan(Tensor):
@@ -110,11 +98,7 @@ class TaskFan(Tensor):
         watch = watcher()
         if watch:
             watch.meet(origins_of((args, kwargs)))
-        if name in _READS_VALUES:
-            raise FanError(
-                f"{name}() reads the value of a tensor that differs between tasks{where()}: Python can follow only "
-                "one of the values. Use a tensor operation (torch.where, masking), or branch later layers only."
-            )
+        refuse_unmappable(name)
         written = _written(name, args, kwargs)
         if written:
             from recon.fan_writes import map_write  # the two know each other, and writes are few
@@ -128,10 +112,7 @@ class TaskFan(Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
-        raise FanError(
-            f"{func} was called past Python on values that differ between tasks{where()}: a compiled or scripted "
-            "operator cannot map over them. Use its Python form there, or branch later layers only."
-        )
+        refuse_past_python(func)
 
 
 def map_groups(call: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
@@ -221,7 +202,7 @@ def _fan_or_same(partition: Partition, values: Sequence[Any]) -> Any:
 def _fan(partition: Partition, values: Sequence[Tensor]) -> Tensor:
     first = values[0]
     if len(values) == 1:
-        if partition.tasks == _serving.get():  # nothing differs between the tasks that are served here
+        if partition.tasks == tasks_served():  # nothing differs between the tasks that are served here
             return first
     elif all(value is first for value in values):
         return first
@@ -255,22 +236,6 @@ def common_refinement(partitions: Sequence[Partition]) -> Partition:
             f"Values computed for {[list(p.tasks) for p in partitions]} meet{where()}, but no task sees them all."
         )
     return common
-
-
-@contextmanager
-def serving(tasks: Group) -> Iterator[None]:
-    """Run code for some tasks only: what it branches fans out over these, and is plain where they agree."""
-    token = _serving.set(tasks)
-    try:
-        yield
-    finally:
-        _serving.reset(token)
-
-
-def served(partition: Partition) -> Partition:
-    """A partition, restricted to the tasks that the running code serves."""
-    tasks = _serving.get()
-    return partition if tasks is None else partition.restrict(tasks)
 
 
 def _same(values: Sequence[Any]) -> Any:

@@ -12,8 +12,10 @@ from torch import Tensor
 
 from recon.errors import FanError
 from recon.fan import TaskFan
+from recon.fan_trees import fans_in
 from recon.fan_writes import assign_data
 from recon.statement import where
+from recon.unmappable import refuse_backward
 
 
 def _take_over_data() -> None:
@@ -49,6 +51,20 @@ def _take_over_exports(module: ModuleType, name: str) -> None:
     setattr(module, name, export)
 
 
+def _take_over_backward() -> None:
+    """Let `torch.autograd.backward(fan)` ask, as `fan.backward()` and `torch.autograd.grad` do."""
+    original = torch.autograd.backward
+
+    @wraps(original)
+    def backward(tensors: Any, *args: Any, **kwargs: Any) -> None:
+        if fans_in((tensors, args, kwargs)):
+            refuse_backward()
+        original(tensors, *args, **kwargs)
+
+    torch.autograd.backward = backward
+
+
 _take_over_data()
+_take_over_backward()
 for _module in (torch, torch.utils.dlpack):
     _take_over_exports(_module, "to_dlpack")

@@ -6,14 +6,17 @@ import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from recon.batches import check_outputs, fresh
 from recon.copies import copy_model
 from recon.dry_run import run, with_inner
+from recon.errors import UsageError, some
 from recon.partition import Group, Partition
 from recon.undisturbed import buffer_values, equal_values, perturb, refill, undisturbed
 from recon.views import ByTask, TaskView
+from recon.watch import equal
 
 
 class PerTaskForward:
@@ -95,6 +98,44 @@ def find_statistics_by_value(branched: nn.Module, tasks: Group, example_inputs: 
         if not all(equal_values(before[module], values) for values in by_task.values())
     }
     return with_inner(found, changed)
+
+
+def refuse_repeated_writes(branched: nn.Module, tasks: Group, example_inputs: Any) -> None:
+    """Fail where a forward changes a parameter that several tasks share, by more than rounding, for each of them.
+
+    Run once per task, it would decay the weight once per task, say. A forward that writes the same again (it
+    normalises the weight) is fine.
+
+    Raises:
+        UsageError: it does, or fails on the example inputs.
+    """
+    twin = copy_model(branched)
+    perturb(twin)
+    names = dict(twin.named_parameters())
+    for training in (True, False):
+        with undisturbed(twin.train(training)), torch.enable_grad():
+            writers: dict[str, list[str]] = {}
+            for task in tasks:
+                before = {name: parameter.detach().clone() for name, parameter in names.items()}
+                run(TaskView(twin, task, tasks).network, fresh(example_inputs))
+                for name, parameter in names.items():
+                    if not _close(parameter.detach(), before[name]):
+                        writers.setdefault(name, []).append(task)
+        for name, by in writers.items():
+            if len(by) > 1:
+                raise UsageError(
+                    f"The forward writes into the parameter {name!r}, which the tasks {some(by)} share: with "
+                    "mode='per-task' it would do so once per task. Move the statement out of the forward (after the "
+                    "optimizer's step), branch the parameter's layer per task, or convert with mode='fan', which runs "
+                    "the statement once."
+                )
+
+
+def _close(tensor: Tensor, other: Tensor) -> bool:
+    if tensor.shape != other.shape or not tensor.is_floating_point():
+        return tensor.shape == other.shape and equal(tensor, other)
+    scale = other.abs().max().item() if other.numel() else 0.0
+    return torch.allclose(tensor, other, rtol=0, atol=8 * torch.finfo(tensor.dtype).eps * scale, equal_nan=True)
 
 
 def _partition(values: Mapping[str, Mapping[str, Tensor]]) -> Partition:

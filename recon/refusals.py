@@ -11,10 +11,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from recon.compilers import refuse_full_graph
 from recon.errors import FanError, UsageError
-from recon.fan import UNREADABLE, TaskFan, origins_of
+from recon.fan import TaskFan, origins_of
 from recon.partition import Partition
 from recon.statement import where, where_raised
+from recon.unmappable import UNREADABLE
 from recon.watch import storage_of, watching
 
 
@@ -35,6 +37,8 @@ class Writes(TorchDispatchMode):
     def meet(self, origins: frozenset[str]) -> None:
         """Keep the branched layers that the latest operation's values come from."""
         self.origins = origins
+        if origins:
+            refuse_full_graph()
 
     def left_behind(self, tensor: Tensor) -> None:
         """Mark the tensor's elements in its storage."""

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import logging
-import sys
 from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo.eval_frame import OptimizedModule
 
 from recon.batches import fresh
 from recon.branch_plan import BranchPlan, Mode, checked_mode
@@ -21,7 +21,7 @@ from recon.fan_trees import value_for
 from recon.hooks import SplitOutputs, TasksOnly
 from recon.initial import Init, draw_copies, initialise
 from recon.partition import Partition
-from recon.per_task import PerTaskForward, find_statistics_by_value
+from recon.per_task import PerTaskForward, find_statistics_by_value, refuse_repeated_writes
 from recon.references import STRUCTURE
 from recon.rotations import NAME, Rotations
 from recon.trainable import refuse_sharded
@@ -143,6 +143,8 @@ def _per_task_form(model: nn.Module, branched: nn.Module, plan: BranchPlan, exam
         _refuse_meta(branched)
         plan = replace(plan, statistics=find_statistics_by_value(branched, plan.tasks, example_inputs))
     split_statistics(branched, plan.statistics or {})
+    if not found:
+        refuse_repeated_writes(branched, plan.tasks, example_inputs)
     branched.forward = PerTaskForward(branched, plan.tasks)
     branched.branch_plan = replace(plan, task_modules={})  # type: ignore[assignment]
     if not found:
@@ -226,9 +228,7 @@ def refuse_model(model: nn.Module) -> None:
 
 
 def _refuse_wrapped(model: nn.Module) -> None:
-    # A compiled model exists only where torch.compile has loaded its compiler, which takes a second.
-    compiler = sys.modules.get("torch._dynamo.eval_frame")
-    if isinstance(model, _WRAPPERS) or (compiler is not None and isinstance(model, compiler.OptimizedModule)):
+    if isinstance(model, (*_WRAPPERS, OptimizedModule)):
         raise UsageError(
             f"The model is wrapped in {type(model).__name__}. Convert the plain module inside (model.module, or the "
             "model before torch.compile), then wrap the result."

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from recon.references import STRUCTURE
 from recon.watch import equal, storage_of
@@ -16,8 +17,9 @@ from recon.watch import equal, storage_of
 
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Put back what a forward changes: modes, buffers, what modules remember as attributes, and the random state."""
+    """Put back what a forward changes: modes, parameters, buffers, what modules remember, and the random state."""
     kept = [(module, _Attributes(module), _Buffers(module)) for module in model.modules()]
+    parameters = [_Kept(p) for p in model.parameters() if type(p.data) is Tensor and not is_lazy(p)]
     devices = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
     with torch.random.fork_rng(devices=sorted(index for index in devices if index is not None)):
         try:
@@ -26,6 +28,8 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
             for module, attributes, buffers in kept:
                 attributes.put_back(module)
                 buffers.put_back(module)
+            for parameter in parameters:
+                parameter.put_back()
 
 
 class _Attributes:
@@ -53,15 +57,28 @@ def refill(container: list[Any] | dict[Any, Any] | set[Any], content: Any) -> No
     container.extend(content) if isinstance(container, list) else container.update(content)
 
 
+class _Kept:
+    """Where a tensor keeps its values, and the values: a forward may normalise or clip its own weights."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor, self.data, self.value = tensor, tensor.data, tensor.detach().clone()
+
+    @torch.no_grad()
+    def put_back(self) -> None:
+        tensor = self.tensor
+        if storage_of(tensor) != storage_of(self.data):  # `tensor.data = value`: its views see nothing of it
+            tensor.data = self.data
+        if not tensor.is_meta and not equal(tensor, self.value):
+            tensor.copy_(self.value)
+
+
 class _Buffers:
     """What a module's own buffers are, where they keep their values, and the values."""
 
     def __init__(self, module: nn.Module) -> None:
         self.buffers = dict(module._buffers)
-        self.values = buffer_values(module)
-        self.data = {name: self.buffers[name].data for name in self.values}  # type: ignore[union-attr]
+        self.kept = [_Kept(buffer) for buffer in self.buffers.values() if buffer is not None]
 
-    @torch.no_grad()
     def put_back(self, module: nn.Module) -> None:
         now = module._buffers
         for name in set(now.keys()).difference(self.buffers):  # scripted modules have no other way
@@ -69,12 +86,8 @@ class _Buffers:
         for name, buffer in self.buffers.items():
             if now[name] is not buffer:
                 now[name] = buffer
-            if buffer is None:
-                continue
-            if storage_of(buffer) != storage_of(self.data[name]):  # `buffer.data = value`: its views see nothing of it
-                buffer.data = self.data[name]
-            if not equal(buffer, self.values[name]):
-                buffer.copy_(self.values[name])
+        for kept in self.kept:
+            kept.put_back()
 
 
 def buffer_values(module: nn.Module) -> dict[str, Tensor]:

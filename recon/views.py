@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from recon.branched_statistics import CALL_HOOKS, BranchedStatistics, plain_state
 from recon.branches import Branched, BranchedParameter
+from recon.compilers import uncompiled
 from recon.partition import Group, Partition
 from recon.references import STRUCTURE, replace_references
 from recon.surgical_classes import original_class
@@ -87,6 +88,7 @@ class TaskView:
                 vars(view)["_parameters"] = {**view._parameters, name: holder._parameters[name]}
             else:
                 view._modules[name] = None if child is None else self._view(child, sharers)
+        uncompiled(view)
         return view
 
     def _own_or_scratch(self, module: nn.Module, sharers: Group) -> dict[str, Tensor | None]:

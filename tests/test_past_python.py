@@ -14,10 +14,11 @@ from torch.utils.data import DataLoader, TensorDataset, default_collate
 
 from recon.branch_plan import BranchPlan
 from recon.errors import FanError
-from recon.fan import UNREADABLE, TaskFan
+from recon.fan import TaskFan
 from recon.partition import Partition
 from recon.surgery import convert, extract_task
 from recon.undisturbed import undisturbed
+from recon.unmappable import UNREADABLE
 from tests import oracle
 
 TASKS = ("a", "b", "c")
@@ -206,7 +207,15 @@ def multiplies_by_numpy_scalars(net, x):
     return x * np.float64(2.0) * net.weight
 
 
+def takes_a_gradient(net, x):
+    y = torch.ones(4).double().requires_grad_()
+    with torch.enable_grad():
+        (gradient,) = torch.autograd.grad((y * x).sin().sum(), [y])
+    return x * net.weight * gradient
+
+
 RIGHT = [
+    takes_a_gradient,
     collates,
     loads_batches,
     copies_deeply,
@@ -327,7 +336,23 @@ def swaps_a_buffer(net, x):
     return x * net.weight
 
 
+def goes_backward(net, x):
+    y = torch.ones(4).double().requires_grad_()
+    with torch.enable_grad():
+        (y * x).sum().backward()
+    return x * net.weight * y.grad
+
+
+def goes_backward_by_torch(net, x):
+    y = torch.ones(4).double().requires_grad_()
+    with torch.enable_grad():
+        torch.autograd.backward([(y * x).sum()])
+    return x * net.weight * y.grad
+
+
 REFUSED = [
+    goes_backward,
+    goes_backward_by_torch,
     assigns_data_of_a_parameter,
     assigns_data_of_an_attribute,
     assigns_data_of_a_local,
@@ -497,3 +522,40 @@ def test_branched_adapters_do_not_merge_into_a_shared_weight(make):
         plain = extract_task(branched, task).eval()
         plain.first.merge()
         oracle.assert_close(plain(x)[task], outputs[task], task)
+
+
+def test_adapters_of_a_whole_peft_model_merge():
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    x = torch.randn(3, 4).double()
+    config = peft.LoraConfig(target_modules=["first"], r=2, init_lora_weights=False)
+    base = "base_model.model.first."
+
+    def branch(*names):
+        model = peft.get_peft_model(Kept(lambda net, x: x * net.weight), config).double()
+        plan = BranchPlan.grouped({base + name: [["a", "b"], "c"] for name in names}, TASKS)
+        branched = convert(model, plan, x).eval()
+        oracle.perturb(branched)
+        return branched, {task: output.detach() for task, output in branched(x).items()}
+
+    adapter = ["lora_A.default", "lora_B.default"]
+    for names in (["base_layer"], ["base_layer", *adapter]):
+        branched, expected = branch(*names)
+        branched.merge_adapter()
+        for task, output in branched(x).items():
+            oracle.assert_close(output, expected[task], task)
+        branched.unmerge_adapter()
+        for task, output in branched(x).items():
+            oracle.assert_close(output, expected[task], task)
+        for task in TASKS:  # a plain model of one task
+            oracle.assert_close(extract_task(branched, task).merge_and_unload()(x)[task], expected[task], task)
+        inner = branched.merge_and_unload()  # out of the model that knows its plan: nobody takes the fans apart
+        with pytest.raises(FanError, match=r"differs between tasks"):
+            inner(x)["a"].tolist()
+    for merge in ("merge_adapter", "merge_and_unload"):
+        branched, expected = branch(*adapter)
+        with pytest.raises(FanError, match=r"all tasks share .*recon.extract_task\(branched, task\)"):
+            getattr(branched, merge)()
+        for task in TASKS:
+            plain = extract_task(branch(*adapter)[0], task)
+            assert plain.merge_and_unload()(x)[task].shape == (3, 4)

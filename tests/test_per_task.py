@@ -9,7 +9,7 @@ import recon
 from recon.batches import call
 from recon.branch_plan import BranchPlan
 from recon.checkpoint import load, save
-from recon.errors import PlanError
+from recon.errors import PlanError, UsageError
 from recon.surgery import convert, extract_task, plan_of
 from recon.views import ByTask
 from tests import oracle
@@ -313,3 +313,51 @@ def test_gradients_reach_the_inputs():
         plain = oracle.plain_model(lambda: copy.deepcopy(model), branched, task).eval()
         (ours,), (theirs,) = (torch.autograd.grad(out[task].sum(), x, retain_graph=True) for out in (outputs, plain(x)))
         oracle.assert_close(ours, theirs, task)
+
+
+class WritesItsWeight(nn.Module):
+    """A shared layer whose forward changes its own weight."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.first, self.shared, self.how = nn.Linear(4, 4), nn.Linear(4, 4), how
+
+    def forward(self, x):
+        weight, h = self.shared.weight, self.first(x)
+        match self.how:
+            case "decays":
+                weight.data *= 0.99
+            case "adds what differs":
+                weight.data.add_(h.detach().mean())
+            case "replaces by what differs":
+                weight.data = weight.data * 0 + h.detach().mean()
+            case "normalises":
+                weight.data = nn.functional.normalize(weight.data, dim=1)
+            case "clips":
+                weight.data.clamp_(-0.1, 0.1)
+        return dict.fromkeys("abc", self.shared(h))
+
+
+@pytest.mark.parametrize("how", ["decays", "adds what differs", "replaces by what differs"])
+def test_a_shared_weight_that_every_task_would_write_is_refused(how):
+    model, x = WritesItsWeight(how), torch.randn(3, 4)
+    plan = BranchPlan.per_task(["first"], tuple("abc"))
+    with pytest.raises(UsageError, match=r"parameter 'shared.weight', which the tasks a, b, c share.*optimizer's step"):
+        convert(model, plan, x, mode="per-task")
+    # What each task writes into a weight of its own is right.
+    convert(model, BranchPlan.per_task(["first", "shared"], tuple("abc")), x, mode="per-task")
+
+
+@pytest.mark.parametrize(
+    ("how", "mode"),
+    [("decays", "fan"), ("normalises", "fan"), ("clips", "fan"), ("normalises", "per-task"), ("clips", "per-task")],
+)
+def test_conversions_leave_weights_that_a_forward_writes(how, mode):
+    model, x = WritesItsWeight(how).double(), torch.randn(3, 4).double()
+    before = copy.deepcopy(model.state_dict())
+    branched = convert(model, BranchPlan.per_task(["first"], tuple("abc")), x, mode=mode)
+    for state in (model.state_dict(), branched.state_dict()):
+        assert torch.equal(state["shared.weight"], before["shared.weight"])
+    branched(x)
+    model(x)
+    assert torch.allclose(branched.shared.weight, model.shared.weight, rtol=1e-14, atol=0)
