@@ -23,10 +23,11 @@ _PLAIN_RESULTS = (bool, int, float, str, torch.Size, torch.dtype, torch.device, 
 _LEAVES = frozenset((type(None), bool, int, float, str, torch.dtype, torch.device, Tensor, torch.nn.Parameter))
 
 # Whoever asks for the memory of a shell gets this error: it has none, and reading there would kill the process.
-# torch 2.6 may lack the first where it was built without CUDA.
-_refuse_reads: Callable[[Tensor, str], None] = getattr(
-    torch._C, "_set_storage_access_error_msg", lambda shell, _: torch._C._set_throw_on_mutable_data_ptr(shell)
-)
+# torch built without CUDA lacks it. There, shells take part in what no kernel is made for (NEC's vector engines).
+_refuse_reads: Callable[[Tensor, str], None] | None = getattr(torch._C, "_set_storage_access_error_msg", None)
+_NO_KERNELS = torch._C.DispatchKeySet(torch._C.DispatchKey.VE)
+READ_PAST_PYTHON = (UNREADABLE, "arguments from the 'VE' backend")
+"""What the error of such a read says: one or the other."""
 
 
 class TaskFan(Tensor):
@@ -48,8 +49,14 @@ class TaskFan(Tensor):
         grad = watcher() is not None and any(value.requires_grad for value in values)
         # Scripted code asks the shell for its shape, past Python.
         shape = first.shape if all(value.shape == first.shape for value in values) else (0,)
-        shell = Tensor._make_wrapper_subclass(cls, shape, dtype=first.dtype, device=first.device, requires_grad=grad)
-        _refuse_reads(shell, UNREADABLE)
+        keys: dict[str, Any] = {} if _refuse_reads else {"_extra_dispatch_keys": _NO_KERNELS}
+        shell = Tensor._make_wrapper_subclass(
+            cls, shape, dtype=first.dtype, device=first.device, requires_grad=grad, **keys
+        )
+        if _refuse_reads:
+            _refuse_reads(shell, UNREADABLE)
+        else:
+            torch._C._set_throw_on_mutable_data_ptr(shell)
         shell._partition = partition
         shell._by_group = list(values)
         return shell

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from recon.compilers import refuse_full_graph
 from recon.errors import FanError, UsageError
-from recon.fan import TaskFan, origins_of
+from recon.fan import READ_PAST_PYTHON, TaskFan, origins_of
 from recon.partition import Partition
 from recon.statement import where, where_raised
 from recon.unmappable import UNREADABLE
@@ -91,7 +91,7 @@ def watch_writes(writes: Writes) -> Iterator[None]:
 
 def _refused_read(error: BaseException | None) -> FanError | None:
     """What the memory that a fan does not have answered to C++, with the statement that asked."""
-    if error is None or UNREADABLE not in str(error):
+    if error is None or not any(words in str(error) for words in READ_PAST_PYTHON):
         return None
     return FanError(f"A fan is read past Python{where_raised(error)}. {UNREADABLE}")
 

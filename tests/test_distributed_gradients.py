@@ -195,6 +195,11 @@ def _check_sharded(rank: int) -> None:
         model.body[0].weight = nn.Parameter(distribute_tensor(weight.detach(), mesh, [Replicate()]))
         return model
 
+    def branched(model: nn.Module) -> nn.Module:
+        model = recon.convert(model, plan, torch.randn(2, 6).double())
+        branches = [name for name, part in model.body[0].named_modules() if isinstance(part, nn.Linear)]
+        return parallelize_module(model, mesh, {f"body.0.{name}": ColwiseParallel() for name in branches})
+
     kinds = {
         r"The model is sharded over processes \(fully_shard\)": everywhere,
         r"Module 'body' is sharded over processes \(fully_shard\)": in_part,
@@ -205,9 +210,7 @@ def _check_sharded(rank: int) -> None:
             model, mesh, {"body.0": ColwiseParallel()}
         ),
         r"Parameter 'body.0.weight' is a DTensor,": replicated,
-        r"Parameter 'body.0.branches": lambda model: parallelize_module(
-            recon.convert(model, plan, torch.randn(2, 6).double()), mesh, {"body.0.branches.*": ColwiseParallel()}
-        ),
+        r"Parameter 'body.0.branches": branched,
     }
     for words, shard in kinds.items():
         model = shard(Chooses())
