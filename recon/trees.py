@@ -45,4 +45,4 @@ def _parts(leaf: Any) -> Sequence[str] | None:
     if is_dataclass(leaf):
         return [field.name for field in fields(leaf)]
     # Older torch goes into named tuples, but not into classes made from them, such as PackedSequence.
-    return leaf._fields if isinstance(leaf, tuple) and hasattr(leaf, "_make") else None
+    return getattr(leaf, "_fields", None) if isinstance(leaf, tuple) else None
