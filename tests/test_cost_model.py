@@ -118,7 +118,10 @@ BACKBONES = {
 }
 
 
-@pytest.mark.parametrize("name", BACKBONES)
+LONG = {"ResNet50", "DeepLabV3"}
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in LONG)) for name in BACKBONES])
 def test_it_agrees_on_torchvisions_networks(name):
     torch.manual_seed(0)
     make, size = BACKBONES[name]

@@ -44,6 +44,11 @@ ALIKE = {
     "tf_mobilenetv3_small_minimal_100",  # mobilenetv3_small_050
     "maxvit_rmlp_pico_rw_256",  # maxvit_t
     "fcn_resnet50",  # deeplabv3_resnet50
+    "timm resnet, `features_only=True`",  # timm's resnetv2_50x1_bit, torchvision's create_feature_extractor
+    "timm mobilenetv3, gradient checkpointing",  # mobilenetv3_small_050
+    "mobilevit_xxs",  # levit_128s
+    "lraspp_mobilenet_v3_large",  # deeplabv3_resnet50, mobilenet_v3_small
+    "hrnet_w18_small",
 }
 
 

@@ -254,7 +254,7 @@ def test_vit_is_branched():
     check_branched(lambda: ViT({"a": 2, "b": 3}, image_size=8, layers=2), (2, 1, 8, 8), gradients=True)
 
 
-@pytest.mark.parametrize("make", DENSE)
+@pytest.mark.parametrize("make", [pytest.param(fcn_resnet50, marks=pytest.mark.slow), deeplabv3_resnet50])
 def test_dense_networks_are_branched(make):
     check_branched(lambda: make({"a": 2, "b": 1}), (2, 3, 16, 16), gradients=False)  # 40 million weights
 
