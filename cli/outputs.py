@@ -31,6 +31,16 @@ RUN_FILES = (
 RUN_MARKS = (*MODEL_FILES, CHECKPOINT_FILE, METRICS_FILE)
 """What the folder of a run has, be it interrupted early."""
 
+_SIGNS = {
+    "run.json": b'"recon run"',
+    "plan.json": b'"recon branch plan"',
+    "weights.safetensors": b'"plan"',  # in the metadata, also of a plain model
+    CHECKPOINT_FILE: b"PK",
+    METRICS_FILE: b'"losses"',
+}
+"""What tells recon's files from others of the same name; it stands within the first bytes."""
+_HEAD = 1 << 16
+
 
 def check_file(path: Path, mark: bytes) -> Path:
     """Refuse a file that cannot be written, or one that holds something else.
@@ -77,7 +87,21 @@ def check_folder(folder: Path, marks: Sequence[str] = MODEL_FILES) -> Path:
         raise cannot_write(folder, error, "look into") from error
     if others and not any((folder / name).exists() for name in marks):
         raise UsageError(f"{folder} holds other files, and no {' or '.join(marks)}. Choose a new or empty folder.")
+    for name in marks:
+        _check_sign(folder / name)
     return folder
+
+
+def _check_sign(file: Path) -> None:
+    if file.name not in _SIGNS or not file.is_file():
+        return
+    try:
+        with file.open("rb") as opened:
+            head = opened.read(_HEAD)
+    except OSError as error:
+        raise cannot_write(file, error, "look into") from error
+    if head and _SIGNS[file.name] not in head:
+        raise UsageError(f"{file} is no file of recon's, and would be overwritten. Move it, or choose another folder.")
 
 
 @contextmanager

@@ -7,14 +7,13 @@ import io
 import logging
 import os
 import sys
-import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import TextIO
 
 from recon.errors import ReconError, printable, readable
 
-_IN_ASCII = {"×": "x", "Δ": "D", "±": "+-", "–": "-", "≥": ">=", "≤": "<=", "√": "sqrt ", "‖": "||", "σ": "sigma"}
+_IN_ASCII = {"×": "x", "Δ": "D", "±": "+-", "–": "-", "≥": ">=", "≤": "<=", "√": "sqrt ", "‖": "||"}
 _UNENCODABLE = "recon.unencodable"
 
 
@@ -56,7 +55,9 @@ def _refused_by_stdout() -> Iterator[None]:
         # The interpreter's own last flush must not fail once more.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if not isinstance(error, BrokenPipeError):  # then its reader, `head` say, has seen enough
-            raise StdoutError(f"Cannot print the results: standard output takes no more ({error.strerror}).") from error
+            raise StdoutError(
+                f"Cannot print the results: standard output takes no more ({error.strerror}). All else was done."
+            ) from error
 
 
 @contextmanager
@@ -97,13 +98,12 @@ def log_handler(stream: TextIO) -> logging.Handler:
 
 
 def _in_its_place(error: UnicodeError) -> tuple[str, int]:
-    """What stands for letters that an encoding lacks: the nearest ones of ASCII, or their numbers."""
+    """What stands for letters that an encoding lacks: signs in ASCII, and otherwise their numbers."""
     if not isinstance(error, UnicodeEncodeError):
         raise error
     letters = error.object[error.start : error.end]
-    return "".join(_IN_ASCII.get(letter) or _ascii(letter) for letter in letters), error.end
+    return "".join(_IN_ASCII.get(letter) or _escaped(letter) for letter in letters), error.end
 
 
-def _ascii(letter: str) -> str:
-    plain = "".join(part for part in unicodedata.normalize("NFKD", letter) if part.isascii())
-    return plain or letter.encode("unicode_escape").decode("ascii")
+def _escaped(letter: str) -> str:  # and no similar letter: a file's name must not read as another's
+    return letter.encode("unicode_escape").decode("ascii")

@@ -101,7 +101,8 @@ def _run(args: argparse.Namespace, begins: bool) -> Report:
     _refuse_other_checkpoints(job)
     # Whoever was killed before anything was saved was about to replace the run that is there.
     finished = None if begins else _finished(args, job)
-    if finished is None and ranks.number() == 0 and (args.out / RUN_FILE).exists() and not args.resume:
+    replaces = (args.out / RUN_FILE).exists() and not args.resume and not any(path.exists() for path in job.checkpoints)
+    if finished is None and ranks.number() == 0 and replaces:
         tell(f"note: the run in {args.out} will be replaced.")
     if finished is not None:
         tell(f"{args.out} is finished; there is nothing to resume.")

@@ -12,6 +12,7 @@ from recon.branch_plan import BranchPlan
 from recon.copies import copy_model
 from recon.errors import CheckpointError, ReconError, UsageError
 from recon.files import write_text
+from recon.layers import unwrapped
 from recon.plan_file import plan_from_json, plan_to_json
 from recon.replacing import finish_replacing, replacing
 from recon.rotations import NAME, attach_rotations
@@ -25,13 +26,14 @@ def save(model: nn.Module, folder: str | Path) -> None:
     """Write `weights.safetensors`, and `plan.json` for a branched model: both, or neither if that fails.
 
     Args:
-        model: branched by `recon.convert`, or a plain model.
+        model: branched by `recon.convert`, or a plain model; DistributedDataParallel and torch.compile come off.
         folder: made if it does not exist; an older model in it is replaced, other files stay.
 
     Raises:
         UsageError: the folder cannot be written to.
         WriteError: the disk is full, or failed; an older model is as it was.
     """
+    model = unwrapped(model)  # names that begin with module. or _orig_mod. would fit no model
     plan = getattr(model, "branch_plan", None)
     text = plan_to_json(plan) if isinstance(plan, BranchPlan) else ""
     with replacing(folder, (WEIGHTS_FILE, PLAN_FILE)) as new:

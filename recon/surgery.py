@@ -20,6 +20,7 @@ from recon.errors import FanError, PlanError, UsageError
 from recon.fan_trees import value_for
 from recon.hooks import SplitOutputs, TasksOnly
 from recon.initial import Init, draw_copies, initialise
+from recon.layers import unwrapped
 from recon.partition import Partition
 from recon.per_task import PerTaskForward, find_statistics_by_value, refuse_repeated_writes
 from recon.references import STRUCTURE
@@ -198,6 +199,10 @@ def plan_of(branched: nn.Module) -> BranchPlan:
     """
     plan = getattr(branched, "branch_plan", None)
     if not isinstance(plan, BranchPlan):
+        if isinstance(getattr(unwrapped(branched), "branch_plan", None), BranchPlan):
+            raise PlanError(
+                f"The branched model is wrapped in {type(branched).__name__}. Pass the module inside (model.module)."
+            )
         raise PlanError("The model is not branched. Branch it first: recon.convert(model, plan, example_inputs).")
     return plan
 

@@ -11,7 +11,7 @@ from torch import nn
 from recon.batches import call
 from recon.branch_plan import BranchPlan
 from recon.checkpoint import PLAN_FILE, load, save
-from recon.errors import CheckpointError, UsageError, WriteError
+from recon.errors import CheckpointError, PlanError, UsageError, WriteError
 from recon.plan_file import FORMAT, VERSION, plan_from_json, plan_to_json
 from recon.surgery import convert, plan_of
 from recon.weights import WEIGHTS_FILE, read_state_dict
@@ -369,3 +369,14 @@ def test_the_example_inputs_are_not_needed(saved):
     _, folder = saved
     loaded = load(folder, ZOO["PlainConv"].make())
     oracle.check(ZOO["PlainConv"].make, loaded.train(), image(4))
+
+
+def test_a_wrapped_model_is_saved_as_the_one_inside(tmp_path):
+    entry, branched, _ = branched_from("PlainConv", "quarter")
+    for number, wrapped in enumerate((nn.DataParallel(branched), torch.compile(branched, backend="eager"))):
+        save(wrapped, tmp_path / str(number))
+        loaded = load(tmp_path / str(number), entry.make())
+        for name, value in branched.state_dict().items():
+            assert torch.equal(loaded.state_dict()[name], value)
+        with pytest.raises(PlanError, match="is wrapped in"):
+            plan_of(nn.DataParallel(branched))

@@ -584,3 +584,15 @@ def test_tensorboard_gets_every_step_and_the_last_ones_only_once(tmp_path, monke
         ("learning rate", 7): 0.1,
         ("test/a error", 7): 0.25,
     }
+
+
+@pytest.mark.parametrize("name", ["weights.safetensors", "metrics.jsonl", "plan.json", "run.json"])
+def test_a_file_of_ones_own_is_no_mark_of_a_run(files, command, name):
+    folder = files / f"own-{name}"
+    folder.mkdir()
+    (folder / name).write_text("mine")
+    for line in ("train tiny.py:problem --epochs 1 --out", "convert tiny.py:problem --layers mix --out"):
+        code, out, err = command(line, folder)
+        assert (code, out) == (2, "")
+        assert "would be overwritten" in err or "holds other files" in err
+        assert [(path.name, path.read_text()) for path in folder.iterdir()] == [(name, "mine")]
