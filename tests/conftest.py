@@ -3,13 +3,13 @@ import os
 import signal
 import sys
 
-# Threads that wait for each other must not spin: two processes of two threads on two cores would take five times as long.
+# Threads that wait must not spin: two processes of two threads each on two cores would take five times as long.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch is loaded
 
-import pytest  # noqa: E402
-import torch  # noqa: E402
+import pytest
+import torch
 
-from recon_cli.main import main  # noqa: E402
+from recon_cli.main import main
 
 # The tests' tensors are small: a second thread costs more than it brings, most of all on a busy machine. But they must
 # pass with any number.
