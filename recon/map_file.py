@@ -42,7 +42,8 @@ def save(cmap: ConflictMap, path: str | Path) -> None:
 def load(path: str | Path) -> ConflictMap:
     """See `ConflictMap.load`."""
     document = read_document(path, MapFileError, _REMEDY)
-    document.check_format(FORMAT, VERSION, _hint(document))
+    _refuse_scores(document)
+    document.check_format(FORMAT, VERSION, ": not a conflict map")
     tasks = document.names("tasks")
     if len(tasks) == 1:
         document.wrong(
@@ -84,12 +85,10 @@ def _values(counts: Counts | None) -> list[Any] | None:
     return None if counts is None else counts.tolist()
 
 
-def _hint(document: Document) -> str:
-    """What to say of a file of another format: it may be the published code's."""
-    scores = all(type(document.values[key]) is int for key in document)
-    if scores and document.values:
+def _refuse_scores(document: Document) -> None:
+    """Say of a file of the published code what reads it."""
+    if document.values and all(type(document.values[key]) is int for key in document):
         document.wrong("format", "is missing: not a conflict map; `recon map import` reads the published code's scores")
-    return ": not a conflict map"
 
 
 def _check_length(document: Document, key: str, most: int) -> None:
