@@ -25,7 +25,8 @@ from sklearn.model_selection import train_test_split
 
 import recon
 from recon import problems
-from recon.problem import Batch, Problem
+from recon.batches import Batch
+from recon.problem import Problem
 from recon_cli import workbench
 from recon_cli.optimizers import make_optimizer, make_scheduler
 from recon_cli.recipe import Recipe

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 from recon import problems
-from recon.problem import Batch, Problem
+from recon.batches import Batch
+from recon.problem import Problem
 from recon_cli import workbench
 from recon_cli.backbones import with_backbone
 from recon_cli.recipe import Recipe

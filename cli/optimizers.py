@@ -17,8 +17,9 @@ from torch.optim.lr_scheduler import (
     SequentialLR,
 )
 
+from recon.batches import Batch
 from recon.errors import ProblemError, UsageError
-from recon.problem import Batch, Problem
+from recon.problem import Problem
 from recon_cli.recipe import Recipe
 
 MakeScheduler = Callable[[Optimizer], LRScheduler]

@@ -9,7 +9,8 @@ from pathlib import Path
 from torch import nn
 
 import recon
-from recon.problem import Batch, Task
+from recon.batches import Batch
+from recon.problem import Task
 from recon.random_states import global_states_kept
 from recon.replacing import replacing
 from recon.runs import Run

@@ -20,8 +20,9 @@ import torch
 from torch import nn
 
 import recon
+from recon.batches import Batch
 from recon.costs import Costs
-from recon.problem import Batch, Problem
+from recon.problem import Problem
 from recon.runs import SINGLE_TASK
 from recon.timing import step_seconds
 from recon.trainer import task_losses

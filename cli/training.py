@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import recon
-from recon.distributed import RankBatches
+from recon.batch_stream import RankBatches
 from recon.evaluation import directions
 from recon.problem import Loss, Problem, Task
 from recon.runs import RUN_FILE, SINGLE_TASK, Run

@@ -126,7 +126,7 @@ def _run(args: argparse.Namespace, begins: bool) -> Report:
 
 
 def _profile(args: argparse.Namespace, problem: Problem, device: torch.device, checkpoint: Path) -> ConflictMap:
-    from recon.distributed import RankBatches  # late: these import torch
+    from recon.batch_stream import RankBatches  # late: these import torch
     from recon_cli import optimizers, workbench
     from recon_cli.recipe import Recipe
 

@@ -18,15 +18,15 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 import recon
 from recon import models
-from recon.batches import task_outputs, to_device, unpack
+from recon.batches import Batch, task_outputs, to_device, unpack
 from recon.copies import copy_model
 from recon.costs import Costs
 from recon.documents import shown
 from recon.errors import CheckpointError, FanError, ProblemError, UsageError
+from recon.graph import reached_leaves
 from recon.layers import find_layers
-from recon.problem import Batch, Problem
+from recon.problem import Problem
 from recon.problems.loading import prepare
-from recon.reach import reached_leaves
 from recon.replacing import finish_replacing
 from recon.runs import RUN_FILE, Run
 from recon.tables import metric_text

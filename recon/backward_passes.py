@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
-from recon.opaque_nodes import several_passes
+from recon.errors import UsageError
 from recon.reach import Reach
 
 _LARGE = 1 << 14  # scalars in a parameter whose gradient is worth a hook
@@ -56,6 +57,25 @@ def _pass(number: int, loss: Tensor, leaves: list[Tensor], retain_graph: bool, r
             handle.remove()
     small = [(leaf, dense(g)) for leaf, g in zip(leaves, found, strict=True) if g is not None and leaf not in large]
     receive(number, [leaf for leaf, _ in small], [gradient for _, gradient in small])
+
+
+@contextmanager
+def several_passes() -> Iterator[None]:
+    """Around a backward pass that keeps the graph: a compiled backward may have been made for a single one.
+
+    Raises:
+        UsageError: it was.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if "donated" not in str(error):
+            raise
+        raise UsageError(
+            "Gradients by task need a backward pass for each task, but the model was compiled for a single one, in "
+            "which its buffers are used up. Set torch._functorch.config.donated_buffer = False before the model runs "
+            "for the first time (after torch.compiler.reset(), if it has run)."
+        ) from error
 
 
 def _hand_over(number: int, leaf: Tensor, receive: Receive) -> Callable[[Tensor | None], Tensor | None]:

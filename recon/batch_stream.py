@@ -1,4 +1,4 @@
-"""BatchStream: the batches of a training, in an order that can be found again after an interruption."""
+"""The batches of a training: in an order that can be found again after an interruption, and shared out to the ranks."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.data import DataLoader
 
-from recon.errors import CheckpointError, LoaderError, ReconError
-from recon.problem import Batch
+from recon.batches import Batch, unpack
+from recon.distributed import rank, world_size
+from recon.errors import CheckpointError, LoaderError, ProblemError, ReconError
 from recon.random_states import generator_states, global_states, plain, set_generator_states, set_global_states
 from recon.user_code import user_line
 
@@ -147,6 +148,43 @@ class BatchStream:
                 self.drawn,
                 epoch,
             )
+
+
+class RankBatches:
+    """A loader's batches, each cut into equal parts, of which this rank gets its own.
+
+    The ranks together so see the batches that one process would see; up to N - 1 samples of a batch that N does not
+    divide are left out. Every rank reads whole batches.
+
+    Args:
+        loader: gives the same batches on every rank.
+    """
+
+    def __init__(self, loader: Iterable[Batch]) -> None:
+        self.loader = loader
+
+    def __len__(self) -> int:
+        return len(self.loader)  # type: ignore[arg-type]
+
+    def __iter__(self) -> Iterator[Batch]:
+        number, ranks = rank(), world_size()
+        for batch in self.loader:
+            size = _batch_size(batch) // ranks
+            mine = slice(number * size, (number + 1) * size)
+            if size:
+                yield tree_map(lambda leaf, mine=mine: None if leaf is None else leaf[mine], unpack(batch))
+
+
+def _batch_size(batch: Any) -> int:
+    leaves = tree_leaves(unpack(batch))
+    sizes = {leaf.shape[0] if isinstance(leaf, Tensor) and leaf.ndim else None for leaf in leaves if leaf is not None}
+    size = next(iter(sizes), None)
+    if len(sizes) != 1 or size is None:
+        raise ProblemError(
+            "This problem's batches cannot be shared out over several processes: they hold more than tensors with the "
+            "samples first. Profile in one process, or call recon.profile on each rank with a loader of its own."
+        )
+    return size
 
 
 def batch_count(loader: object) -> int | None:

@@ -11,11 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from recon.errors import ProblemError
-from recon.problem import Batch
+from recon.errors import ProblemError, ReconError, UsageError
 from recon.trees import map_tree
 
 Tree = TypeVar("Tree")
+
+Batch = tuple[Any, Mapping[str, Any]]
+"""`(inputs, {task name: target})`; a task whose target is missing is skipped for that step."""
 
 
 class Inputs(NamedTuple):
@@ -38,6 +40,27 @@ def call(model: nn.Module, inputs: Any) -> Any:
     if isinstance(inputs, Inputs):
         return model(*inputs.args, **inputs.kwargs)
     return model(inputs)
+
+
+def run(model: nn.Module, example_inputs: Any) -> Mapping[str, Any]:
+    """What the model gives for the example inputs, in the mode it is in.
+
+    Raises:
+        UsageError: its forward fails.
+    """
+    mode = "training" if model.training else "evaluation"
+    try:
+        # A dry run looks on at operations, and `fullgraph=True` would fail on that: compiled parts run uncompiled.
+        with torch.compiler.set_stance("force_eager"):
+            return call(model, example_inputs)
+    except ReconError:
+        raise
+    except Exception as error:
+        raise UsageError(
+            f"The model's forward fails on the example inputs in {mode} mode: {type(error).__name__}: {error}. Pass "
+            "what the forward takes, as in training: the inputs of two samples or more, without their targets; for "
+            "several arguments, recon.inputs(x, mask=mask)."
+        ) from error
 
 
 def fresh(inputs: Tree) -> Tree:

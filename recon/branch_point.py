@@ -14,7 +14,7 @@ from recon.batches import check_outputs
 from recon.errors import UsageError
 from recon.fan import TaskFan
 from recon.fan_trees import value_for
-from recon.reach import leaves_before
+from recon.graph import leaves_before
 from recon.trees import leaves_of
 from recon.undisturbed import undisturbed
 

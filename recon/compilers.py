@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import sys
-from contextlib import AbstractContextManager
 from types import FrameType
-from typing import Any
 
-import torch
 from torch import nn
 from torch._dynamo import eval_frame, trace_rules
 from torch._dynamo.eval_frame import OptimizedModule
@@ -17,7 +14,7 @@ from recon.statement import where
 
 _OURS = (
     "autograd_functions branched_statistics branches fan fan_trees fan_writes hooks partition past_python per_task "
-    "serving statement surgical_classes trees unmappable views watch"
+    "serving statement surgical_classes tensors trees unmappable views watch"
 )
 
 
@@ -30,11 +27,6 @@ def leave_fans_alone() -> None:
     """
     for name in _OURS.split():
         trace_rules.add(f"recon.{name}")
-
-
-def without_compiler() -> AbstractContextManager[Any]:
-    """Run compiled parts uncompiled: a dry run looks on at operations, and `fullgraph=True` would fail on that."""
-    return torch.compiler.set_stance("force_eager")
 
 
 def compile_anew(model: nn.Module) -> None:

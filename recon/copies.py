@@ -13,8 +13,8 @@ from torch.overrides import TorchFunctionMode
 from recon.branched_statistics import keep_by_group
 from recon.branches import Branched, BranchedParameter
 from recon.compilers import compile_anew
-from recon.errors import UnknownNameError, UsageError
-from recon.layers import find_layers, places
+from recon.errors import UsageError
+from recon.layers import find_layers, module_at, places
 from recon.partition import Group, Partition, refine
 from recon.references import STRUCTURE, redirect_references
 
@@ -135,15 +135,3 @@ def split_statistics(model: nn.Module, statistics: Mapping[str, Partition]) -> N
     """
     for path, partition in statistics.items():
         keep_by_group(module_at(model, path), partition)
-
-
-def module_at(model: nn.Module, path: str) -> nn.Module:
-    """The module at a path.
-
-    Raises:
-        UnknownNameError: there is none; the message gives the nearest names.
-    """
-    try:
-        return model.get_submodule(path)
-    except AttributeError as error:
-        raise UnknownNameError("module", path, [name for name, _ in model.named_modules()]) from error

@@ -13,10 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from recon.batches import call, fresh
-from recon.dry_run import run
+from recon.batches import call, fresh, run
+from recon.tensors import storage_of
 from recon.undisturbed import undisturbed
-from recon.watch import storage_of
 
 
 class Meter(TorchDispatchMode):

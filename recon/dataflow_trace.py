@@ -14,14 +14,13 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from recon.batches import check_outputs, fresh
+from recon.batches import check_outputs, fresh, run
 from recon.counting import Meter, byte_size, tensors_in, unfused_kernels
 from recon.dataflow import Call, Dataflow, Operation
-from recon.dry_run import move_statistics, run
-from recon.reach import reached_leaves
+from recon.graph import reached_leaves
+from recon.tensors import SharedTensor, storage_of
 from recon.trees import leaves_of
-from recon.undisturbed import undisturbed
-from recon.watch import SharedTensor, storage_of
+from recon.undisturbed import move_statistics, undisturbed
 
 
 def trace(model: nn.Module, tasks: Sequence[str], example_inputs: Any, *, training: bool) -> Dataflow:

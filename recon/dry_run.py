@@ -9,18 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from recon.batches import call, fresh
+from recon.batches import fresh, run
 from recon.branches import Branches
-from recon.compilers import without_compiler
-from recon.errors import FanError, ReconError, UsageError, some
+from recon.errors import FanError, UsageError, some
 from recon.fan_trees import partition_of, value_for
+from recon.graph import reached_leaves
 from recon.hooks import TasksOnly
 from recon.partition import Group, Partition, refine
-from recon.reach import reached_leaves
 from recon.refusals import Writes, watch_writes, way_out
+from recon.tensors import storage_of
 from recon.trees import leaves_of
-from recon.undisturbed import buffer_values, equal_values, undisturbed
-from recon.watch import storage_of
+from recon.undisturbed import buffer_values, equal_values, move_statistics, undisturbed
 
 
 def find_statistics(branched: nn.Module, example_inputs: Any) -> dict[str, Partition]:
@@ -68,15 +67,6 @@ def find_statistics(branched: nn.Module, example_inputs: Any) -> dict[str, Parti
             f"{way_out()}"
         )
     return found
-
-
-@torch.no_grad()
-def move_statistics(model: nn.Module) -> None:
-    """Change every buffer a little."""
-    # Statistics that are the example's already would not change, and look as if they were never written.
-    for buffer in model.buffers():
-        if buffer.is_floating_point() and buffer.layout == torch.strided and buffer.is_contiguous():
-            buffer.mul_(1.01)
 
 
 def with_inner(found: Mapping[str, Partition], changed: Mapping[str, Group]) -> dict[str, Partition]:
@@ -197,26 +187,6 @@ def _buffers_of_others(branched: nn.Module, task_modules: Mapping[str, Group]) -
         if not set(tasks).intersection(group.split("+"))
         for name in [f"{group}.{buffer}" for buffer, _ in part.named_buffers()]
     }
-
-
-def run(branched: nn.Module, example_inputs: Any) -> Mapping[str, Any]:
-    """What the model gives for the example inputs, in the mode it is in.
-
-    Raises:
-        UsageError: its forward fails.
-    """
-    mode = "training" if branched.training else "evaluation"
-    try:
-        with without_compiler():
-            return call(branched, example_inputs)
-    except ReconError:
-        raise
-    except Exception as error:
-        raise UsageError(
-            f"The model's forward fails on the example inputs in {mode} mode: {type(error).__name__}: {error}. Pass "
-            "what the forward takes, as in training: the inputs of two samples or more, without their targets; for "
-            "several arguments, recon.inputs(x, mask=mask)."
-        ) from error
 
 
 @contextmanager

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
-from recon.batches import model_device, task_outputs, to_device, unpack
+from recon.batches import Batch, model_device, task_outputs, to_device, unpack
 from recon.errors import ProblemError, UsageError
-from recon.problem import Batch, Task
+from recon.problem import Task
 
 if TYPE_CHECKING:  # importing torchmetrics takes longer than importing torch
     from torchmetrics import Metric as MetricState

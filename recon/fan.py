@@ -14,9 +14,10 @@ from recon.errors import FanError
 from recon.partition import Group, Partition, join, refine
 from recon.serving import tasks_served
 from recon.statement import where
+from recon.tensors import SharedTensor
 from recon.trees import leaves_of, map_tree
 from recon.unmappable import UNREADABLE, refuse_past_python, refuse_unmappable
-from recon.watch import SharedTensor, refuse_write, watcher
+from recon.watch import refuse_write, watcher
 
 _PLAIN_RESULTS = (bool, int, float, str, torch.Size, torch.dtype, torch.device, torch.layout)
 

@@ -13,7 +13,8 @@ from recon.fan import TaskFan, common_refinement, map_groups
 from recon.fan_trees import fans_in
 from recon.partition import Partition
 from recon.statement import augmented_assignment, stored_back, where
-from recon.watch import refuse_write, storage_of, watcher
+from recon.tensors import storage_of
+from recon.watch import refuse_write, watcher
 
 
 def map_write(

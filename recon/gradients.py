@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from recon.backward_passes import differentiate
-from recon.distributed import agree_on_reach, average_, world_size
+from recon.distributed import average_, world_size
 from recon.reach import Reach, find_reach
 
 _PIECE = 1 << 17  # scalars of an update that are made at a time, or one parameter's
@@ -88,7 +88,7 @@ def task_jacobian(
         GradientError: a loss does not depend on any of the parameters.
     """
     parameters = list(parameters)
-    reach = agree_on_reach(find_reach(losses, parameters), parameters)
+    reach = find_reach(losses, parameters)
     jacobian = _fill(losses, reach, workspace or Workspace(), buffers)
     if world_size() > 1:
         _average(jacobian, reach)

@@ -8,14 +8,14 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from recon.backward_passes import dense
-from recon.distributed import agree_on_reach, average_, gather, world_size
+from recon.backward_passes import dense, several_passes
+from recon.distributed import average_, gather, world_size
 from recon.errors import NonFiniteError, UsageError
 from recon.gradients import as_real
+from recon.graph import last_uses, used_at_once
 from recon.layers import Layer, canonical_name, find_layers, unwrapped
 from recon.methods.base import WHAT_TO_LOOK_AT
-from recon.opaque_nodes import several_passes
-from recon.reach import find_reach, last_uses, used_at_once
+from recon.reach import find_reach
 
 
 def layer_norms(losses: Mapping[str, Tensor], model: nn.Module, name: str = "") -> dict[str, Tensor]:
@@ -41,7 +41,7 @@ def layer_norms(losses: Mapping[str, Tensor], model: nn.Module, name: str = "") 
     layers = find_layers(unwrapped(model))
     name = name and canonical_name(layers, name)
     parameters = [p for layer in layers for p in layer.parameters.values()]
-    reach = agree_on_reach(find_reach(losses, parameters), parameters)
+    reach = find_reach(losses, parameters)
     if len(reach.tasks) < 2:
         return {}
     reached = {task: set(found) for task, found in reach.parameters.items()}

@@ -117,6 +117,18 @@ def canonical_name(layers: list[Layer], name: str) -> str:
     raise UnknownNameError("layer", name, [layer.name for layer in layers])
 
 
+def module_at(model: nn.Module, path: str) -> nn.Module:
+    """The module at a path.
+
+    Raises:
+        UnknownNameError: there is none; the message gives the nearest names.
+    """
+    try:
+        return model.get_submodule(path)
+    except AttributeError as error:
+        raise UnknownNameError("module", path, [name for name, _ in model.named_modules()]) from error
+
+
 def places(model: nn.Module) -> Iterator[Place]:
     """Every path at which a layer is found, in model order; a module reached by two names comes twice."""
     return _walk(model, "")

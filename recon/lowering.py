@@ -14,9 +14,8 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram, ShapesCollection
 from torch.utils._pytree import tree_leaves, tree_map
 
-from recon.batches import Inputs, call
+from recon.batches import Inputs, call, run
 from recon.copies import copy_model
-from recon.dry_run import run
 from recon.errors import ReconError, UsageError
 from recon.partition import Group
 from recon.statement import where_raised

@@ -6,15 +6,12 @@ tasks, every task would so reach every head.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch.autograd.graph import Node
-
-from recon.errors import UsageError
 
 Edge = tuple[Node | None, int]
 """A node, and which of its outputs."""
@@ -59,13 +56,9 @@ def edges_behind(node: Node, output: int) -> Sequence[Edge] | None:
     return None
 
 
-def hidden_reach(node: Node) -> UsageError:
-    """What to say where tasks part inside a node that does not show its inside."""
-    what = _CLOSED.get(_kind(node), "compiled as a whole")
-    return UsageError(
-        f"A part of the model was {what}, which hides which of its parameters each task's loss depends on. Do so with "
-        "the shared body and each task's head apart, or train the plain model."
-    )
+def how_hidden(node: Node) -> str:
+    """What was done to the part of the model that an opaque node stands for."""
+    return _CLOSED.get(_kind(node), "compiled as a whole")
 
 
 def _kind(node: Node) -> str:
@@ -127,22 +120,3 @@ def _differentiable_outputs(metadata: Any) -> list[int]:
             outputs.append(number)
     start = len(changed) + metadata.num_outputs
     return [*outputs, *range(start, start + metadata.num_intermediate_bases)]
-
-
-@contextmanager
-def several_passes() -> Iterator[None]:
-    """Around a backward pass that keeps the graph: a compiled backward may have been made for a single one.
-
-    Raises:
-        UsageError: it was.
-    """
-    try:
-        yield
-    except RuntimeError as error:
-        if "donated" not in str(error):
-            raise
-        raise UsageError(
-            "Gradients by task need a backward pass for each task, but the model was compiled for a single one, in "
-            "which its buffers are used up. Set torch._functorch.config.donated_buffer = False before the model runs "
-            "for the first time (after torch.compiler.reset(), if it has run)."
-        ) from error

@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from recon.batches import check_outputs, fresh
+from recon.batches import check_outputs, fresh, run
 from recon.copies import copy_model
-from recon.dry_run import run, with_inner
+from recon.dry_run import with_inner
 from recon.errors import UsageError, some
 from recon.partition import Group, Partition
+from recon.tensors import equal
 from recon.undisturbed import buffer_values, equal_values, perturb, refill, undisturbed
 from recon.views import ByTask, TaskView
-from recon.watch import equal
 
 
 class PerTaskForward:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from recon.batches import Batch
 from recon.errors import ProblemError
 
 if TYPE_CHECKING:  # importing torchmetrics takes longer than importing torch
@@ -18,9 +19,6 @@ if TYPE_CHECKING:  # importing torchmetrics takes longer than importing torch
 
 Loss = Callable[[Any, Any], Tensor]
 """`(output, target) -> scalar`."""
-
-Batch = tuple[Any, Mapping[str, Any]]
-"""`(inputs, {task name: target})`; a task whose target is missing is skipped for that step."""
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from tqdm import tqdm
 
 from recon.batch_stream import batch_count
-from recon.problem import Batch
+from recon.batches import Batch
 from recon.training_run import TrainingRun
 
 _SECONDS = 2.0  # between two looks at the losses: each waits for the device

@@ -1,16 +1,24 @@
-"""What the tasks' losses depend on, read off the autograd graph without computing anything."""
+"""What the tasks' losses depend on, read off the autograd graph without computing anything.
+
+Where several processes train one model, the rules are those of DistributedDataParallel: each rank brings its own part
+of the batch, and every gradient is the mean over the ranks, zero counting for a rank that has none. Task gradients are
+averaged before anything is made of them, cosines or updates; so each rank makes the same.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node
 
-from recon.errors import GradientError
-from recon.opaque_nodes import Edge, edges_behind, hidden_reach, is_compiled, is_opaque
+from recon.distributed import average_, gather, world_size
+from recon.errors import GradientError, UsageError
+from recon.graph import graph_behind, leaves_among
+from recon.opaque_nodes import Edge, edges_behind, how_hidden, is_compiled
 
 
 @dataclass(frozen=True)
@@ -53,21 +61,23 @@ class Reach:
 
 
 def find_reach(losses: Mapping[str, Tensor], parameters: Iterable[nn.Parameter]) -> Reach:
-    """What the losses of one step depend on.
+    """What the losses of one step depend on, on any of the ranks.
 
     Raises:
         GradientError: a loss does not depend on any of the parameters, or on some of them in a hidden way.
-        UsageError: a part of the model, scripted say, hides which of its parameters each loss depends on.
+        UsageError: a part of the model, scripted say, hides which of its parameters each loss depends on; or the ranks
+            do not have the same parameters.
     """
+    parameters = list(parameters)
     trainable = {p: None for p in parameters if p.requires_grad}  # ordered, and quick to look up
     reached: dict[str, set[nn.Parameter]] = {}
     outside: dict[str, list[Tensor]] = {}
     met: list[set[Edge]] = []
     for task, loss in losses.items():
-        nodes, opaque = _graph([loss])
+        nodes, opaque = graph_behind([loss])
         met.append(opaque)
         _refuse_reentrant_checkpoints(nodes)
-        leaves = _leaves([loss], nodes)
+        leaves = leaves_among([loss], nodes)
         reached[task] = {leaf for leaf in leaves if isinstance(leaf, nn.Parameter) and leaf in trainable}
         outside[task] = [leaf for leaf in leaves if leaf not in trainable]
         if not reached[task]:
@@ -75,8 +85,26 @@ def find_reach(losses: Mapping[str, Tensor], parameters: Iterable[nn.Parameter])
     parting = _parting(met)
     for node, output in set().union(*met):
         if node is not None and node in parting and edges_behind(node, output) is None:
-            raise hidden_reach(node)
-    return Reach.of_tasks(reached, trainable, outside)
+            raise UsageError(_hidden_reach(node))
+    return _agreed(Reach.of_tasks(reached, trainable, outside), parameters)
+
+
+def _agreed(reach: Reach, parameters: Sequence[nn.Parameter]) -> Reach:
+    """What each task reaches on any of the ranks; a rank may lack a task's targets."""
+    if world_size() == 1:
+        return reach
+    number_of = {p: number for number, p in enumerate(parameters)}
+    mine = {task: [number_of[p] for p in found] for task, found in reach.parameters.items()}
+    everyone = gather((len(parameters), mine))
+    if len({count for count, _ in everyone}) > 1:
+        raise UsageError(
+            f"The ranks' models have {[count for count, _ in everyone]} parameters. Build the same model on each."
+        )
+    reached: dict[str, set[nn.Parameter]] = {}
+    for _, theirs in everyone:
+        for task, numbers in theirs.items():
+            reached.setdefault(task, set()).update(parameters[number] for number in numbers)
+    return Reach.of_tasks(reached, parameters, reach.outside)
 
 
 def no_gradient(task: str) -> str:
@@ -88,29 +116,38 @@ def no_gradient(task: str) -> str:
     )
 
 
-def reached_leaves(values: Sequence[Tensor]) -> set[Tensor]:
-    """The leaf tensors that `values` depend on."""
-    return set(_leaves(values, _nodes(values)))
+def _hidden_reach(node: Node) -> str:
+    """What to say where tasks part inside a node that does not show its inside."""
+    return (
+        f"A part of the model was {how_hidden(node)}, which hides which of its parameters each task's loss depends on. "
+        "Do so with the shared body and each task's head apart, or train the plain model."
+    )
 
 
-def last_uses(values: Sequence[Tensor]) -> dict[Tensor, int]:
-    """When the forward pass used each leaf behind `values` for the last time: a number that grows as it proceeds."""
-    uses: dict[Tensor, int] = {}
-    for node in _nodes(values):
-        for leaf in _leaves([], [used for used, _ in node.next_functions if used is not None]):
-            uses[leaf] = max(uses.get(leaf, -1), node._sequence_nr())
-    return uses
+def average_losses(losses: Mapping[str, Tensor], tasks: Sequence[str], device: torch.device) -> dict[str, Tensor]:
+    """`{task: mean loss}`, detached, over the ranks that have one; a weighting must weigh alike on all of them.
 
-
-def used_at_once(values: Sequence[Tensor]) -> set[Tensor]:
-    """The leaves behind `values` that a compiled part of the model uses: in which order, autograd does not know."""
-    compiled = [node for node in _nodes(values) if is_compiled(node)]
-    return set(_leaves([], [used for node in compiled for used, _ in node.next_functions if used is not None]))
+    Args:
+        losses: this rank's.
+        tasks: those that any rank has, as `find_reach` says.
+        device: where the model is.
+    """
+    if world_size() == 1:
+        return {task: loss.detach() for task, loss in losses.items()}
+    # One precision on all ranks, whether they have losses or not: their weights must not differ by a rounding.
+    dtype = torch.float32 if device.type == "mps" else torch.float64
+    sums, counts = torch.zeros(2, len(tasks), dtype=dtype, device=device)
+    for number, task in enumerate(tasks):
+        if task in losses:
+            sums[number] = losses[task].detach()
+            counts[number] = 1
+    average_([sums, counts])
+    return dict(zip(tasks, sums / counts, strict=True))
 
 
 def compiled_as_one(losses: Mapping[str, Tensor]) -> bool:
     """Whether what two tasks do not share, their heads say, is computed by one compiled part of the model."""
-    return any(map(is_compiled, _parting([_graph([loss])[1] for loss in losses.values()])))
+    return any(map(is_compiled, _parting([graph_behind([loss])[1] for loss in losses.values()])))
 
 
 def _parting(met: Iterable[set[Edge]]) -> list[Node]:
@@ -124,45 +161,6 @@ def _parting(met: Iterable[set[Edge]]) -> list[Node]:
         for node, numbers in outputs.items():
             used.setdefault(node, set()).add(frozenset(numbers))
     return [node for node, different in used.items() if len(different) > 1]
-
-
-def leaves_before(values: Sequence[Tensor], stops: Collection[Node]) -> tuple[list[Tensor], set[Node]]:
-    """The leaf tensors that `values` depend on by another way than through `stops`, and the stops that are met."""
-    nodes = _nodes(values, stops)
-    return _leaves(values, nodes), {node for node in nodes if node in stops}
-
-
-def _nodes(values: Sequence[Tensor], stops: Collection[Node] = ()) -> dict[Node, None]:
-    """The graph behind `values`, in the order in which it is met; what lies behind the `stops` is not looked at."""
-    return _graph(values, stops)[0]
-
-
-def _graph(values: Sequence[Tensor], stops: Collection[Node] = ()) -> tuple[dict[Node, None], set[Edge]]:
-    """The nodes, see `_nodes`, and those outputs of opaque ones that `values` depend on."""
-    seen: dict[Node, None] = {}
-    met: set[Edge] = set()
-    stack: list[Edge] = [(v.grad_fn, v.output_nr) for v in values]
-    while stack:
-        node, output = edge = stack.pop()
-        if node is None:
-            continue
-        if is_opaque(node):  # what lies behind it is another for each output
-            if edge not in met:
-                met.add(edge)
-                seen[node] = None
-                if node not in stops:
-                    behind = edges_behind(node, output)
-                    stack += node.next_functions if behind is None else behind
-        elif node not in seen:
-            seen[node] = None
-            if node not in stops:
-                stack += node.next_functions
-    return seen, met
-
-
-def _leaves(values: Sequence[Tensor], nodes: Iterable[Node]) -> list[Tensor]:
-    alone = [v for v in values if v.grad_fn is None and v.requires_grad]
-    return alone + [node.variable for node in nodes if hasattr(node, "variable")]
 
 
 def _refuse_reentrant_checkpoints(nodes: Iterable[Node]) -> None:

@@ -16,8 +16,9 @@ from recon.errors import FanError, UsageError
 from recon.fan import READ_PAST_PYTHON, TaskFan, origins_of
 from recon.partition import Partition
 from recon.statement import where, where_raised
+from recon.tensors import storage_of
 from recon.unmappable import UNREADABLE
-from recon.watch import storage_of, watching
+from recon.watch import watching
 
 
 class Writes(TorchDispatchMode):

@@ -14,10 +14,10 @@ from torch.nn.utils.parametrizations import orthogonal
 
 from recon.batches import check_outputs
 from recon.branch_point import find_branch_point
-from recon.copies import module_at
 from recon.errors import UsageError
 from recon.fan import TaskFan
 from recon.fan_trees import value_for
+from recon.layers import module_at
 from recon.partition import Partition
 
 NAME = "rotograd"

@@ -12,14 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from recon.backward_passes import dense
-from recon.batches import to_device, unpack
-from recon.distributed import average_, average_losses, gather, world_size
+from recon.batches import Batch, to_device, unpack
+from recon.distributed import average_, gather, world_size
 from recon.errors import GradientError, NonFiniteError, ProblemError
 from recon.layers import unwrapped
 from recon.methods.base import WHAT_TO_LOOK_AT
 from recon.precision import Precision
-from recon.problem import Batch, Loss
+from recon.problem import Loss
 from recon.random_states import global_states_kept
+from recon.reach import average_losses
 from recon.recorder import Recorder, Step
 from recon.training_run import TrainingRun
 from recon.undisturbed import undisturbed

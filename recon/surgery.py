@@ -10,17 +10,17 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.eval_frame import OptimizedModule
 
-from recon.batches import fresh
+from recon.batches import fresh, run
 from recon.branch_plan import BranchPlan, Mode, checked_mode
 from recon.branched_statistics import load_buffers
 from recon.branches import LoadBareParameter
-from recon.copies import branch_layers, copy_model, module_at, split_statistics
-from recon.dry_run import find_statistics, find_task_modules, refuse_foreign, run
+from recon.copies import branch_layers, copy_model, split_statistics
+from recon.dry_run import find_statistics, find_task_modules, refuse_foreign
 from recon.errors import FanError, PlanError, UsageError
 from recon.fan_trees import value_for
 from recon.hooks import SplitOutputs, TasksOnly
 from recon.initial import Init, draw_copies, initialise
-from recon.layers import unwrapped
+from recon.layers import module_at, unwrapped
 from recon.partition import Partition
 from recon.per_task import PerTaskForward, find_statistics_by_value, refuse_repeated_writes
 from recon.references import STRUCTURE

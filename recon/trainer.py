@@ -16,13 +16,13 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from recon import methods
 from recon.batch_stream import BatchStream
-from recon.batches import model_device
+from recon.batches import Batch, model_device
 from recon.distributed import broadcast_model
 from recon.errors import UsageError
 from recon.history import Epoch, History
 from recon.methods import Method
 from recon.precision import Amp, Precision
-from recon.problem import Batch, Loss
+from recon.problem import Loss
 from recon.progress import with_bar
 from recon.recorder import Recorder
 from recon.resume import Checkpoints

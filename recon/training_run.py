@@ -12,10 +12,10 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from recon.batch_stream import BatchStream
+from recon.batches import Batch
 from recon.history import Epoch, History, Meter
 from recon.methods import Method
 from recon.precision import Precision
-from recon.problem import Batch
 from recon.weights import load_weights
 
 if TYPE_CHECKING:

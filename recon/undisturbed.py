@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from recon.references import STRUCTURE
-from recon.watch import equal, storage_of
+from recon.tensors import equal, storage_of
 
 
 @contextmanager
@@ -109,3 +109,12 @@ def perturb(model: nn.Module, seed: int = 0) -> None:
     for parameter in model.parameters():
         noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float32).to(parameter)
         parameter.add_(noise * (0.1 * parameter.abs().mean() + 0.01))
+
+
+@torch.no_grad()
+def move_statistics(model: nn.Module) -> None:
+    """Change every buffer a little."""
+    # Statistics that are the example's already would not change, and look as if they were never written.
+    for buffer in model.buffers():
+        if buffer.is_floating_point() and buffer.layout == torch.strided and buffer.is_contiguous():
+            buffer.mul_(1.01)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.amp import GradScaler
 
 from recon.batches import model_device
-from recon.distributed import agree_on_reach, average_, average_losses, world_size
+from recon.distributed import average_, world_size
 from recon.errors import GradientError, NonFiniteError, UsageError
 from recon.gradients import (
     TaskJacobian,
@@ -36,7 +36,7 @@ from recon.methods import (
     wrap,
 )
 from recon.methods.zero_gradients import with_meaning
-from recon.reach import compiled_as_one, find_reach, no_gradient
+from recon.reach import average_losses, compiled_as_one, find_reach, no_gradient
 from recon.scaled_losses import LossScaleLike, learns_at, let_scaler_skip, read_scale, warn_if_scaled, without_scale
 from recon.trainable import Model, as_module
 
@@ -218,7 +218,7 @@ def _in_order(weights: Mapping[str, Tensor], tasks: Sequence[str]) -> Tensor:
 
 
 def _sketched_weighting(method: Weighting, losses: Mapping[str, Tensor], profiler: Profiler) -> dict[str, Tensor]:
-    reach = agree_on_reach(find_reach(losses, profiler.parameters), profiler.parameters)
+    reach = find_reach(losses, profiler.parameters)
     weights = _weigh(method, losses, reach.tasks, profiler.device)
     plain = _adds_up(method) or not weights
     ordered = None if plain else dict(zip(reach.tasks, _in_order(weights, reach.tasks), strict=True))
@@ -232,7 +232,7 @@ def _averaged_weighting(
     method: Weighting, losses: Mapping[str, Tensor], parameters: Sequence[nn.Parameter]
 ) -> dict[str, Tensor]:
     """One backward pass on every rank, and its gradient averaged."""
-    reach = agree_on_reach(find_reach(losses, parameters), parameters)
+    reach = find_reach(losses, parameters)
     weights = _weigh(method, losses, reach.tasks, parameters[0].device)
     anywhere = {p for reached in reach.parameters.values() for p in reached}
     reached = [p for p in parameters if p in anywhere]

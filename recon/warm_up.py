@@ -13,10 +13,11 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from recon.batch_stream import batch_count
+from recon.batches import Batch
 from recon.conflict_map import ConflictMap
 from recon.errors import GradientError, UsageError
 from recon.methods import Method
-from recon.problem import Batch, Loss
+from recon.problem import Loss
 from recon.profiler import Memory, Profiler
 from recon.trainer import Epoch, History, check_optimizer, train
 

@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import NoReturn, Protocol
 
-import torch
 from torch import Tensor
 
 from recon.errors import FanError
@@ -53,30 +52,3 @@ def refuse_write(name: str) -> NoReturn:
         "tensor instead (y = y * x for y.mul_(x); torch.cat, torch.stack or torch.where for z[i] = x), or branch "
         "later layers only."
     )
-
-
-class SharedTensor:
-    """A tensor among the arguments of an operation that may write into it, whatever its name."""
-
-    def __init__(self, tensor: Tensor) -> None:
-        self.tensor = tensor
-        self.version = tensor._version
-        # F.batch_norm does not count its writes; no operation writes into what requires a gradient uncounted.
-        self.value = None if tensor.requires_grad else tensor.clone()
-
-    @property
-    def changed(self) -> bool:
-        """Whether it was written into since."""
-        if self.tensor._version != self.version:
-            return True
-        return self.value is not None and not equal(self.value, self.tensor)
-
-
-def equal(tensor: Tensor, other: Tensor) -> bool:
-    """`torch.equal`, and yes for sparse tensors, which it does not take."""
-    return tensor.layout != torch.strided or torch.equal(tensor, other)
-
-
-def storage_of(tensor: Tensor) -> int:
-    """What tells tensors that share memory."""
-    return tensor.untyped_storage()._cdata if tensor.layout == torch.strided else id(tensor)

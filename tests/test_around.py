@@ -17,7 +17,7 @@ from recon.branch_plan import BranchPlan, Mode
 from recon.errors import FanError
 from recon.fan import TaskFan
 from recon.fan_trees import partition_of, value_for
-from recon.reach import reached_leaves
+from recon.graph import reached_leaves
 from recon.surgery import convert, plan_of
 from tests import oracle
 from tests.zoo import TASKS, ZOO, Heads, PlainConv, Residual, conv_bn, image

@@ -8,9 +8,9 @@ from torch import nn
 from recon.errors import GradientError
 from recon.gradients import Workspace, task_jacobian, write_combination, write_own
 from recon.gramians import gramian, layer_gramians
+from recon.graph import reached_leaves
 from recon.layers import find_layers
 from recon.problems import get
-from recon.reach import reached_leaves
 
 
 class TwoHeads(nn.Module):

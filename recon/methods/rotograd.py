@@ -15,10 +15,10 @@ from recon.branch_point import leaves_behind, shared_leaves
 from recon.distributed import world_size
 from recon.errors import NonFiniteError, UnknownNameError, UsageError, some
 from recon.gradients import add_gradient
+from recon.graph import leaves_before
 from recon.layers import unwrapped
 from recon.methods.base import WHAT_TO_LOOK_AT, FeatureMethod, check_rows
 from recon.methods.registry import register
-from recon.reach import leaves_before
 from recon.rotations import Feature, Rotations, attach_rotations, by_feature
 
 

@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
+from recon.batches import Batch
 from recon.models import MMoE
-from recon.problem import Batch, Problem
+from recon.problem import Problem
 from recon.problems import descriptions
 from recon.problems.binary import accuracy, auc, binary_task
 from recon.problems.csv_table import CsvTable, read_csv

@@ -14,9 +14,10 @@ import torch.nn.functional as F
 from torch.optim import Adam, Optimizer
 from torch.optim.lr_scheduler import MultiStepLR
 
+from recon.batches import Batch
 from recon.models import ResNet18
 from recon.models.pretrained import load_pretrained
-from recon.problem import Batch, Metric, Problem, Search, Task
+from recon.problem import Metric, Problem, Search, Task
 from recon.problems import descriptions
 from recon.problems.celeba_files import ATTRIBUTES, IMAGES, LABELS, PARTITION, SIDE, read_images, read_labels
 from recon.problems.images import normalised

@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from torch.optim import Adam
 
+from recon.batches import Batch
 from recon.models import SegNet
-from recon.problem import Batch, Problem, Search
+from recon.problem import Problem, Search
 from recon.problems import dense, descriptions, npy_folders
 from recon.problems.loading import TensorBatches, in_order, shuffled
 from recon.problems.roots import open_root, require_files

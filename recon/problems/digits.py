@@ -12,9 +12,10 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
+from recon.batches import Batch
 from recon.errors import UsageError
 from recon.models import SmallResNet
-from recon.problem import Batch, Problem, Task
+from recon.problem import Problem, Task
 from recon.problems import descriptions
 from recon.problems.loading import TensorBatches, in_order, shuffled
 from recon.problems.metrics import accuracy

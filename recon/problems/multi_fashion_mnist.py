@@ -14,9 +14,10 @@ from torch import Tensor
 from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import MultiStepLR
 
+from recon.batches import Batch
 from recon.errors import ProblemError
 from recon.models import ResNet18
-from recon.problem import Batch, Problem, Search, Task
+from recon.problem import Problem, Search, Task
 from recon.problems import descriptions
 from recon.problems.idx import missing_files, read_split
 from recon.problems.loading import TensorBatches, in_order, shuffled

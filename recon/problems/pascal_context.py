@@ -14,9 +14,10 @@ from torch import Tensor
 from torch.optim import Adam, Optimizer
 from torch.optim.lr_scheduler import MultiStepLR
 
+from recon.batches import Batch
 from recon.models import MobileNetV2RASPP
 from recon.models.pretrained import load_pretrained
-from recon.problem import Batch, Loss, Metric, Problem, Search, Task
+from recon.problem import Loss, Metric, Problem, Search, Task
 from recon.problems import descriptions
 from recon.problems.dense import IGNORE, segmentation_loss
 from recon.problems.dense_metrics import mean_angle, mean_iou

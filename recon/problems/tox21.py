@@ -12,8 +12,9 @@ from sklearn.feature_extraction.text import HashingVectorizer
 from torch import Tensor
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
+from recon.batches import Batch
 from recon.models import SharedBottom
-from recon.problem import Batch, Problem
+from recon.problem import Problem
 from recon.problems import descriptions
 from recon.problems.binary import LabelledBatches, auc, binary_task
 from recon.problems.csv_table import CsvTable, read_csv
