@@ -31,7 +31,7 @@ from recon.replacing import finish_replacing
 from recon.runs import RUN_FILE, Run
 from recon.tables import metric_text
 from recon.trainer import Epoch, task_losses
-from recon.undisturbed import undisturbed
+from recon.undisturbed import state_kept
 from recon_cli import ranks
 from recon_cli.backbones import is_own, with_backbone
 from recon_cli.optimizers import make_optimizer
@@ -235,7 +235,7 @@ def single_task_costs(model: nn.Module, tasks: tuple[str, ...], inputs: Any) -> 
     when every shared layer is branched, so that is what is counted.
     """
     inputs, samples = few_samples(inputs)
-    with undisturbed(model):
+    with state_kept(model):
         outputs = task_outputs(model.train(), inputs, tasks)
     reached = [reached_leaves([v for v in tree_leaves(outputs[t]) if isinstance(v, Tensor)]) for t in tasks]
     shared = [

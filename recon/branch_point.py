@@ -16,7 +16,7 @@ from recon.fan import TaskFan
 from recon.fan_trees import value_for
 from recon.graph import leaves_before
 from recon.trees import leaves_of
-from recon.undisturbed import undisturbed
+from recon.undisturbed import state_kept
 
 Nodes = Mapping[str, Node]
 """`{task: where its part of the graph begins}`."""
@@ -43,7 +43,7 @@ def find_branch_point(model: nn.Module, tasks: Sequence[str], args: Any, kwargs:
         if path and not isinstance(module, torch.jit.ScriptModule)
     ]
     try:
-        with undisturbed(model), torch.enable_grad():
+        with state_kept(model), torch.enable_grad():
             outputs = check_outputs(model(*args, **kwargs), tasks)
             values = {
                 task: [leaf for leaf in leaves_of(value_for(outputs[task], task)) if isinstance(leaf, Tensor)]

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import flop_registry
 
 from recon.batches import call, fresh, run
 from recon.tensors import storage_of
-from recon.undisturbed import undisturbed
+from recon.undisturbed import state_kept
 
 
 class Meter(TorchDispatchMode):
@@ -58,7 +58,7 @@ def byte_size(tensor: Tensor) -> int:
 def count_macs(model: nn.Module, inputs: Any) -> int:
     """The multiply-adds of convolutions and matrix products in one forward in evaluation mode."""
     inputs = fresh(inputs)
-    with undisturbed(model), torch.no_grad(), unfused_kernels(), Meter() as meter:
+    with state_kept(model), torch.no_grad(), unfused_kernels(), Meter() as meter:
         call(model.eval(), inputs)
     return meter.macs
 
@@ -70,7 +70,7 @@ def count_activation_bytes(model: nn.Module, inputs: Any) -> int:
         UsageError: it fails.
     """
     inputs = fresh(inputs)
-    with undisturbed(model), torch.enable_grad(), unfused_kernels(), Meter() as meter:
+    with state_kept(model), torch.enable_grad(), unfused_kernels(), Meter() as meter:
         run(model.train(), inputs)
     return meter.bytes
 

@@ -20,7 +20,7 @@ from recon.dataflow import Call, Dataflow, Operation
 from recon.graph import reached_leaves
 from recon.tensors import SharedTensor, storage_of
 from recon.trees import leaves_of
-from recon.undisturbed import move_statistics, undisturbed
+from recon.undisturbed import move_statistics, state_kept
 
 
 def trace(model: nn.Module, tasks: Sequence[str], example_inputs: Any, *, training: bool) -> Dataflow:
@@ -31,7 +31,7 @@ def trace(model: nn.Module, tasks: Sequence[str], example_inputs: Any, *, traini
         ProblemError: its output lacks a task.
     """
     inputs = fresh(example_inputs)
-    with undisturbed(model), torch.set_grad_enabled(training), unfused_kernels():
+    with state_kept(model), torch.set_grad_enabled(training), unfused_kernels():
         move_statistics(model)
         recorder = _Recorder(model)
         # The model is entered before its own hooks run, and left after them.

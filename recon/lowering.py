@@ -22,7 +22,7 @@ from recon.statement import where_raised
 from recon.surgery import plan_of
 from recon.tracing import let_forward_be_read, let_parameters_be_found, symbolic_len
 from recon.trees import leaves_of
-from recon.undisturbed import undisturbed
+from recon.undisturbed import state_kept
 
 _OTHER_SIZES = (
     "What fixes a batch size is a loop over the samples, int(x.shape[0]) or len(x), or a size written as a number: use "
@@ -112,7 +112,7 @@ def _deployed(model: nn.Module) -> Iterator[None]:
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with undisturbed(model), torch.no_grad():
+        with state_kept(model), torch.no_grad():
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)

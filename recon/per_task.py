@@ -15,7 +15,7 @@ from recon.dry_run import with_inner
 from recon.errors import UsageError, some
 from recon.partition import Group, Partition
 from recon.tensors import equal
-from recon.undisturbed import buffer_values, equal_values, perturb, refill, undisturbed
+from recon.undisturbed import buffer_values, equal_values, perturb, refill, state_kept
 from recon.views import ByTask, TaskView
 
 
@@ -86,7 +86,7 @@ def find_statistics_by_value(branched: nn.Module, tasks: Group, example_inputs: 
     before = {module: buffer_values(module) for module in paths}
     after: dict[nn.Module, dict[str, dict[str, Tensor]]] = {}
     for task in tasks:
-        with undisturbed(twin):
+        with state_kept(twin):
             view = TaskView(twin, task)
             run(view.network, fresh(example_inputs))
             for module, seen in view.modules.items():
@@ -113,7 +113,7 @@ def refuse_repeated_writes(branched: nn.Module, tasks: Group, example_inputs: An
     perturb(twin)
     names = dict(twin.named_parameters())
     for training in (True, False):
-        with undisturbed(twin.train(training)), torch.enable_grad():
+        with state_kept(twin.train(training)), torch.enable_grad():
             writers: dict[str, list[str]] = {}
             for task in tasks:
                 before = {name: parameter.detach().clone() for name, parameter in names.items()}

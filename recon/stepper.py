@@ -23,7 +23,7 @@ from recon.random_states import global_states_kept
 from recon.reach import average_losses
 from recon.recorder import Recorder, Step
 from recon.training_run import TrainingRun
-from recon.undisturbed import undisturbed
+from recon.undisturbed import state_kept
 
 logger = logging.getLogger(__name__)
 
@@ -126,7 +126,7 @@ class Stepper:
         run = self.run
         model, bad = unwrapped(run.model), set()
         for part in done:
-            with undisturbed(model), global_states_kept():
+            with state_kept(model), global_states_kept():
                 bad |= non_finite_tasks(task_losses(model, *part.batch, self.losses, run.precision), model)
         everyone = set().union(*gather(bad))
         tasks = [task for task in self.losses if task in everyone]
@@ -147,7 +147,7 @@ class Stepper:
     def _losses_now(self, batch: Batch) -> Scalars:
         """The losses of a batch that is done, as if nobody had asked."""
         run = self.run
-        with undisturbed(run.model), global_states_kept(), torch.no_grad():
+        with state_kept(run.model), global_states_kept(), torch.no_grad():
             losses = task_losses(run.model, *batch, self.losses, run.precision)
         anywhere = {task for tasks in gather(list(losses)) for task in tasks}
         return average_losses(losses, [task for task in self.losses if task in anywhere], run.device)

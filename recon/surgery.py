@@ -27,7 +27,7 @@ from recon.references import STRUCTURE
 from recon.rotations import NAME, Rotations
 from recon.trainable import refuse_sharded
 from recon.trees import leaves_of, map_tree
-from recon.undisturbed import undisturbed
+from recon.undisturbed import state_kept
 from recon.views import TaskView
 
 logger = logging.getLogger(__name__)
@@ -100,7 +100,7 @@ def convert(
 
 
 def _tell_what_is_left_out(model: nn.Module, plan: BranchPlan, example_inputs: Any) -> None:
-    with undisturbed(model), torch.no_grad():
+    with state_kept(model), torch.no_grad():
         others = [name for name in run(model.eval(), fresh(example_inputs)) if name not in plan.tasks]
     if others:
         logger.warning(
@@ -150,7 +150,7 @@ def _per_task_form(model: nn.Module, branched: nn.Module, plan: BranchPlan, exam
     branched.branch_plan = replace(plan, task_modules={})  # type: ignore[assignment]
     if not found:
         for training in (True, False):
-            with undisturbed(branched), torch.enable_grad():
+            with state_kept(branched), torch.enable_grad():
                 refuse_foreign(run(branched.train(training), fresh(example_inputs)), model)
     return branched
 

@@ -16,7 +16,7 @@ from recon.tensors import equal, storage_of
 
 
 @contextmanager
-def undisturbed(model: nn.Module) -> Iterator[None]:
+def state_kept(model: nn.Module) -> Iterator[None]:
     """Put back what a forward changes: modes, parameters, buffers, what modules remember, and the random state."""
     kept = [(module, _Attributes(module), _Buffers(module)) for module in model.modules()]
     parameters = [_Kept(p) for p in model.parameters() if type(p.data) is Tensor and not is_lazy(p)]

@@ -21,7 +21,7 @@ from recon.copies import copy_model
 from recon.errors import VerificationError
 from recon.surgery import plan_of
 from recon.trees import leaves_of
-from recon.undisturbed import perturb, undisturbed
+from recon.undisturbed import perturb, state_kept
 
 # By the precision of the weights. The two models run the same operations, but gradients are summed in another order.
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5}
@@ -100,7 +100,7 @@ def verify(model: nn.Module, branched: nn.Module, example_inputs: Any) -> Verifi
         if _decides_at_random(plain, example_inputs):
             continue
         for task in plan.tasks:
-            with undisturbed(twin), undisturbed(plain), torch.enable_grad(), _SameDraws():
+            with state_kept(twin), state_kept(plain), torch.enable_grad(), _SameDraws():
                 _compare(found, plain, twin, copy.deepcopy(example_inputs), task, f"in {mode} mode, for task {task!r}")
         found.modes += (mode,)
     return found
@@ -187,7 +187,7 @@ def _decides_at_random(model: nn.Module, inputs: Any) -> bool:
     """Whether Python's or numpy's random numbers steer the forward: two models would take different turns."""
     before, numpy_before = random.getstate(), np.random.get_state()
     try:
-        with undisturbed(model), torch.no_grad():
+        with state_kept(model), torch.no_grad():
             call(model, copy.deepcopy(inputs))
         return random.getstate() != before or str(np.random.get_state()) != str(numpy_before)
     finally:

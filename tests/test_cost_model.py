@@ -20,7 +20,7 @@ from recon.fan_trees import partition_of
 from recon.partition import Partition
 from recon.planning import BranchPlan
 from recon.surgery import convert
-from recon.undisturbed import undisturbed
+from recon.undisturbed import state_kept
 from tests import oracle
 from tests.scripting import script
 from tests.zoo import TASKS, ZOO, PlainConv, image, vector
@@ -50,7 +50,7 @@ class Made(TorchDispatchMode):
 
 
 def measured(model, inputs):
-    with undisturbed(model), unfused_kernels():
+    with state_kept(model), unfused_kernels():
         with torch.no_grad(), FlopCounterMode(display=False) as flops:
             call(model.eval(), inputs)
         with Made() as made:

@@ -18,7 +18,7 @@ from recon.errors import FanError
 from recon.fan import TaskFan
 from recon.partition import Partition
 from recon.surgery import convert, extract_task
-from recon.undisturbed import undisturbed
+from recon.undisturbed import state_kept
 from recon.unmappable import UNREADABLE
 from tests import oracle
 
@@ -435,7 +435,7 @@ def test_a_buffer_whose_data_a_forward_replaces_is_put_back_with_its_memory():
     branched, x = converted(assigns_data)
     buffer = next(branched.buffers())
     before, view = buffer.clone(), buffer.detach()[1:]
-    with undisturbed(branched):
+    with state_kept(branched):
         branched.train()(x)
         assert not torch.equal(buffer, before)
     assert torch.equal(buffer, before) and view.data_ptr() == buffer.data_ptr() + buffer.itemsize
