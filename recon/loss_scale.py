@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,10 +13,8 @@ from torch import Tensor, nn
 from recon.distributed import gather
 from recon.errors import GradientError
 from recon.methods import Method
+from recon.observer import StepObserver
 from recon.updates import backward
-
-if TYPE_CHECKING:
-    from recon.profiler import Profiler
 
 _FIRST = 2.0**16
 _GOOD_STEPS = 2000  # before a larger scale is tried
@@ -40,7 +38,7 @@ class LossScale:
         self._method_before: dict[str, Any] | None = None
 
     def backward(
-        self, losses: Mapping[str, Tensor], model: nn.Module, method: Method, profiler: Profiler | None = None
+        self, losses: Mapping[str, Tensor], model: nn.Module, method: Method, profiler: StepObserver | None = None
     ) -> dict[str, Tensor]:
         """See `recon.backward`; no weights where a gradient was not finite."""
         if self._method_before is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -12,11 +12,9 @@ from recon.batches import task_outputs
 from recon.errors import UsageError
 from recon.loss_scale import LossScale
 from recon.methods import Method
+from recon.observer import StepObserver
 from recon.trees import map_tree
 from recon.updates import backward
-
-if TYPE_CHECKING:
-    from recon.profiler import Profiler
 
 Amp = Literal["bf16", "fp16"]
 """What autocast computes the forward in."""
@@ -58,7 +56,7 @@ class Precision:
         return {task: map_tree(_at_least_float32, outputs[task]) for task in tasks}
 
     def backward(
-        self, losses: Mapping[str, Tensor], model: nn.Module, method: Method, profiler: Profiler | None
+        self, losses: Mapping[str, Tensor], model: nn.Module, method: Method, profiler: StepObserver | None
     ) -> dict[str, Tensor]:
         """See `recon.backward`; a gradient that overflows in float16 is no error, see `came_through`."""
         if self.scale is None:

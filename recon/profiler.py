@@ -6,7 +6,7 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from recon.errors import CheckpointError, GradientError, UsageError
 from recon.gradients import TaskJacobian, Workspace, as_real
 from recon.gramians import layer_gramians
 from recon.layers import find_layers, unwrapped
+from recon.observer import Memory
 from recon.reach import Reach
 from recon.scaled_losses import LossScaleLike
 from recon.sketch import GradientSketch, sketch_gramians
@@ -28,8 +29,6 @@ from recon.trainable import Model, as_module
 from recon.updates import backward
 
 logger = logging.getLogger(__name__)
-
-Memory = Literal["exact", "sketch"]
 
 
 class Profiler:

@@ -8,7 +8,7 @@ from contextlib import nullcontext
 from inspect import Parameter, signature
 from itertools import chain, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
@@ -21,6 +21,7 @@ from recon.distributed import broadcast_model
 from recon.errors import UsageError
 from recon.history import Epoch, History
 from recon.methods import Method
+from recon.observer import StepObserver
 from recon.precision import Amp, Precision
 from recon.problem import Loss
 from recon.progress import with_bar
@@ -29,9 +30,6 @@ from recon.resume import Checkpoints
 from recon.stepper import Stepper, task_losses
 from recon.trainable import refuse_untrainable
 from recon.training_run import TrainingRun
-
-if TYPE_CHECKING:
-    from recon.profiler import Profiler
 
 _NAMED = (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY)
 
@@ -50,7 +48,7 @@ def train(
     clip: float | None = None,
     accumulate: int = 1,
     amp: Amp | None = None,
-    profiler: Profiler | None = None,
+    profiler: StepObserver | None = None,
     recorder: Recorder | None = None,
     on_epoch: Callable[[Epoch], None] | None = None,
     stop: Callable[[], bool] | None = None,

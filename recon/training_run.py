@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,12 +15,10 @@ from recon.batch_stream import BatchStream
 from recon.batches import Batch
 from recon.history import Epoch, History, Meter
 from recon.methods import Method
+from recon.observer import StepObserver
 from recon.precision import Precision
+from recon.recorder import Recorder
 from recon.weights import load_weights
-
-if TYPE_CHECKING:
-    from recon.profiler import Profiler
-    from recon.recorder import Recorder
 
 
 @dataclass
@@ -49,7 +47,7 @@ class TrainingRun:
     optimizer: Optimizer
     scheduler: LRScheduler | None
     method: Method
-    profiler: Profiler | None
+    profiler: StepObserver | None
     stream: BatchStream
     device: torch.device
     precision: Precision

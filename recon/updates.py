@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
 import torch
@@ -36,12 +35,10 @@ from recon.methods import (
     wrap,
 )
 from recon.methods.zero_gradients import with_meaning
+from recon.observer import StepObserver
 from recon.reach import average_losses, compiled_as_one, find_reach, no_gradient
 from recon.scaled_losses import LossScaleLike, learns_at, let_scaler_skip, read_scale, warn_if_scaled, without_scale
 from recon.trainable import Model, as_module
-
-if TYPE_CHECKING:
-    from recon.profiler import Profiler
 
 _workspaces: WeakKeyDictionary[Method, Workspace] = WeakKeyDictionary()  # no part of a method that is copied or saved
 
@@ -51,7 +48,7 @@ def backward(
     model: Model,
     method: Method | None = None,
     *,
-    profiler: Profiler | None = None,
+    profiler: StepObserver | None = None,
     loss_scale: LossScaleLike | None = None,
 ) -> dict[str, Tensor]:
     """Accumulate the method's update into the parameters' `.grad`, in place of `sum(losses).backward()`.
@@ -107,7 +104,7 @@ def _backward(
     losses: Mapping[str, Tensor],
     model: nn.Module,
     method: Method,
-    profiler: Profiler | None,
+    profiler: StepObserver | None,
     loss_scale: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """See `backward`; here, the scale is in the losses' gradients alone."""
@@ -160,7 +157,7 @@ def _full_precision(device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, enabled=False)
 
 
-def _checked(method: Method | None, losses: Mapping[str, Tensor], profiler: Profiler | None) -> Method:
+def _checked(method: Method | None, losses: Mapping[str, Tensor], profiler: StepObserver | None) -> Method:
     method = Joint() if method is None else wrap(method)
     if not isinstance(losses, Mapping):
         raise UsageError(f"losses is a {type(losses).__name__}. Pass a dict: {{task name: scalar loss}}.")
@@ -195,7 +192,7 @@ def _adds_up(method: Weighting) -> bool:
     return isinstance(method, Joint) and method.static is None
 
 
-def _recorded_weighting(method: Weighting, losses: Mapping[str, Tensor], profiler: Profiler) -> dict[str, Tensor]:
+def _recorded_weighting(method: Weighting, losses: Mapping[str, Tensor], profiler: StepObserver) -> dict[str, Tensor]:
     if profiler.memory == "sketch":
         return _sketched_weighting(method, losses, profiler)
     jacobian = task_jacobian(losses, profiler.parameters, profiler.workspace, profiler.buffers)
@@ -217,7 +214,7 @@ def _in_order(weights: Mapping[str, Tensor], tasks: Sequence[str]) -> Tensor:
     return torch.stack([weights.get(task, nothing) for task in tasks])
 
 
-def _sketched_weighting(method: Weighting, losses: Mapping[str, Tensor], profiler: Profiler) -> dict[str, Tensor]:
+def _sketched_weighting(method: Weighting, losses: Mapping[str, Tensor], profiler: StepObserver) -> dict[str, Tensor]:
     reach = find_reach(losses, profiler.parameters)
     weights = _weigh(method, losses, reach.tasks, profiler.device)
     plain = _adds_up(method) or not weights

@@ -17,8 +17,9 @@ from recon.batches import Batch
 from recon.conflict_map import ConflictMap
 from recon.errors import GradientError, UsageError
 from recon.methods import Method
+from recon.observer import Memory
 from recon.problem import Loss
-from recon.profiler import Memory, Profiler
+from recon.profiler import Profiler
 from recon.trainer import Epoch, History, check_optimizer, train
 
 logger = logging.getLogger(__name__)
