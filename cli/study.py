@@ -24,8 +24,8 @@ from recon.batches import Batch
 from recon.costs import Costs
 from recon.problem import Problem
 from recon.runs import SINGLE_TASK
+from recon.stepper import task_losses
 from recon.timing import step_seconds
-from recon.trainer import task_losses
 from recon_cli import workbench
 from recon_cli.optimizers import make_optimizer
 from recon_cli.recipe import Recipe

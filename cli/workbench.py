@@ -24,13 +24,14 @@ from recon.costs import Costs
 from recon.documents import shown
 from recon.errors import CheckpointError, FanError, ProblemError, UsageError
 from recon.graph import reached_leaves
+from recon.history import Epoch
 from recon.layers import find_layers
 from recon.problem import Problem
 from recon.problems.loading import prepare
 from recon.replacing import finish_replacing
 from recon.runs import RUN_FILE, Run
+from recon.stepper import task_losses
 from recon.tables import metric_text
-from recon.trainer import Epoch, task_losses
 from recon.undisturbed import state_kept
 from recon_cli import ranks
 from recon_cli.backbones import is_own, with_backbone

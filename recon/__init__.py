@@ -18,13 +18,14 @@ if TYPE_CHECKING:
     from recon.conflict_map import ConflictMap
     from recon.costs import Costs, costs
     from recon.evaluation import delta_m, evaluate
+    from recon.history import Epoch, History
     from recon.lowering import lower
     from recon.planning import plan
     from recon.problem import Metric, Problem, Search, Task
     from recon.profiler import Profiler
     from recon.recorder import Recorder
     from recon.surgery import convert, extract_task
-    from recon.trainer import Epoch, History, train
+    from recon.trainer import train
     from recon.updates import backward
     from recon.verification import Verification, verify
     from recon.warm_up import profile
@@ -64,8 +65,8 @@ _HOME = {
     "BranchPlan": "branch_plan",
     "ConflictMap": "conflict_map",
     "Costs": "costs",
-    "Epoch": "trainer",
-    "History": "trainer",
+    "Epoch": "history",
+    "History": "history",
     "Metric": "problem",
     "Problem": "problem",
     "Profiler": "profiler",

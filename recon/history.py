@@ -61,7 +61,7 @@ class History:
         return sum(epoch.seconds for epoch in self.epochs)
 
 
-class Meter:
+class EpochMeter:
     """Sums an epoch's losses and weights on the device, and refuses losses that are not finite."""
 
     def __init__(self, number: int, device: torch.device) -> None:
@@ -100,16 +100,16 @@ class Meter:
     def check(self, losses: Mapping[str, Tensor]) -> None:
         """Refuse a loss that is not finite before it reaches the weights.
 
-        Where reading a loss would wait for a GPU, or one rank alone would know of it, this is left to `settle`.
+        Where reading a loss would wait for a GPU, or one rank alone would know of it, this is left to `check_pending`.
 
         Raises:
             GradientError: the loss of a task is infinite or NaN.
         """
         self.unchecked.append({task: loss.detach() for task, loss in losses.items()})
         if self.device.type == "cpu" and world_size() == 1:
-            self.settle()
+            self.check_pending()
 
-    def settle(self) -> None:
+    def check_pending(self) -> None:
         """Check the losses that `check` left for later; every rank must call it in the same step.
 
         Raises:

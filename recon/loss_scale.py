@@ -51,7 +51,7 @@ class LossScale:
                 raise
             return {}
 
-    def settle(self, method: Method) -> bool:
+    def finish_step(self, method: Method) -> bool:
         """Whether every gradient since the last call is finite on all ranks, and the scale for the next step.
 
         Args:

@@ -58,14 +58,14 @@ class Precision:
     def backward(
         self, losses: Mapping[str, Tensor], model: nn.Module, method: Method, profiler: StepObserver | None
     ) -> dict[str, Tensor]:
-        """See `recon.backward`; a gradient that overflows in float16 is no error, see `came_through`."""
+        """See `recon.backward`; a gradient that overflows in float16 is no error, see `gradients_finite`."""
         if self.scale is None:
             return backward(losses, model, method, profiler=profiler)
         return self.scale.backward(losses, model, method, profiler)
 
-    def came_through(self, method: Method) -> bool:
+    def gradients_finite(self, method: Method) -> bool:
         """Whether all gradients since the last call are finite; if not, the method forgets them."""
-        return self.scale is None or self.scale.settle(method)
+        return self.scale is None or self.scale.finish_step(method)
 
     def state_dict(self) -> dict[str, Any]:
         """What `load_state_dict` takes."""

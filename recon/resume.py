@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import logging
+import signal
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from torch import Tensor, nn
@@ -19,7 +22,6 @@ from recon.distributed import world_size
 from recon.errors import CheckpointError, ReconError, UsageError
 from recon.files import remove_partial, written_alone
 from recon.history import History
-from recon.interrupts import Interrupts
 from recon.methods import Method
 from recon.training_file import check_same, read_training, write_training
 from recon.training_run import TrainingRun
@@ -134,7 +136,7 @@ class Checkpoints:
         """
         if self.path is None or self.run.position == self._saved:
             return
-        self.run.meter.settle()
+        self.run.meter.check_pending()
         if not _all_finite(self.run.model):  # the next step will find out; the last good checkpoint stays
             return
         with self._interrupts.held(), self.run.meter.paused():
@@ -163,6 +165,50 @@ class Checkpoints:
                 f"{self.path} does not fit this training ({type(error).__name__}: {reason}). Resume with the code that "
                 "wrote it, or delete it to start over."
             ) from error
+
+
+class Interrupts:
+    """While installed, Ctrl-C raises its KeyboardInterrupt only where no step is under way.
+
+    In the middle of a step some of the weights or statistics are new and some are old: there is nothing to save.
+    A second Ctrl-C does not wait. Whoever handles the signal in a way of their own keeps doing so, and Python lets
+    only the main thread handle it at all.
+    """
+
+    def __init__(self) -> None:
+        self._held = False
+        self._pending = False
+
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        """Handle the signal; Python's own handler comes back in the end."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+            yield
+            return
+        signal.signal(signal.SIGINT, self._handle)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Let Ctrl-C wait."""
+        self._held, self._pending = True, False
+        try:
+            yield
+        finally:
+            self._held = False
+        if self._pending:
+            raise KeyboardInterrupt
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if not self._held or self._pending:
+            raise KeyboardInterrupt
+        self._pending = True
 
 
 def refuse_existing(path: Path) -> None:

@@ -62,8 +62,8 @@ class Stepper:
             for parameter in self._parameters():
                 if parameter.grad is not None:
                     parameter.grad.div_(len(done))
-        if not run.precision.came_through(run.method):
-            run.meter.settle()  # a loss that is not finite is no overflow on the way back
+        if not run.precision.gradients_finite(run.method):
+            run.meter.check_pending()  # a loss that is not finite is no overflow on the way back
             run.meter.skipped += 1
             return
         self._refuse_non_finite(done)
@@ -96,7 +96,7 @@ class Stepper:
         try:
             weights = run.precision.backward(losses, run.model, run.method, run.profiler)
         except NonFiniteError:
-            run.meter.settle()  # a loss that is NaN says more than its gradient
+            run.meter.check_pending()  # a loss that is NaN says more than its gradient
             raise
         run.meter.add(losses, weights)
         return [_Part(batch, _detached(losses), _detached(weights))]
@@ -118,7 +118,7 @@ class Stepper:
         )
         average_([share])  # a rank that alone raised would leave the others waiting
         if share < 1:
-            meter.settle()
+            meter.check_pending()
             raise self._culprit(done)
         meter.unchecked.clear()
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from inspect import Parameter, signature
 from itertools import chain, islice
@@ -13,27 +14,25 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
+from tqdm import tqdm
 
-from recon import methods
-from recon.batch_stream import BatchStream
+from recon.batch_stream import BatchStream, batch_count
 from recon.batches import Batch, model_device
 from recon.distributed import broadcast_model
 from recon.errors import UsageError
 from recon.history import Epoch, History
-from recon.methods import Method
+from recon.methods import Method, parse, wrap
 from recon.observer import StepObserver
 from recon.precision import Amp, Precision
 from recon.problem import Loss
-from recon.progress import with_bar
 from recon.recorder import Recorder
 from recon.resume import Checkpoints
-from recon.stepper import Stepper, task_losses
+from recon.stepper import Stepper
 from recon.trainable import refuse_untrainable
 from recon.training_run import TrainingRun
 
+_BAR_SECONDS = 2.0  # between two looks at the losses: each waits for the device
 _NAMED = (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY)
-
-__all__ = ["Epoch", "History", "task_losses", "train"]
 
 
 def train(
@@ -125,7 +124,7 @@ def train(
             "The optimizer holds no parameter of this model: it was made for another one (recon.convert and recon.load "
             "return new models). Make it of model.parameters() anew."
         )
-    method = methods.parse(method) if isinstance(method, str) else methods.wrap(method)
+    method = parse(method) if isinstance(method, str) else wrap(method)
     device = model_device(model)
     precision = Precision(amp, device)
     method.setup(tuple(losses))
@@ -153,7 +152,7 @@ def train(
             if run.ends_at(epochs):
                 return run.history
             model.train()
-            batches = with_bar(run, epochs, progress)
+            batches = _with_bar(run, epochs, progress)
             for batch in batches:
                 with checkpoints.step():
                     stepper.take(chain([batch], islice(batches, accumulate - 1)))
@@ -164,6 +163,21 @@ def train(
             with checkpoints.step():
                 method.end_epoch()
                 run.end_epoch(run.meter.epoch() if run.stopped else run.meter.whole_epoch(tuple(losses)))
+
+
+def _with_bar(run: TrainingRun, epochs: int, show: bool) -> Iterator[Batch]:
+    """The batches of the epoch that are not done yet, with a bar on stderr that shows the losses every so often."""
+    if not show:
+        yield from run.batches()
+        return
+    title, total = f"epoch {run.epoch}/{epochs}", batch_count(run.stream.loader)
+    bar = tqdm(run.batches(), title, total, initial=run.stream.drawn, leave=False, unit="batch")
+    looked = time.monotonic()
+    for batch in bar:
+        yield batch
+        if time.monotonic() - looked >= _BAR_SECONDS:
+            looked = time.monotonic()
+            bar.set_postfix({task: f"{loss:.4f}" for task, loss in run.meter.mean_losses().items()})
 
 
 def check_optimizer(optimizer: Optimizer) -> None:

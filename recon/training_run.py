@@ -13,7 +13,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from recon.batch_stream import BatchStream
 from recon.batches import Batch
-from recon.history import Epoch, History, Meter
+from recon.history import Epoch, EpochMeter, History
 from recon.methods import Method
 from recon.observer import StepObserver
 from recon.precision import Precision
@@ -55,7 +55,7 @@ class TrainingRun:
 
     def __post_init__(self) -> None:
         self.history = History()
-        self.meter = Meter(1, self.device)
+        self.meter = EpochMeter(1, self.device)
         self.reported = True
         self.stopped = False
 
@@ -95,7 +95,7 @@ class TrainingRun:
     def end_epoch(self, record: Epoch) -> None:
         """Note that an epoch is done, and not reported yet."""
         self.history.epochs.append(record)
-        self.meter = Meter(record.number + 1, self.device)
+        self.meter = EpochMeter(record.number + 1, self.device)
         self.reported = False
         self.stream.begin_epoch()
 

@@ -16,11 +16,12 @@ from recon.batch_stream import batch_count
 from recon.batches import Batch
 from recon.conflict_map import ConflictMap
 from recon.errors import GradientError, UsageError
+from recon.history import Epoch, History
 from recon.methods import Method
 from recon.observer import Memory
 from recon.problem import Loss
 from recon.profiler import Profiler
-from recon.trainer import Epoch, History, check_optimizer, train
+from recon.trainer import check_optimizer, train
 
 logger = logging.getLogger(__name__)
 

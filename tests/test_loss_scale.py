@@ -60,7 +60,7 @@ def test_the_scale_leaves_losses_weights_and_updates_as_they_are(model, method):
     expected = recon.backward(losses_of(model, X), model, plain)
     scale = LossScale(CPU)
     found = scale.backward(losses_of(other, X), other, scaled)
-    assert scale.settle(scaled) and scale.value == 2**16
+    assert scale.finish_step(scaled) and scale.value == 2**16
     assert {task: w.item() for task, w in found.items()} == pytest.approx({t: w.item() for t, w in expected.items()})
     for one, two in zip(
         [*model.parameters(), *plain.parameters()], [*other.parameters(), *scaled.parameters()], strict=True
@@ -93,24 +93,24 @@ def test_an_overflow_is_no_error_and_halves_the_scale(model, method):
     method.setup(("a", "b"))
     losses = losses_of(model, X)
     scale.backward(losses | {"a": losses["a"] * torch.tensor(1e308)}, model, method)
-    assert not scale.settle(method) and scale.value == 2**15
+    assert not scale.finish_step(method) and scale.value == 2**15
     model.zero_grad()
     scale.backward(losses_of(model, X), model, method)
-    assert scale.settle(method)
+    assert scale.finish_step(method)
 
 
 def test_a_method_forgets_what_overflowed(model):
     scale, method = LossScale(CPU), Remembers()
     method.setup(("a", "b"))
     scale.backward(losses_of(model, X), model, method)
-    scale.settle(method)
+    scale.finish_step(method)
     before = method.seen.clone()
     assert before != 0
     scale.backward(losses_of(model, X), model, method)  # the first batch of a step
     losses = losses_of(model, X)
     scale.backward(losses | {"a": losses["a"] * torch.tensor(1e308)}, model, method)
     assert not method.seen.isfinite()
-    assert not scale.settle(method) and torch.equal(method.seen, before)
+    assert not scale.finish_step(method) and torch.equal(method.seen, before)
 
 
 def test_errors_that_are_no_overflow_stay_errors(model):
@@ -121,12 +121,12 @@ def test_errors_that_are_no_overflow_stay_errors(model):
 def test_the_scale_grows_after_many_good_steps_and_goes_on_after_a_resume():
     scale, method = LossScale(CPU), recon.methods.get("joint")
     for _ in range(1500):
-        scale.settle(method)
+        scale.finish_step(method)
     again = LossScale(CPU)
     again.load_state_dict(scale.state_dict())
     for _ in range(500):
         assert again.value == 2**16
-        again.settle(method)
+        again.finish_step(method)
     assert again.value == 2**17
 
 
@@ -136,4 +136,4 @@ def test_gradients_that_are_never_finite_are_an_error(model):
     with pytest.raises(GradientError, match="overflow in float16 at every scale"):
         for _ in range(20):
             scale.backward({"a": losses_of(model, X)["a"] * math.inf}, model, method)
-            scale.settle(method)
+            scale.finish_step(method)

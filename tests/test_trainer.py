@@ -376,7 +376,7 @@ def test_accumulation_goes_on_after_an_interruption_as_if_nothing_had_happened(t
 
 
 def test_the_bar_shows_throughput_and_losses(model, monkeypatch, capsys):
-    monkeypatch.setattr("recon.progress._SECONDS", 0.0)
+    monkeypatch.setattr("recon.trainer._BAR_SECONDS", 0.0)
     data = [(x, targets) for x, targets in batches(4)]
 
     def slow(out, target):
