@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.amp import GradScaler
 
 from recon.errors import UsageError
-from recon.methods import Method
+from recon.methods.base import Method
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +54,11 @@ def read_scale(loss_scale: LossScaleLike | None, losses: Mapping[str, Tensor]) -
 def without_scale(losses: Mapping[str, Tensor], scale: Tensor) -> dict[str, Tensor]:
     """The losses' own values; on the way back, the gradients stay as large as the scale makes them."""
     return {task: (loss.detach() / scale).to(loss.dtype) + (loss - loss.detach()) for task, loss in losses.items()}
+
+
+def unscaled(tensor: Tensor, scale: Tensor | None, power: int = 1) -> Tensor:
+    """A norm of scaled gradients, or a product of `power` of them, as it is without the scale."""
+    return tensor if scale is None else tensor / scale.to(tensor) ** power
 
 
 @contextmanager

@@ -2,43 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.amp import GradScaler
 
+from recon.aggregated_update import apply_aggregator, apply_composition
 from recon.batches import model_device
-from recon.distributed import average_, world_size
+from recon.distributed import world_size
 from recon.errors import GradientError, NonFiniteError, UsageError
-from recon.gradients import (
-    TaskJacobian,
-    Workspace,
-    add_gradient,
-    task_jacobian,
-    write_combination,
-    write_own,
-    write_update,
-)
-from recon.gramians import gramian
+from recon.gradients import Workspace, task_jacobian
 from recon.layer_norms import layer_norms
-from recon.methods import (
-    Aggregator,
-    Composition,
-    FeatureMethod,
-    GramianAggregator,
-    Joint,
-    Method,
-    NormWeighting,
-    Weighting,
-    wrap,
-)
-from recon.methods.zero_gradients import with_meaning
+from recon.methods.aggregator import Aggregator
+from recon.methods.base import Method
+from recon.methods.by_name import method_by_name
+from recon.methods.composition import Composition
+from recon.methods.feature_method import FeatureMethod
+from recon.methods.gradnorm import NormWeighting
+from recon.methods.torchjd_adapter import wrap
+from recon.methods.weighting import Weighting
+from recon.methods.weightings import Joint
 from recon.observer import StepObserver
-from recon.reach import average_losses, compiled_as_one, find_reach, no_gradient
-from recon.scaled_losses import LossScaleLike, learns_at, let_scaler_skip, read_scale, warn_if_scaled, without_scale
+from recon.reach import average_losses, compiled_as_one, no_gradient
+from recon.scaled_losses import (
+    LossScaleLike,
+    learns_at,
+    let_scaler_skip,
+    read_scale,
+    unscaled,
+    warn_if_scaled,
+    without_scale,
+)
 from recon.trainable import Model, as_module
+from recon.weighted_update import averaged_weighting, recorded_weighting
 
 _workspaces: WeakKeyDictionary[Method, Workspace] = WeakKeyDictionary()  # no part of a method that is copied or saved
 
@@ -46,7 +44,7 @@ _workspaces: WeakKeyDictionary[Method, Workspace] = WeakKeyDictionary()  # no pa
 def backward(
     losses: Mapping[str, Tensor],
     model: Model,
-    method: Method | None = None,
+    method: str | Method | None = None,
     *,
     profiler: StepObserver | None = None,
     loss_scale: LossScaleLike | None = None,
@@ -64,7 +62,8 @@ def backward(
         losses: `{task name: scalar loss}` of this step; a task whose target is missing is left out.
         model: plain or branched, or a list of the modules that make it up, `[encoder, decoder]`. It may be compiled.
         method: from `recon.methods.get`, or one of TorchJD's (see `recon.methods.wrap`); joint training (the sum of the
-            losses) when not given.
+            losses) when not given. A name (`"cagrad"`, `"cagrad:c=0.5"`) will do for a method that keeps nothing from
+            step to step (`Method.memoryless`): it is made once for each model.
         profiler: records this step's conflicts from the same gradients.
         loss_scale: what every loss was multiplied by: a number (`1 / 4` for losses divided by 4), or the
             `torch.amp.GradScaler` that did it. Methods see the losses and gradients without it, and `.grad`, that of
@@ -78,12 +77,18 @@ def backward(
     Raises:
         GradientError: a task's loss depends on no parameter.
         NonFiniteError: a gradient that the method needs is not finite.
-        UnknownNameError: the model has no layer of the name that the method was given.
+        UnknownNameError: there is no such method, or the model has no layer of the name that the method was given.
         UsageError: no losses, a model that is none or is sharded over processes, a method that is not a
-            `recon.methods.Method`, or one that works from task gradients while the profiler keeps none.
+            `recon.methods.Method`, the name of one that may keep something from step to step, or a method that works
+            from task gradients while the profiler keeps none.
     """
-    method = _checked(method, losses, profiler)
-    model = as_module(model)
+    _check_losses(losses)
+    parts, model = model, as_module(model)
+    if isinstance(method, str):
+        # Of several modules, the one around them is another in every step.
+        method = method_by_name(method, parts if isinstance(parts, nn.Module) else parts[0], tuple(losses))
+    method = Joint() if method is None else wrap(method)
+    _check_profiler(profiler, method)
     if not method.tasks:
         method.setup(tuple(losses))
     scale = read_scale(loss_scale, losses)
@@ -123,14 +128,14 @@ def _backward(
     if isinstance(weighting, NormWeighting):
         with _full_precision(device):
             norms = layer_norms(losses, model, weighting.layer)
-            weighting.observe_norms({task: _unscaled(norm, loss_scale) for task, norm in norms.items()})
+            weighting.observe_norms({task: unscaled(norm, loss_scale) for task, norm in norms.items()})
     if isinstance(method, Weighting):
         if recorder is not None:
             with _full_precision(recorder.device):
-                return _recorded_weighting(method, losses, recorder)
+                return recorded_weighting(method, losses, recorder)
         # DistributedDataParallel would average, too, but wants one forward a step, and every parameter in it.
         if world_size() > 1:
-            return _averaged_weighting(method, losses, parameters)
+            return averaged_weighting(method, losses, parameters)
         total, weights = method.combine(losses)
         total.backward()
         return weights
@@ -144,12 +149,8 @@ def _backward(
         if aggregator.needs_losses:
             aggregator.observe_losses(average_losses(losses, jacobian.tasks, device))
         if isinstance(method, Composition):
-            return _apply_composition(method, losses, jacobian, loss_scale)
-        return _apply_aggregator(method, jacobian, loss_scale)
-
-
-def _unscaled(tensor: Tensor, scale: Tensor | None, power: int = 1) -> Tensor:
-    return tensor if scale is None else tensor / scale.to(tensor) ** power
+            return apply_composition(method, losses, jacobian, loss_scale)
+        return apply_aggregator(method, jacobian, loss_scale)
 
 
 def _full_precision(device: torch.device) -> torch.autocast:
@@ -157,8 +158,7 @@ def _full_precision(device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, enabled=False)
 
 
-def _checked(method: Method | None, losses: Mapping[str, Tensor], profiler: StepObserver | None) -> Method:
-    method = Joint() if method is None else wrap(method)
+def _check_losses(losses: Mapping[str, Tensor]) -> None:
     if not isinstance(losses, Mapping):
         raise UsageError(f"losses is a {type(losses).__name__}. Pass a dict: {{task name: scalar loss}}.")
     if not losses and world_size() == 1:
@@ -174,132 +174,19 @@ def _checked(method: Method | None, losses: Mapping[str, Tensor], profiler: Step
             )
         if not loss.requires_grad:
             raise GradientError(no_gradient(task))
-    if profiler is not None and isinstance(method, FeatureMethod):
+
+
+def _check_profiler(profiler: StepObserver | None, method: Method) -> None:
+    """Refuse a method whose task gradients the profiler cannot see, or does not keep."""
+    if profiler is None:
+        return
+    if isinstance(method, FeatureMethod):
         raise UsageError(
             f"Method {method.name!r} changes the gradients inside the model, so there are none of the shared "
             "parameters to record. Profile with another method, joint say, and train with this one afterwards."
         )
-    if profiler is not None and profiler.memory == "sketch" and not isinstance(method, Weighting):
+    if profiler.memory == "sketch" and not isinstance(method, Weighting):
         raise UsageError(
             f"memory='sketch' keeps no task gradients, but method {method.name!r} works from them. Profile with joint "
             "or another weighting of the losses, or with memory='exact'."
         )
-    return method
-
-
-def _adds_up(method: Weighting) -> bool:
-    """Whether the update is the plain sum of the gradients: no need to multiply each by 1."""
-    return isinstance(method, Joint) and method.static is None
-
-
-def _recorded_weighting(method: Weighting, losses: Mapping[str, Tensor], profiler: StepObserver) -> dict[str, Tensor]:
-    if profiler.memory == "sketch":
-        return _sketched_weighting(method, losses, profiler)
-    jacobian = task_jacobian(losses, profiler.parameters, profiler.workspace, profiler.buffers)
-    profiler.observe(jacobian)
-    weights = _weigh(method, losses, jacobian.tasks, profiler.device)
-    if _adds_up(method) or not weights:
-        write_combination(jacobian)
-        write_own(jacobian)
-    else:
-        ordered = _in_order(weights, jacobian.tasks)
-        write_combination(jacobian, ordered)
-        write_own(jacobian, dict(zip(jacobian.tasks, ordered, strict=True)))
-    return weights
-
-
-def _in_order(weights: Mapping[str, Tensor], tasks: Sequence[str]) -> Tensor:
-    """(T,), zero for a task that a weighting left out of the step: its loss is."""
-    nothing = torch.zeros_like(next(iter(weights.values())))
-    return torch.stack([weights.get(task, nothing) for task in tasks])
-
-
-def _sketched_weighting(method: Weighting, losses: Mapping[str, Tensor], profiler: StepObserver) -> dict[str, Tensor]:
-    reach = find_reach(losses, profiler.parameters)
-    weights = _weigh(method, losses, reach.tasks, profiler.device)
-    plain = _adds_up(method) or not weights
-    ordered = None if plain else dict(zip(reach.tasks, _in_order(weights, reach.tasks), strict=True))
-    total = profiler.observe_sketched(losses, reach, ordered)
-    for parameter, gradient in total.items():
-        add_gradient(parameter, gradient)
-    return weights
-
-
-def _averaged_weighting(
-    method: Weighting, losses: Mapping[str, Tensor], parameters: Sequence[nn.Parameter]
-) -> dict[str, Tensor]:
-    """One backward pass on every rank, and its gradient averaged."""
-    reach = find_reach(losses, parameters)
-    weights = _weigh(method, losses, reach.tasks, parameters[0].device)
-    anywhere = {p for reached in reach.parameters.values() for p in reached}
-    reached = [p for p in parameters if p in anywhere]
-    found: Sequence[Tensor | None] = [None] * len(reached)
-    if losses:
-        total = torch.stack([loss * weights.get(task, 0.0) for task, loss in losses.items()]).sum()
-        found = torch.autograd.grad(total, reached, allow_unused=True)
-    gradients = [torch.zeros_like(p) if g is None else g.clone() for p, g in zip(reached, found, strict=True)]
-    average_(gradients)
-    for parameter, gradient in zip(reached, gradients, strict=True):
-        add_gradient(parameter, gradient)
-    return weights
-
-
-def _weigh(
-    method: Weighting, losses: Mapping[str, Tensor], tasks: Sequence[str], device: torch.device
-) -> dict[str, Tensor]:
-    """The tasks' weights, alike on all ranks; a method that learns them gets its own gradients."""
-    if not tasks:
-        return {}
-    # The model's graph may be spent; what is differentiated here is how the method's own parameters weigh the losses.
-    total, weights = method.combine(average_losses(losses, tasks, device))
-    if total.requires_grad:
-        total.backward()
-    return weights
-
-
-def _apply_aggregator(method: Aggregator, jacobian: TaskJacobian, loss_scale: Tensor | None) -> dict[str, Tensor]:
-    if not jacobian.tasks:
-        return {}
-    if isinstance(method, GramianAggregator):
-        products = _unscaled(gramian(jacobian), loss_scale, power=2)
-        vector = method.weights(products, tasks=jacobian.tasks)
-        weights = with_meaning(dict(zip(jacobian.tasks, vector, strict=True)), products.diagonal().sqrt())
-        write_combination(jacobian, vector)
-    else:
-        weights = _write_combined(method, jacobian, loss_scale)
-    write_own(jacobian)
-    return weights
-
-
-def _apply_composition(
-    method: Composition, losses: Mapping[str, Tensor], jacobian: TaskJacobian, loss_scale: Tensor | None
-) -> dict[str, Tensor]:
-    """The aggregator's update of the weighted task gradients; what one task alone reaches gets the task's weight."""
-    scales = _weigh(method.weighting, losses, jacobian.tasks, jacobian.matrix.device)
-    if not scales:
-        return {}
-    scale = _in_order(scales, jacobian.tasks)
-    if isinstance(method.aggregator, GramianAggregator):
-        products = _unscaled(gramian(jacobian), loss_scale, power=2)
-        vector = method.gramian_weights(products, scale, jacobian.tasks)
-        weights = with_meaning(dict(zip(jacobian.tasks, vector, strict=True)), products.diagonal().sqrt())
-        write_combination(jacobian, vector)
-    else:
-        jacobian.matrix.mul_(scale.to(jacobian.matrix)[:, None])  # what was recorded of them is recorded
-        further = _write_combined(method.aggregator, jacobian, loss_scale)
-        weights = {task: scales[task] * weight for task, weight in further.items() if task in scales}
-    write_own(jacobian, dict(zip(jacobian.tasks, scale, strict=True)))
-    return {task: weight for task, weight in weights.items() if task in scales}
-
-
-def _write_combined(method: Aggregator, jacobian: TaskJacobian, loss_scale: Tensor | None) -> dict[str, Tensor]:
-    """Of a method that needs the gradients themselves."""
-    if loss_scale is None:
-        update, weights = method.combine(jacobian.matrix, jacobian.tasks)
-    else:
-        factor = loss_scale.to(jacobian.matrix)
-        update, weights = method.combine(jacobian.matrix.div_(factor), jacobian.tasks)
-        update = update * factor
-    lengths = torch.linalg.vector_norm(jacobian.matrix, dim=1) if weights else update
-    write_update(jacobian, update)
-    return with_meaning(weights, lengths) if weights else weights

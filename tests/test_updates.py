@@ -149,11 +149,6 @@ def test_joint_equals_the_sum_of_losses(model, x):
         assert torch.equal(p.grad, q.grad)
 
 
-def test_a_method_by_name_is_refused_where_it_would_lose_its_state(model, x):
-    with pytest.raises(UsageError, match=r"recon\.methods\.get"):
-        backward(losses_of(model, x), model, "pcgrad")
-
-
 def test_a_gradient_that_is_not_finite_is_refused_by_name(model, x):
     losses = losses_of(model, x)
     with pytest.raises(GradientError, match="'b'"):

@@ -2,7 +2,10 @@
 
 # The order of the imports is the order of the registry.
 # isort: off
-from recon.methods.base import Aggregator, FeatureMethod, GramianAggregator, Method, Weighting
+from recon.methods.aggregator import Aggregator, GramianAggregator
+from recon.methods.feature_method import FeatureMethod
+from recon.methods.base import Method
+from recon.methods.weighting import Weighting
 from recon.methods.composition import Composition
 from recon.methods.registry import MethodEntry, entry, get, names, register
 from recon.methods.parsing import parse

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from recon.errors import UsageError
-from recon.methods.base import Aggregator
+from recon.methods.aggregator import Aggregator
 
 
 class RandomStream(nn.Module):
@@ -61,6 +61,8 @@ class RemembersTasks(Aggregator):
         memory: tensors whose first dimension is the tasks, in order. No buffers: `.to(...)` leaves their device and
             dtype alone, and they may be made in any step.
     """
+
+    memoryless = False
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)

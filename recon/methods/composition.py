@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from recon.errors import UsageError
-from recon.methods.base import Aggregator, GramianAggregator, Method, Weighting
+from recon.methods.aggregator import Aggregator, GramianAggregator
+from recon.methods.base import Method
+from recon.methods.weighting import Weighting
 
 
 class Composition(Aggregator):
@@ -32,6 +34,7 @@ class Composition(Aggregator):
         self.aggregator = aggregator
         self.name = f"{weighting.name}+{aggregator.name}"
         self.scale_free = weighting.scale_free and aggregator.scale_free
+        self.memoryless = weighting.memoryless and aggregator.memoryless
         self.needs_new_losses = weighting.needs_new_losses or aggregator.needs_new_losses
 
     @property

@@ -10,13 +10,15 @@ import torch
 from torch import Tensor
 
 from recon.errors import UsageError
-from recon.methods.base import Aggregator, GramianAggregator, Method, check_rows
+from recon.methods.aggregator import Aggregator, GramianAggregator
+from recon.methods.base import Method, check_rows
 from recon.methods.loss_weights import LossWeights
 
 
 class _OfFunction(Method):
     """What a class made by `method_class` adds to its family's."""
 
+    memoryless = True
     function: ClassVar[Callable[..., Tensor]]
 
     def __init__(self, **options: Any) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from recon.errors import UsageError
 from recon.methods._state import RandomStream
-from recon.methods.base import Aggregator
+from recon.methods.aggregator import Aggregator
 from recon.methods.registry import register
 
 _IN_CACHE = 1 << 17  # columns of a block: what is made of it stays in a CPU's cache
@@ -38,6 +38,7 @@ class GradDrop(Aggregator):
     """
 
     scale_free = True
+    memoryless = True
 
     def __init__(self, leak: float = 0.0, seed: int = 0) -> None:
         super().__init__()

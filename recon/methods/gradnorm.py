@@ -11,11 +11,10 @@ import torch
 from torch import Tensor
 
 from recon.errors import UsageError
-from recon.methods import task_values
-from recon.methods.base import Weighting
 from recon.methods.registry import register
 from recon.methods.task_adam import TaskAdam
-from recon.methods.task_values import TaskValues
+from recon.methods.task_values import TaskValues, read_values, values_by_task
+from recon.methods.weighting import Weighting
 
 _LEAST = 1e-6  # what a weight is kept above
 
@@ -83,7 +82,7 @@ class GradNorm(NormWeighting):
         self.alpha = alpha
         self.lr = lr
         self.layer = layer
-        self._given = {} if initial is None else task_values.read(initial, "initial losses")
+        self._given = {} if initial is None else read_values(initial, "initial losses")
         self._norms: Mapping[str, Tensor] | None = None
 
     def settings(self) -> dict[str, Any]:
@@ -92,7 +91,7 @@ class GradNorm(NormWeighting):
 
     def _create_state(self) -> None:
         self.learned = TaskAdam(torch.ones(len(self.tasks)), self.lr)
-        given = task_values.assign(self._given, self.tasks, "initial losses")
+        given = values_by_task(self._given, self.tasks, "initial losses")
         self.register_buffer("initial", torch.tensor([given.get(task, 0.0) or math.nan for task in self.tasks]))
 
     def observe_norms(self, norms: Mapping[str, Tensor]) -> None:

@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from recon.methods.base import Weighting
+from recon.methods.weighting import Weighting
 
 
 class LearnedScales(Weighting):

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from recon.methods.base import Weighting
+from recon.methods.weighting import Weighting
 
 
 class LossWeights(Weighting):

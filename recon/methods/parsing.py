@@ -7,9 +7,9 @@ from typing import Any
 
 from recon.errors import UnknownNameError, UsageError
 from recon.importing import definitions_of, import_target
-from recon.methods import registry
 from recon.methods.base import Method
 from recon.methods.composition import compose
+from recon.methods.registry import Known, MethodEntry, describe, find, make, names
 
 _JOINT = re.compile(r"\+(?=\s*(?:[^\W\d]|[./~\\]))")  # the plus of uw+pcgrad, not those of 1e+2 and normalize=loss+
 # Options have a '=' where the name of a function has none; a Windows path has a colon of its own.
@@ -37,24 +37,24 @@ def parse(text: str) -> Method:
 
 def _parse_one(text: str) -> Method:
     own = _OWN.fullmatch(text)
-    if own is not None and own["target"] not in registry.names():
+    if own is not None and own["target"] not in names():
         entry, cls = _own_method(own["target"], own["name"])
         tail = own["options"]
     else:
         name, colon, rest = text.partition(":")
-        entry, cls = registry.find(name.strip())
+        entry, cls = find(name.strip())
         tail = rest if colon else None
-    return registry.make(entry, cls, {} if tail is None else _options(tail, text, entry))
+    return make(entry, cls, {} if tail is None else _options(tail, text, entry))
 
 
-def _own_method(target: str, name: str) -> registry.Known:
+def _own_method(target: str, name: str) -> Known:
     module = import_target(target)
     if not hasattr(module, name):
         raise UnknownNameError("function or class", name, definitions_of(module), f"Looked in {target}.")
-    return registry.describe(getattr(module, name), name)
+    return describe(getattr(module, name), name)
 
 
-def _options(tail: str, text: str, entry: registry.MethodEntry) -> dict[str, Any]:
+def _options(tail: str, text: str, entry: MethodEntry) -> dict[str, Any]:
     options: dict[str, Any] = {}
     for item in tail.split(","):
         option, _, value = (part.strip() for part in item.partition("="))

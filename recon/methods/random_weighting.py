@@ -28,6 +28,8 @@ class RLW(LossWeights):
             state_dict.
     """
 
+    memoryless = True
+
     scale_free = True
 
     def __init__(self, seed: int = 0) -> None:

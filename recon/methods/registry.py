@@ -9,9 +9,12 @@ from numbers import Integral, Real
 from typing import Any, TypeVar
 
 from recon.errors import UnknownNameError, UsageError
-from recon.methods.base import Aggregator, FeatureMethod, Method, Weighting
+from recon.methods.aggregator import Aggregator
+from recon.methods.base import Method
 from recon.methods.composition import compose
+from recon.methods.feature_method import FeatureMethod
 from recon.methods.functions import method_class
+from recon.methods.weighting import Weighting
 
 D = TypeVar("D", bound=Callable[..., Any])
 
@@ -45,6 +48,7 @@ class MethodEntry:
 Known = tuple[MethodEntry, type[Method]]
 
 _methods: dict[str, Known] = {}
+_edition = 0
 
 
 def register(name: str, *, title: str = "", paper: str = "", scale: str = "") -> Callable[[D], D]:
@@ -53,7 +57,8 @@ def register(name: str, *, title: str = "", paper: str = "", scale: str = "") ->
     What a function can be: see `functions.method_class`.
 
     The options are the parameters of the class's `__init__`, or those of the function after the first; each needs a
-    default. A definition that is executed again, in a notebook say, takes the place of its earlier self.
+    default. A definition that is executed again, in a notebook say, takes the place of its earlier self. A class that
+    keeps nothing from step to step says so (`memoryless = True`), and may be given to `recon.backward` by its name.
 
     Args:
         name: what `get` and the command line call it: letters, digits, '_' and '-'.
@@ -74,6 +79,8 @@ def register(name: str, *, title: str = "", paper: str = "", scale: str = "") ->
             raise UsageError(f"There is already a method named {name!r}. Choose another name.")
         known[1].name = name
         _methods[name] = known
+        global _edition
+        _edition += 1
         return definition
 
     return decorate
@@ -94,6 +101,11 @@ def describe(definition: Any, name: str, title: str = "", paper: str = "", scale
 def names() -> list[str]:
     """The names of all methods, in the order in which they were registered."""
     return list(_methods)
+
+
+def edition() -> int:
+    """How many definitions were registered so far: what was made by its name before may have another one by now."""
+    return _edition
 
 
 def entry(name: str) -> MethodEntry:

@@ -17,7 +17,8 @@ from recon.errors import NonFiniteError, UnknownNameError, UsageError, some
 from recon.gradients import add_gradient
 from recon.graph import leaves_before
 from recon.layers import unwrapped
-from recon.methods.base import WHAT_TO_LOOK_AT, FeatureMethod, check_rows
+from recon.methods.base import WHAT_TO_LOOK_AT, check_rows
+from recon.methods.feature_method import FeatureMethod
 from recon.methods.registry import register
 from recon.rotations import Feature, Rotations, attach_rotations, by_feature
 

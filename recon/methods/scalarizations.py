@@ -12,15 +12,16 @@ from torch import Tensor, nn
 from torchjd import scalarization
 
 from recon.errors import UsageError
-from recon.methods import task_values
 from recon.methods.learned_scales import LearnedScales
 from recon.methods.loss_weights import LossWeights
 from recon.methods.registry import register
-from recon.methods.task_values import TaskValues
+from recon.methods.task_values import TaskValues, read_values, values_by_task
 
 
 class _Scalarization(LossWeights):
     """Descends a function of the losses: each is weighed by the function's derivative."""
+
+    memoryless = True
 
     @abstractmethod
     def _scalarize(self, losses: Tensor, positions: Sequence[int]) -> Tensor:
@@ -112,7 +113,7 @@ class STCH(_Scalarization):
         if not 0 < mu < math.inf:
             raise UsageError(f"STCH's mu must be positive and finite, but got {mu}.")
         self.mu = mu
-        self._given = {} if reference is None else task_values.read(reference, "references", least=-math.inf)
+        self._given = {} if reference is None else read_values(reference, "references", least=-math.inf)
 
     def settings(self) -> dict[str, Any]:
         """See `Method.settings`."""
@@ -120,7 +121,7 @@ class STCH(_Scalarization):
 
     def _create_state(self) -> None:
         super()._create_state()
-        given = task_values.assign(self._given, self.tasks, "references")
+        given = values_by_task(self._given, self.tasks, "references")
         self.register_buffer("reference", torch.tensor([given.get(task, 0.0) for task in self.tasks]))
 
     def _scalarize(self, losses: Tensor, positions: Sequence[int]) -> Tensor:

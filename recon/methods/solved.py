@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from recon.methods.base import GramianAggregator
+from recon.methods.aggregator import GramianAggregator
 from recon.methods.zero_gradients import has_direction
 
 Array = NDArray[np.float64]
@@ -28,6 +28,7 @@ class SolvedAggregator(GramianAggregator):
     """
 
     scale_free = True
+    memoryless = True
 
     def weights(self, gramian: Tensor, tasks: Sequence[str] | None = None) -> Tensor:
         """See `GramianAggregator.weights`."""

@@ -14,7 +14,7 @@ from recon.errors import UnknownNameError, UsageError
 TaskValues = str | float | Mapping[str, float] | Sequence[float]
 
 
-def read(values: TaskValues, option: str, least: float = 0.0) -> dict[str, float] | list[float]:
+def read_values(values: TaskValues, option: str, least: float = 0.0) -> dict[str, float] | list[float]:
     """The numbers by name, or in the order of the tasks.
 
     Args:
@@ -31,7 +31,9 @@ def read(values: TaskValues, option: str, least: float = 0.0) -> dict[str, float
     return [_number(value, option, least) for value in (given if isinstance(given, Iterable) else [given])]
 
 
-def assign(numbers: Mapping[str, float] | Sequence[float], tasks: Sequence[str], option: str) -> dict[str, float]:
+def values_by_task(
+    numbers: Mapping[str, float] | Sequence[float], tasks: Sequence[str], option: str
+) -> dict[str, float]:
     """The numbers by task; what was given by name may leave tasks out.
 
     Raises:

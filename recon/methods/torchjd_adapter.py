@@ -13,7 +13,9 @@ from torchjd.linalg import PSDMatrix
 
 from recon.errors import UsageError
 from recon.methods._state import RandomStream
-from recon.methods.base import Aggregator, GramianAggregator, Method, Weighting
+from recon.methods.aggregator import Aggregator, GramianAggregator
+from recon.methods.base import Method
+from recon.methods.weighting import Weighting
 
 _HOME = "_recon_method"
 _PLAIN = (bool, int, float, str, Tensor, torch.dtype, torch.device, type(None))

@@ -11,11 +11,10 @@ from torch import Tensor, nn
 from torchjd import scalarization
 
 from recon.errors import UsageError
-from recon.methods import task_values
-from recon.methods.base import Weighting
 from recon.methods.learned_scales import LearnedScales
 from recon.methods.registry import register
-from recon.methods.task_values import TaskValues
+from recon.methods.task_values import TaskValues, read_values, values_by_task
+from recon.methods.weighting import Weighting
 
 _HIGHEST_RATE = 10.0  # of DWA
 
@@ -39,10 +38,11 @@ class Joint(Weighting):
     """
 
     scale_free = True
+    memoryless = True
 
     def __init__(self, weights: TaskValues | None = None) -> None:
         super().__init__()
-        self.static = None if weights is None else task_values.read(weights, "weights")
+        self.static = None if weights is None else read_values(weights, "weights")
 
     def settings(self) -> dict[str, Any]:
         """See `Method.settings`."""
@@ -70,7 +70,7 @@ class Joint(Weighting):
     def _static_weights(self) -> Tensor:
         if self.static is None:
             return torch.ones(len(self.tasks))
-        weights = task_values.assign(self.static, self.tasks, "weights")
+        weights = values_by_task(self.static, self.tasks, "weights")
         missing = [task for task in self.tasks if task not in weights]
         if missing:
             raise UsageError(f"The weights {self.static} lack the tasks {missing}. Give every task one.")
