@@ -8,15 +8,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, get_args
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from recon.backward_passes import differentiate
 from recon.confidence import StableRanking
-from recon.conflict_map import ConflictMap, Counts, LayerConflicts, threshold_bin
+from recon.conflict_map import ConflictMap, threshold_bin
+from recon.counted_map import counted_map
 from recon.distributed import average_, broadcast_answer, world_size
-from recon.errors import CheckpointError, GradientError, UsageError
+from recon.errors import CheckpointError, UsageError
 from recon.gradients import TaskJacobian, Workspace, as_real
 from recon.gramians import layer_gramians
 from recon.layers import find_layers, unwrapped
@@ -257,47 +257,7 @@ class Profiler:
             UsageError: nothing was recorded, or no layer is shared.
             GradientError: no step had finite gradients.
         """
-        tally = self._tally
-        if tally is None:
+        if self._tally is None:
             raise UsageError("Nothing was profiled yet: call profiler.backward(losses) in the training loop first.")
-        if tally.skipped == tally.steps:
-            raise GradientError(
-                f"The gradients of all {tally.steps} steps were infinite or NaN, so nothing could be counted. Lower "
-                "the learning rate, or look at the losses."
-            )
-        if not self._shared:
-            raise UsageError(
-                f"No layer is shared: in none of {tally.steps} steps did the losses of two tasks depend on the same "
-                "trainable layer. A batch needs the targets of two tasks or more, and the tasks a common backbone."
-            )
-        conflicts, observed, stage_steps = tally.by_stage(len(self._tasks))
-        series, bin_steps = tally.series()
-        return ConflictMap(
-            tasks=tuple(self._tasks),
-            threshold=self.threshold,
-            steps=tally.steps,
-            skipped=tally.skipped,
-            stage_steps=tuple(stage_steps),
-            layers=self._layer_conflicts(
-                tally.histogram.numpy(), conflicts.numpy(), observed.numpy(), series.numpy().astype(np.int64)
-            ),
-            made_by=dict(made_by or {}),
-            bin_steps=bin_steps,
-        )
-
-    def _layer_conflicts(
-        self, histogram: Counts, conflicts: Counts, observed: Counts, series: Counts
-    ) -> list[LayerConflicts]:
-        i, j = np.triu_indices(len(self._tasks), k=1)
-        return [
-            LayerConflicts(
-                name=self.layers[k].name,
-                kind=self.layers[k].kind,
-                shapes=self.layers[k].shapes,
-                histogram=histogram[k],
-                conflicts=conflicts[:, k][:, i, j],
-                observed=observed[:, k][:, i, j],
-                series=series[:, k],
-            )
-            for k in sorted(self._shared)
-        ]
+        shared = {number: self.layers[number] for number in sorted(self._shared)}
+        return counted_map(self._tally, shared, self._tasks, made_by or {})
