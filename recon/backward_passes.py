@@ -23,12 +23,8 @@ def differentiate(losses: Mapping[str, Tensor], reach: Reach, buffers: Iterable[
     A gradient that has just been made is still in the cache, and its memory is free for the next: this is quicker
     than to collect the gradients first, and takes less memory. (Small ones are: a hook costs more than they do.)
 
-    Args:
-        losses: `{task: scalar loss}`, for all the tasks of `reach` or some of them.
-        reach: of the losses.
-        buffers: the model's. They end as one backward pass leaves them: one that runs a part of the forward again
-            (activation checkpoints) moves running statistics.
-        receive: gets the task's number in `reach`, leaves of the graph, and the gradients.
+    The losses are of all the tasks of `reach` or some of them. The model's buffers end as one backward pass leaves
+    them: one that runs a part of the forward again (activation checkpoints) moves running statistics.
     """
     present = [(number, task) for number, task in enumerate(reach.tasks) if task in losses]
     watched = [(buffer, buffer._version) for buffer in buffers]

@@ -16,12 +16,7 @@ from recon.tally import Tally
 def counted_map(
     tally: Tally, shared: Mapping[int, Layer], tasks: Sequence[str], made_by: Mapping[str, Any]
 ) -> ConflictMap:
-    """The map of the shared layers, by their numbers in the tally.
-
-    Raises:
-        UsageError: there is none.
-        GradientError: no step had finite gradients.
-    """
+    """The map of the shared layers, by their numbers in the tally."""
     if tally.skipped == tally.steps:
         raise GradientError(
             f"The gradients of all {tally.steps} steps were infinite or NaN, so nothing could be counted. Lower "

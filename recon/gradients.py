@@ -76,16 +76,7 @@ def task_jacobian(
     """Differentiate each task's loss with respect to the parameters it reaches; frees the graph.
 
     `shared` follows the order of `parameters`. Where several processes train together, the gradients are the means
-    over the ranks, and the tasks those that any rank has.
-
-    Args:
-        losses: `{task: scalar loss}`.
-        parameters: those to differentiate.
-        workspace: where to put the matrix, which then holds until the next call.
-        buffers: the model's, see `recon.backward_passes`.
-
-    Raises:
-        GradientError: a loss does not depend on any of the parameters.
+    over the ranks, and the tasks those that any rank has. In a workspace, the matrix holds until the next call.
     """
     parameters = list(parameters)
     reach = find_reach(losses, parameters)
@@ -142,12 +133,7 @@ def as_real(gradient: Tensor) -> Tensor:
 
 
 def write_combination(jacobian: TaskJacobian, weights: Tensor | None = None) -> None:
-    """Accumulate `weights @ J` into the shared parameters' `.grad`.
-
-    Args:
-        jacobian: of this step.
-        weights: (T,); the plain sum of the rows when not given.
-    """
+    """Accumulate `weights @ J` into the shared parameters' `.grad`: the plain sum of the rows without weights (T,)."""
     weights = None if weights is None else weights.to(jacobian.matrix)
     start = 0
     for parameters in _pieces(jacobian.shared):

@@ -38,12 +38,8 @@ def layer_gramians(jacobian: TaskJacobian, layer_of: Mapping[Tensor, int]) -> tu
     exact, and their sum over n columns is off by at most n × 1.1e-16 of the norms: a billionth for ten million.
     (Apple's MPS has no float64.)
 
-    Args:
-        jacobian: its shared parameters must come layer by layer.
-        layer_of: the number of each parameter's layer.
-
-    Returns:
-        The L layers' numbers, and (L, T, T), zero where a task does not reach.
+    The Jacobian's shared parameters must come layer by layer. Returns the L layers' numbers, and (L, T, T), zero where
+    a task does not reach.
     """
     found = _shared_gramians(jacobian, layer_of)
     _add_own(found, jacobian, layer_of)

@@ -101,20 +101,13 @@ class EpochMeter:
         """Refuse a loss that is not finite before it reaches the weights.
 
         Where reading a loss would wait for a GPU, or one rank alone would know of it, this is left to `check_pending`.
-
-        Raises:
-            GradientError: the loss of a task is infinite or NaN.
         """
         self.unchecked.append({task: loss.detach() for task, loss in losses.items()})
         if self.device.type == "cpu" and world_size() == 1:
             self.check_pending()
 
     def check_pending(self) -> None:
-        """Check the losses that `check` left for later; every rank must call it in the same step.
-
-        Raises:
-            GradientError: see `check`.
-        """
+        """Check the losses that `check` left for later; every rank must call it in the same step."""
         unchecked, self.unchecked = self.unchecked, []
         if not unchecked:  # between two steps: one rank alone may ask
             return
@@ -157,11 +150,7 @@ class EpochMeter:
         return Epoch(self.number, self.steps, self.seconds, losses, weights, skipped=self.skipped)
 
     def whole_epoch(self, tasks: tuple[str, ...]) -> Epoch:
-        """The record of an epoch that went through all batches, over all ranks.
-
-        Raises:
-            ProblemError: a task never had a target.
-        """
+        """The record of an epoch that went through all batches, over all ranks; each task must have had a target."""
         everyone = gather(self._totals())
         counts, *others = (_added_up(tables, tasks) for tables in zip(*everyone, strict=True))
         never = [task for task in tasks if task not in counts]

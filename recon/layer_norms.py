@@ -19,24 +19,15 @@ from recon.reach import find_reach
 
 
 def layer_norms(losses: Mapping[str, Tensor], model: nn.Module, name: str = "") -> dict[str, Tensor]:
-    """The norm of each loss's gradient with respect to the parameters of one layer.
+    """The norm of each loss's gradient with respect to the parameters of one layer; the losses' graph is kept.
 
     Where several processes train together, the gradients are averaged over the ranks first, as everywhere.
 
-    Args:
-        losses: `{task: scalar loss}`; their graph is kept.
-        model: plain or branched.
-        name: of the layer. If empty, it is the last one that all tasks of the step share: the one that the forward pass
-            used last. A copy in a branched layer that serves some of the tasks is not shared by all.
+    Without a name, the layer is the last one that all tasks of the step share: the one that the forward pass used last.
+    A copy in a branched layer that serves some of the tasks is not shared by all.
 
-    Returns:
-        `{task: norm}`, 0-dimensional, in float64 where the device has it, for the tasks that any rank has; empty if
-        there is but one, which nothing can be compared with.
-
-    Raises:
-        UnknownNameError: there is no such layer.
-        UsageError: a task does not reach the layer, or no layer is shared by all.
-        NonFiniteError: a gradient is not finite.
+    Returns `{task: norm}`, 0-dimensional, in float64 where the device has it, for the tasks that any rank has; empty if
+    there is but one, which nothing can be compared with.
     """
     layers = find_layers(unwrapped(model))
     name = name and canonical_name(layers, name)

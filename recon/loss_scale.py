@@ -26,9 +26,6 @@ class LossScale:
     Dynamic loss scaling (Micikevicius et al., "Mixed Precision Training", ICLR 2018, section 3.2), with the numbers of
     `torch.amp.GradScaler`. That one divides `.grad`, when a method has made it already; but many a method reads more
     from a task's gradient than its direction, so here each is divided as it arrives. The losses keep their values.
-
-    Args:
-        device: where the model is.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -52,13 +49,9 @@ class LossScale:
             return {}
 
     def finish_step(self, method: Method) -> bool:
-        """Whether every gradient since the last call is finite on all ranks, and the scale for the next step.
+        """Whether every gradient since the last call is finite on all ranks; sets the scale for the next step.
 
-        Args:
-            method: gets back the state of before if one is not.
-
-        Raises:
-            GradientError: no scale is small enough.
+        If one is not, the method gets back the state of before. GradientError: no scale is small enough.
         """
         overflow = any(gather(bool(self._overflow)))
         before, self._method_before = self._method_before, None

@@ -23,17 +23,10 @@ _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Precision:
-    """How the steps of a training are computed.
+    """How the steps of a training are computed: in the model's own precision, or by autocast.
 
     Autocast surrounds the forward alone: its outputs become float32 before the losses see them, and gradients, updates
     and weights are those of the parameters' own precision.
-
-    Args:
-        amp: `bf16`, `fp16`, or None for the precision that the model has.
-        device: where the model is.
-
-    Raises:
-        UsageError: something else, or `fp16` on a CPU.
     """
 
     def __init__(self, amp: Amp | None, device: torch.device) -> None:

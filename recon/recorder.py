@@ -119,11 +119,7 @@ class Recorder:
 
 
 def read_records(path: str | Path) -> list[dict[str, Any]]:
-    """The lines of a recorder's file.
-
-    Raises:
-        CheckpointError: it cannot be read, or a line is damaged.
-    """
+    """The lines of a recorder's file."""
     documents = read_documents(path, CheckpointError, "It should hold the steps of a training, one a line.")
     return [_checked(document) for document in documents]
 
@@ -139,12 +135,7 @@ def _checked(line: Document) -> dict[str, Any]:
 
 
 def mean_weights(records: Sequence[Mapping[str, Any]], tasks: Sequence[str]) -> dict[str, float]:
-    """`{task: mean weight}` over the steps in which the task had one; empty if the method has no weights.
-
-    Args:
-        records: lines of a recorder's file.
-        tasks: in the order wanted.
-    """
+    """`{task: mean weight}` over the steps in which the task had one; empty if the method has no weights."""
     by_task = {task: [r["weights"][task] for r in records if "step" in r and task in r["weights"]] for task in tasks}
     found = {task: [w for w in weights if w is not None] for task, weights in by_task.items()}
     return {task: sum(weights) / len(weights) for task, weights in found.items() if weights}

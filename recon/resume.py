@@ -32,15 +32,8 @@ logger = logging.getLogger(__name__)
 class Checkpoints:
     """Keeps a training's state in a file, so that it can go on as if it had never been interrupted.
 
-    Args:
-        run: the training, at its beginning.
-        path: the file; nothing is kept if it is None.
-        seconds: how often to save within an epoch; every epoch's end is saved.
-        settings: what else the checkpoint belongs to: plain values by name.
-        on_save: called with the history so far after every save.
-
-    Raises:
-        UsageError: `seconds` is negative, or several processes train together.
+    Every epoch's end is saved, and within an epoch the step after each `seconds`; without a path, nothing is kept.
+    `settings` is what else a checkpoint belongs to, plain values by name; `on_save` is called with the history so far.
     """
 
     def __init__(
@@ -68,12 +61,7 @@ class Checkpoints:
         self._saved_at = time.monotonic()
 
     def open(self, resume: bool, epochs: int) -> None:
-        """Take up the training where the checkpoint left it; without `resume`, see that there is none.
-
-        Raises:
-            UsageError: there is a checkpoint, and no `resume`.
-            CheckpointError: it is damaged, belongs to another training, or is further than `epochs`.
-        """
+        """Take up the training where the checkpoint left it; without `resume`, refuse one that is there."""
         if self.path is None:
             if resume:
                 raise UsageError("resume=True needs the path of a checkpoint: checkpoint='run.checkpoint'.")
@@ -97,11 +85,7 @@ class Checkpoints:
 
     @contextmanager
     def kept(self) -> Iterator[None]:
-        """Whatever ends the training in here, the last complete step is saved, if that can be done.
-
-        Raises:
-            UsageError: another process writes the same checkpoint.
-        """
+        """Whatever ends the training in here, the last complete step is saved, if that can be done."""
         if self.path is None:
             yield
             return
@@ -126,14 +110,7 @@ class Checkpoints:
             self.save()
 
     def save(self) -> None:
-        """Save where the training is.
-
-        Raises:
-            GradientError: a loss was not finite: what would be saved is spoilt.
-            UsageError: the file cannot be written.
-            WriteError: the disk is full.
-            CheckpointError: the state holds something that cannot be kept.
-        """
+        """Save where the training is; a loss that was not finite is raised in place of it."""
         if self.path is None or self.run.position == self._saved:
             return
         self.run.meter.check_pending()
@@ -212,11 +189,7 @@ class Interrupts:
 
 
 def refuse_existing(path: Path) -> None:
-    """A checkpoint that an interrupted training left is not overwritten by another one.
-
-    Raises:
-        UsageError: there is one.
-    """
+    """A checkpoint that an interrupted training left is not overwritten by another one."""
     if path.exists():
         raise UsageError(
             f"{path} is there already: a training was interrupted, and can go on from it with --resume (in Python, "

@@ -24,11 +24,7 @@ _looked_at: WeakSet[Method] = WeakSet()
 
 
 def read_scale(loss_scale: LossScaleLike | None, losses: Mapping[str, Tensor]) -> Tensor | None:
-    """The number, 0-dimensional, where the losses are; None if there is none.
-
-    Raises:
-        UsageError: it is neither a number above 0 nor a `torch.amp.GradScaler`.
-    """
+    """The number, 0-dimensional, where the losses are; None if there is none."""
     if loss_scale is None:
         return None
     device = next((loss.device for loss in losses.values()), torch.device("cpu"))

@@ -24,9 +24,7 @@ class GradientSketch:
     of the sketches; and it keeps inner products: the error of a cosine has a standard deviation of at most about
     1 / sqrt(size), and is nothing but rounding in a layer of at most `size` numbers.
 
-    Args:
-        layers: the parameters of each of the L layers.
-        size: numbers kept per layer and task, m.
+    L layers are given by their parameters; m is the size.
     """
 
     def __init__(self, layers: Sequence[Sequence[nn.Parameter]], size: int = SIZE) -> None:

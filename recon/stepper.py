@@ -34,14 +34,7 @@ _PLAIN = Precision(None, torch.device("cpu"))
 
 @dataclass(frozen=True)
 class Stepper:
-    """Takes the steps of a training.
-
-    Args:
-        run: the training.
-        losses: `{task: loss}`.
-        clip: the largest norm of the update; None for any.
-        recorder: is told of every step.
-    """
+    """Takes the steps of a training; `clip` is the largest norm of an update, the recorder is told of every step."""
 
     run: TrainingRun
     losses: Mapping[str, Loss]
@@ -102,10 +95,9 @@ class Stepper:
         return [_Part(batch, _detached(losses), _detached(weights))]
 
     def _refuse_non_finite(self, done: Sequence[_Part]) -> None:
-        """See that the update is finite, and all losses: on a GPU, the one time in a step that it is waited for.
+        """Refuse an update or a loss that is not finite: on a GPU, the one time in a step that it is waited for.
 
-        Raises:
-            GradientError: it is not; the message names the task, which a second look at the batches tells.
+        The message names the task, which a second look at the batches shows.
         """
         meter, device = self.run.meter, self.run.device
         gradients = [_values(p.grad) for p in self._parameters() if p.grad is not None and p.grad.numel()]
@@ -171,15 +163,7 @@ def task_losses(
 ) -> dict[str, Tensor]:
     """`{task name: scalar loss}` of one batch, for the tasks of `losses` that have a target in it.
 
-    Args:
-        model: `model(inputs) -> {task name: output}`.
-        inputs: of the batch.
-        targets: of the batch.
-        losses: `{task name: (output, target) -> scalar}`.
-        precision: of the forward; the model's own when not given.
-
-    Raises:
-        ProblemError: the model's output lacks a task, or a loss is not a scalar tensor.
+    The precision is that of the forward: the model's own when not given.
     """
     present = [task for task in losses if targets.get(task) is not None]
     if not present:

@@ -18,10 +18,7 @@ _PENDING = 1 << 17  # cosines that wait to be counted together: a step's own are
 class Tally:
     """Counts of cosines, kept on the gradients' device; reading them is the only time that waits for it.
 
-    Args:
-        layers: how many layers there are.
-        threshold: S; cosines strictly below it are conflicts.
-        device: where the Gramians come from.
+    Cosines strictly below the threshold are conflicts.
     """
 
     def __init__(self, layers: int, threshold: float, device: torch.device) -> None:
@@ -36,12 +33,9 @@ class Tally:
         self._pending_of: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())
 
     def add(self, layers: Sequence[int], tasks: Sequence[int], gramians: Tensor) -> None:
-        """Count one step.
+        """Count one step, from the Gramians (L, T, T) of the L layers and T tasks of these numbers.
 
-        Args:
-            layers: the numbers of the L layers that were shared in this step.
-            tasks: the numbers of the T tasks that took part.
-            gramians: (L, T, T); a zero on the diagonal means that the task has no gradient there.
+        A zero on a diagonal means that the task has no gradient there.
         """
         if self._pending_of != (tuple(layers), tuple(tasks)):
             self._flush()
@@ -69,12 +63,8 @@ class Tally:
     def by_stage(self, tasks: int) -> tuple[Tensor, Tensor, list[int]]:
         """The counts by quarter of the training; a block belongs where its middle lies.
 
-        Args:
-            tasks: how many tasks there are, T.
-
-        Returns:
-            conflicts and observed cosines, each (4, layers, T, T) with the upper triangles used, on the CPU; and
-            the steps of each quarter.
+        Conflicts and observed cosines, each (4, layers, T, T) with the upper triangles used, on the CPU; and the steps
+        of each quarter.
         """
         self._flush()
         self._grow(tasks)
@@ -166,12 +156,7 @@ class Tally:
 
 
 class _Blocks:
-    """Counts by block of consecutive steps: when all blocks are full, they double in length.
-
-    Args:
-        counts: (blocks, ...), zero or from an earlier run.
-        length: steps of a block.
-    """
+    """Counts (blocks, ...) by block of `length` consecutive steps: when all blocks are full, they double in length."""
 
     def __init__(self, counts: Tensor, length: int = 1) -> None:
         self.counts = counts

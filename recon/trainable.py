@@ -23,11 +23,7 @@ _WAY_OUT = (
 
 
 def as_module(model: Any) -> nn.Module:
-    """The model as one module; several modules become one that holds them, numbered.
-
-    Raises:
-        UsageError: it is no module, or one whose task gradients cannot be had.
-    """
+    """The model as one module; several modules become one that holds them, numbered."""
     if isinstance(model, (list, tuple)) and model and all(isinstance(part, nn.Module) for part in model):
         model = nn.ModuleList(model)
     if not isinstance(model, nn.Module):
@@ -37,11 +33,7 @@ def as_module(model: Any) -> nn.Module:
 
 
 def refuse_untrainable(model: nn.Module) -> None:
-    """Fail on a model whose parameters are not all there in this process.
-
-    Raises:
-        UsageError: it is sharded, see `refuse_sharded`, or on the meta device.
-    """
+    """Fail on a model whose parameters are not all there in this process: sharded, or on the meta device."""
     refuse_sharded(model)
     for name, parameter in model.named_parameters():
         if parameter.is_meta and parameter.requires_grad:
@@ -52,11 +44,7 @@ def refuse_untrainable(model: nn.Module) -> None:
 
 
 def refuse_sharded(model: nn.Module) -> None:
-    """Fail on a model of which this process has a part only.
-
-    Raises:
-        UsageError: it is sharded (FSDP, tensor parallel, DeepSpeed), or an engine that makes its own gradients.
-    """
+    """Fail on a model that is sharded (FSDP, tensor parallel, DeepSpeed), or an engine that makes its own gradients."""
     for name, module in model.named_modules():
         if fault := _fault_of_class(type(module)):  # type: ignore[arg-type]
             raise UsageError(f"{f'Module {name!r}' if name else 'The model'} is {fault}. {_WAY_OUT}")

@@ -181,11 +181,7 @@ def _with_bar(run: TrainingRun, epochs: int, show: bool) -> Iterator[Batch]:
 
 
 def check_optimizer(optimizer: Optimizer) -> None:
-    """See that it is one, whose step needs no more than the gradients.
-
-    Raises:
-        UsageError: it is not.
-    """
+    """Refuse what is no optimizer, and one whose step needs more than the gradients."""
     if isinstance(optimizer, LRScheduler):
         raise UsageError(
             f"optimizer is a learning rate scheduler ({type(optimizer).__name__}). Pass optimizer=scheduler.optimizer, "

@@ -18,22 +18,13 @@ VERSION = 1
 
 
 def write_training(path: Path, state: Mapping[str, Any]) -> None:
-    """Write a checkpoint atomically.
-
-    Raises:
-        UsageError: the file cannot be written, or the disk is full; an older checkpoint is as it was.
-        CheckpointError: a state holds something else than tensors and plain values.
-    """
+    """Write a checkpoint atomically: where that fails, an older one is as it was."""
     content = {"format": FORMAT, "version": VERSION, **state}
     write_atomically(path, lambda temporary: _write(temporary, content))
 
 
 def read_training(path: Path) -> dict[str, Any]:
-    """Read a checkpoint, onto the CPU.
-
-    Raises:
-        CheckpointError: the file is damaged, truncated, of another version, or something else.
-    """
+    """Read a checkpoint, onto the CPU."""
     try:
         content = read_tensors(path)
     except (OSError, TensorFileError) as error:
@@ -55,11 +46,7 @@ def read_training(path: Path) -> dict[str, Any]:
 
 
 def check_same(path: Path, saved: Mapping[str, Any], present: Mapping[str, Any]) -> None:
-    """Compare what a checkpoint belongs to with the training that it is to go on with.
-
-    Raises:
-        CheckpointError: a field differs.
-    """
+    """Refuse to go on from the checkpoint of another training: each field of what it belongs to must be the same."""
     for field in [*present, *(field for field in saved if field not in present)]:
         then, now = (_text(known[field]) if field in known else "not there" for known in (saved, present))
         if then != now:

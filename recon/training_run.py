@@ -25,16 +25,7 @@ from recon.weights import load_weights
 class TrainingRun:
     """A training, between two of its steps.
 
-    Args:
-        model: what is trained.
-        optimizer: of the model's parameters and the method's.
-        scheduler: of the optimizer.
-        method: set up for the tasks.
-        profiler: records the conflicts.
-        stream: the batches.
-        device: where the model is.
-        precision: what the forward is computed in.
-        recorder: writes down the steps.
+    The method is set up for the tasks, and the optimizer has the parameters of the model and of the method.
 
     Attributes:
         history: of the finished epochs.

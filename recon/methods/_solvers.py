@@ -15,10 +15,8 @@ RANK_TOLERANCE = 1e-6
 def factor(G: Array, tolerance: float = 0.0) -> Array:
     """R with RᵀR = G: vectors, one per column, with the gradients' inner products.
 
-    Args:
-        G: the Gramian.
-        tolerance: eigenvalues of the cosines below this times the largest become zero, at least those that are
-            rounding in float64.
+    Eigenvalues of the cosines below `tolerance` times the largest become zero, at least those that are rounding in
+    float64.
     """
     lengths = np.sqrt(G.diagonal())
     # The factor of G itself would carry the rounding errors of the longest gradient in every column.

@@ -112,12 +112,7 @@ class GramianAggregator(Aggregator):
 
 
 def non_finite(bad: Sequence[int], tasks: Sequence[str]) -> str:
-    """What to say of task gradients that are not finite.
-
-    Args:
-        bad: their rows.
-        tasks: the rows' names, if they are known.
-    """
+    """The message on task gradients that are not finite, by their rows, and their names if they are known."""
     named = ", ".join(f"{i} ({tasks[i]!r})" if tasks else f"{i}" for i in bad)
     return (
         f"The gradient of task {named} is not finite, so there is no update that is right for all tasks. "

@@ -18,9 +18,7 @@ _made: WeakKeyDictionary[nn.Module, dict[tuple[str, int], Method]] = WeakKeyDict
 def method_by_name(text: str, model: nn.Module, tasks: Sequence[str]) -> Method:
     """The method of this name that was made for the model, set up for these tasks at least.
 
-    Raises:
-        UnknownNameError: there is no such method.
-        UsageError: it remembers something: nobody could save that, or give its parameters to an optimizer.
+    One that remembers something is refused: nobody could save that, or give its parameters to an optimizer.
     """
     made = _made.setdefault(model, {})
     key = text, edition()

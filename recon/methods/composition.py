@@ -88,11 +88,7 @@ class Composition(Aggregator):
 
 
 def compose(parts: Sequence[Method]) -> Composition:
-    """The composition of a weighting and an aggregator.
-
-    Raises:
-        UsageError: the parts are something else.
-    """
+    """The composition of a weighting and an aggregator; nothing else can be composed."""
     _check(parts)
     weighting, aggregator = parts
     assert isinstance(weighting, Weighting) and isinstance(aggregator, Aggregator)

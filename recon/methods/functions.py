@@ -79,9 +79,6 @@ def method_class(function: Callable[..., Tensor]) -> type[Method]:
     `losses`: (T,), for a weighting; it returns the (T,) weights of the losses.
 
     T counts the tasks that are there in the step. Further parameters, each with a default, are the method's options.
-
-    Raises:
-        UsageError: the first parameter is called otherwise.
     """
     signature = inspect.signature(function)
     parameters = list(signature.parameters.values())

@@ -68,15 +68,9 @@ class GradDrop(Aggregator):
 
 
 def follow_one_sign(J: Tensor, draws: Tensor, leak: float = 0.0) -> Tensor:
-    """Algorithm 1 from line 11 on, with the identity for its monotonic function.
+    """Algorithm 1 from line 11 on, with the identity for its monotonic function: (P,), float32 at least.
 
-    Args:
-        J: (T, P), one task gradient per row.
-        draws: (P,), uniform in [0, 1).
-        leak: how much of the dropped gradients gets through.
-
-    Returns:
-        (P,), float32 at least.
+    J is (T, P), one task gradient per row; the draws (P,) are uniform in [0, 1).
     """
     rows = J.float() if J.dtype in (torch.float16, torch.bfloat16) else J
     positive, negative = rows[0].clamp(min=0), rows[0].clamp(max=0)

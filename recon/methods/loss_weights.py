@@ -21,15 +21,7 @@ class LossWeights(Weighting):
 
     @abstractmethod
     def _weigh(self, losses: Tensor, positions: Sequence[int]) -> Tensor:
-        """The weights of one step.
-
-        Args:
-            losses: (n,), detached, of the tasks that are present.
-            positions: where these are in `tasks`.
-
-        Returns:
-            (n,)
-        """
+        """The weights (n,) of one step's losses (n,), detached: those of the tasks at these positions in `tasks`."""
 
     def combine(self, losses: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """See `Weighting.combine`."""

@@ -87,11 +87,7 @@ def register(name: str, *, title: str = "", paper: str = "", scale: str = "") ->
 
 
 def describe(definition: Any, name: str, title: str = "", paper: str = "", scale: str = "") -> Known:
-    """The entry of a method that may not be registered, and its class.
-
-    Raises:
-        UsageError: see `register`.
-    """
+    """The entry of a method that may not be registered, and its class."""
     cls = method_class(definition) if inspect.isfunction(definition) else definition
     family = _family(cls)
     first_line = (inspect.getdoc(definition) or name).splitlines()[0]
@@ -118,11 +114,7 @@ def entry(name: str) -> MethodEntry:
 
 
 def find(name: str) -> Known:
-    """What is known about a method, and its class.
-
-    Raises:
-        UnknownNameError: there is no such method.
-    """
+    """What is known about a method, and its class."""
     if name not in _methods:
         hint = "Options go to parse('name:option=value') or get('name', option=value)." if ":" in name else ""
         raise UnknownNameError("method", name, _methods, hint)
@@ -151,11 +143,7 @@ def get(name: str, /, **options: Any) -> Method:
 
 
 def make(known: MethodEntry, cls: type[Method], options: Mapping[str, Any]) -> Method:
-    """Makes a method from what `find` or `describe` gave.
-
-    Raises:
-        UsageError: an option that the method does not have, or a value that it cannot take.
-    """
+    """Makes a method from what `find` or `describe` gave."""
     method = cls(**{option: _fitting(known, option, value) for option, value in options.items()})
     method.name = method.name or known.name
     return method

@@ -44,12 +44,7 @@ class SolvedAggregator(GramianAggregator):
 
     @abstractmethod
     def _solve(self, G: Array, positions: Sequence[int]) -> Array:
-        """The weights.
+        """The weights (T,), in sum scale, for the Gramian (T, T), with a diagonal whose mean is 1.
 
-        Args:
-            G: (T, T), the Gramian, with a diagonal whose mean is 1.
-            positions: which of `self.tasks` the rows are, for a method that keeps something by task.
-
-        Returns:
-            (T,), in sum scale.
+        The positions say which of `self.tasks` the rows are, for a method that keeps something by task.
         """

@@ -8,15 +8,10 @@ from torch.optim.adam import adam
 
 
 class TaskAdam(nn.Module):
-    """One number for each task, moved by Adam (Kingma and Ba, ICLR 2015).
+    """One number for each task, moved by Adam (Kingma and Ba, ICLR 2015) from where `value` (T,) starts.
 
     The numbers and all of Adam's state are buffers: they belong to the method's `state_dict`, and not to the parameters
     that the model's optimizer is given.
-
-    Args:
-        value: (T,), where the numbers start.
-        lr: the step size.
-        weight_decay: how strongly the numbers are pulled to 0.
     """
 
     value: Tensor
@@ -33,11 +28,9 @@ class TaskAdam(nn.Module):
 
     @torch.no_grad()
     def step(self, gradient: Tensor, positions: list[int]) -> None:
-        """Descend.
+        """Descend along the gradient (n,) of the tasks that are present, at these places among the tasks.
 
-        Args:
-            gradient: (n,), of the tasks that are present.
-            positions: where these are among the tasks. The others' numbers and averages stay as they are.
+        The others' numbers and averages stay as they are.
         """
         state = [[buffer[i] for i in positions] for buffer in (self.value, self.mean, self.square, self.steps)]
         value, mean, square, steps = state

@@ -15,16 +15,7 @@ TaskValues = str | float | Mapping[str, float] | Sequence[float]
 
 
 def read_values(values: TaskValues, option: str, least: float = 0.0) -> dict[str, float] | list[float]:
-    """The numbers by name, or in the order of the tasks.
-
-    Args:
-        values: as the user gave them.
-        option: what the error message calls them.
-        least: what none of them may be below.
-
-    Raises:
-        UsageError: they cannot be read, or one of them is not finite or too small.
-    """
+    """The numbers by name, or in the order of the tasks, none below `least`; `option` is what errors call them."""
     given = _parse(values, option) if isinstance(values, str) else values
     if isinstance(given, Mapping):
         return {task: _number(value, option, least) for task, value in given.items()}
@@ -34,12 +25,7 @@ def read_values(values: TaskValues, option: str, least: float = 0.0) -> dict[str
 def values_by_task(
     numbers: Mapping[str, float] | Sequence[float], tasks: Sequence[str], option: str
 ) -> dict[str, float]:
-    """The numbers by task; what was given by name may leave tasks out.
-
-    Raises:
-        UsageError: there are more or fewer numbers than tasks.
-        UnknownNameError: there is no such task.
-    """
+    """The numbers by task, one for each; what was given by name may leave tasks out."""
     if not isinstance(numbers, Mapping):
         if len(numbers) != len(tasks):
             raise UsageError(

@@ -16,11 +16,7 @@ from recon.methods.solved import Array, SolvedAggregator
 class TorchJDAggregator(SolvedAggregator):
     """Hands the Gramian to a weighting of TorchJD, which then meets neither a NaN nor an odd scale or dtype.
 
-    TorchJD draws from the global random generator: it is lent the method's own stream.
-
-    Args:
-        weighting: on Gramians.
-        seed: of the stream.
+    TorchJD draws from the global random generator: it is lent the method's own stream, which begins at `seed`.
     """
 
     def __init__(self, weighting: Weighting[Any], seed: int = 0) -> None:

@@ -18,9 +18,7 @@ def has_direction(lengths: Tensor) -> Tensor:
 def with_meaning(weights: Mapping[str, Tensor], lengths: Tensor) -> dict[str, Tensor]:
     """The weights without those of tasks whose gradient is as good as zero: any other would have done there.
 
-    Args:
-        weights: `{task: weight}`.
-        lengths: (T,), of the tasks' gradients, in the same order.
+    The lengths (T,) of the gradients are in the order of the weights.
     """
     if not weights:
         return {}
