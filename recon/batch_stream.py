@@ -28,11 +28,9 @@ class BatchStream:
     """One epoch of a loader after the other.
 
     The order of an epoch's batches hangs on the random states at its beginning. To get to a place within it, those
-    are put back, and the batches up to there are drawn again.
-
-    Args:
-        loader: the batches. One of one's own with `state_dict` and `load_state_dict` tells and finds its place itself.
-        remembers: whether `state_dict` will be asked for, so that the random states have to be remembered.
+    are put back, and the batches up to there are drawn again. A loader of your own with `state_dict` and
+    `load_state_dict` says and finds its place itself. `remembers` says whether `state_dict` will be asked for, so that
+    the random states have to be remembered.
 
     Attributes:
         drawn: how many of the epoch's batches are done.
@@ -61,12 +59,7 @@ class BatchStream:
     def rest(self, epoch: int) -> Iterator[Batch]:
         """The batches of the epoch that are not done yet; those that are done are drawn again right away.
 
-        Args:
-            epoch: its number, for errors.
-
-        Raises:
-            LoaderError: the loader raised; so it may while it is iterated.
-            CheckpointError: the loader has fewer batches than are done already.
+        The epoch's number is for errors, which may come while the batches are iterated.
         """
         if self.drawn == 0:
             self.begin_epoch()

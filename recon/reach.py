@@ -61,12 +61,9 @@ class Reach:
 
 
 def find_reach(losses: Mapping[str, Tensor], parameters: Iterable[nn.Parameter]) -> Reach:
-    """What the losses of one step depend on, on any of the ranks.
+    """What the losses of one step depend on, on any of the ranks; a loss that depends on nothing is refused.
 
-    Raises:
-        GradientError: a loss does not depend on any of the parameters, or on some of them in a hidden way.
-        UsageError: a part of the model, scripted say, hides which of its parameters each loss depends on; or the ranks
-            do not have the same parameters.
+    So is one that depends on some of the parameters in a way that autograd hides, by a scripted part say.
     """
     parameters = list(parameters)
     trainable = {p: None for p in parameters if p.requires_grad}  # ordered, and quick to look up
@@ -125,13 +122,7 @@ def _hidden_reach(node: Node) -> str:
 
 
 def average_losses(losses: Mapping[str, Tensor], tasks: Sequence[str], device: torch.device) -> dict[str, Tensor]:
-    """`{task: mean loss}`, detached, over the ranks that have one; a weighting must weigh alike on all of them.
-
-    Args:
-        losses: this rank's.
-        tasks: those that any rank has, as `find_reach` says.
-        device: where the model is.
-    """
+    """`{task: mean loss}`, detached, over the ranks that have one, so that a weighting weighs alike on all of them."""
     if world_size() == 1:
         return {task: loss.detach() for task, loss in losses.items()}
     # One precision on all ranks, whether they have losses or not: their weights must not differ by a rounding.
