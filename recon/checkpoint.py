@@ -10,7 +10,7 @@ from torch import nn
 
 from recon.branch_plan import BranchPlan
 from recon.copies import copy_model
-from recon.errors import CheckpointError, ReconError, UsageError
+from recon.errors import CheckpointError, ReconError, UsageError, reason_of, type_name
 from recon.files import write_text
 from recon.layers import unwrapped
 from recon.plan_file import plan_from_json, plan_to_json
@@ -56,8 +56,8 @@ def load(folder: str | Path, model: nn.Module) -> nn.Module:
     """
     if not isinstance(model, nn.Module) or not isinstance(folder, (str, Path)):
         raise UsageError(
-            f"recon.load takes a folder and an unbranched model, but got {_kind(folder)} and {_kind(model)}. Write "
-            "recon.load('branched/', Net())."
+            f"recon.load takes a folder and an unbranched model, but got {type_name(folder)} and {type_name(model)}. "
+            "Write recon.load('branched/', Net())."
         )
     folder = Path(folder)
     text = _metadata(folder).get("plan", "")
@@ -73,7 +73,7 @@ def load(folder: str | Path, model: nn.Module) -> nn.Module:
         _load_weights(loaded, folder)
     except (RuntimeError, SafetensorError) as error:
         raise CheckpointError(
-            f"{folder}: the weights do not fit this model ({_first_lines(error)}). Load it with the "
+            f"{folder}: the weights do not fit this model ({reason_of(error, 300)}). Load it with the "
             "architecture it was saved from."
         ) from error
     return loaded
@@ -125,12 +125,3 @@ def _read_plan(folder: Path, text: str) -> str:
             "editing the file: convert and save the model again."
         )
     return text
-
-
-def _first_lines(error: Exception, limit: int = 300) -> str:
-    text = " ".join(str(error).split())
-    return text if len(text) <= limit else text[:limit] + "..."
-
-
-def _kind(value: object) -> str:
-    return f"the class {value.__name__}" if isinstance(value, type) else type(value).__name__
