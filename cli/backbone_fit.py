@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from recon import models
 from recon.batches import task_outputs
-from recon.errors import ProblemError, ReconError, UsageError, some
+from recon.errors import ProblemError, ReconError, UsageError, shortened
 from recon.evaluation import eval_mode
 from recon.problem import Problem
 from recon.problems import call_function
@@ -134,8 +134,8 @@ def _others(name: str, kind: str | None) -> str:
 
 def _inputs_text(inputs: Any) -> str:
     shapes = [str(tuple(leaf.shape)) for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)]
-    return f"inputs {some(shapes) or 'without tensors'}"
+    return f"inputs {shortened(shapes) or 'without tensors'}"
 
 
 def _shapes_text(shapes: Mapping[str, tuple[int, ...]]) -> str:
-    return some(f"{shape or 'no tensor'} for task {task!r}" for task, shape in shapes.items())
+    return shortened(f"{shape or 'no tensor'} for task {task!r}" for task, shape in shapes.items())

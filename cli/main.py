@@ -12,7 +12,6 @@ import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from importlib.metadata import version
-from pathlib import Path
 
 from recon.errors import ReconError, UnknownNameError, UsageError, readable
 from recon.runs import json_values
@@ -109,7 +108,7 @@ def _message(error: BaseException) -> str:
     if isinstance(error, KeyboardInterrupt):
         return "Interrupted."
     what = f"{type(error).__name__}: {error}"
-    frame = user_frame(error, Path(__file__).parent)
+    frame = user_frame(error)
     if frame is None:
         return f"{readable(what)}\nThis was not expected; rerun with --debug for the traceback."
     where = f"{frame.filename}:{frame.lineno}, in {frame.name}"

@@ -9,7 +9,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from recon.errors import printable, shortened, some
+from recon.errors import cut, printable, shortened
 from recon.tables import text_table
 
 if TYPE_CHECKING:
@@ -25,10 +25,10 @@ def header_text(cmap: ConflictMap) -> str:
     made_by = ", ".join(f"{key} {_value(value)}" for key, value in cmap.made_by.items()) or "unknown"
     steps = "unknown" if cmap.steps is None else f"{cmap.steps}, of which {cmap.skipped} skipped as not finite"
     lines = [
-        f"tasks:     {shortened(printable(', '.join(cmap.tasks), keep=''), 2000) or 'unknown'}",
+        f"tasks:     {cut(printable(', '.join(cmap.tasks), keep=''), 2000) or 'unknown'}",
         f"steps:     {steps}",
         f"threshold: {cmap.threshold:g}",
-        textwrap.fill(shortened(made_by, 2000), 100, initial_indent="made by:   ", subsequent_indent=" " * 11),
+        textwrap.fill(cut(made_by, 2000), 100, initial_indent="made by:   ", subsequent_indent=" " * 11),
     ]
     return "\n".join([*lines, cmap.unfinished] if cmap.unfinished else lines)
 
@@ -90,7 +90,7 @@ def _origins(files: Files, maps: Maps, threshold: float | None) -> str:
 
 def _agreement(found: MapComparison) -> list[str]:
     only = [
-        f"{len(names)} in {side} alone{f' ({some(names)})' if names else ''}"
+        f"{len(names)} in {side} alone{f' ({shortened(names)})' if names else ''}"
         for names, side in zip(found.only, "AB", strict=True)
     ]
     return [

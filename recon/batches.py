@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from recon.errors import ProblemError, ReconError, UsageError
+from recon.errors import ProblemError, ReconError, UsageError, type_name
 from recon.trees import map_tree
 
 Tree = TypeVar("Tree")
@@ -142,9 +142,10 @@ def check_outputs(outputs: Any, tasks: Iterable[str]) -> Mapping[str, Any]:
         ProblemError: the output is no `{task name: output}`, or lacks a task.
     """
     if not isinstance(outputs, Mapping):
+        got = "Tensor" if isinstance(outputs, Tensor) else type_name(outputs)
         raise ProblemError(
-            f"The model must return {{task name: output}}, but it returned {_kind(outputs)}. Let its forward "
-            "return a dict with one entry for each task."
+            f"The model must return {{task name: output}}, but it returned {got}. Let its forward return a dict with "
+            "one entry for each task."
         )
     missing = [task for task in tasks if task not in outputs]
     if missing:
@@ -153,7 +154,3 @@ def check_outputs(outputs: Any, tasks: Iterable[str]) -> Mapping[str, Any]:
             f"{', '.join(map(repr, outputs)) or 'none'}. The names in the output must be the tasks' names."
         )
     return outputs
-
-
-def _kind(value: Any) -> str:
-    return "Tensor" if isinstance(value, Tensor) else type(value).__name__

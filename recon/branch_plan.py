@@ -8,7 +8,7 @@ from typing import Literal, cast, get_args
 
 from torch import nn
 
-from recon.errors import PlanError, some
+from recon.errors import PlanError, shortened
 from recon.layers import canonical_name, find_layers
 from recon.partition import Partition
 
@@ -99,5 +99,5 @@ def _once(names: Iterable[str]) -> list[str]:
     names = list(names)
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
-        raise PlanError(f"The plan names {some(twice)} twice. Name each layer once.")
+        raise PlanError(f"The plan names {shortened(twice)} twice. Name each layer once.")
     return names

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from os import PathLike
 from pathlib import Path
 
 import torch
@@ -10,7 +11,7 @@ from torch import nn
 
 from recon.branch_plan import BranchPlan
 from recon.copies import copy_model
-from recon.errors import CheckpointError, ReconError, UsageError
+from recon.errors import CheckpointError, ReconError, UsageError, reason_of, type_name
 from recon.files import write_text
 from recon.layers import unwrapped
 from recon.plan_file import plan_from_json, plan_to_json
@@ -25,14 +26,18 @@ PLAN_FILE = "plan.json"
 def save(model: nn.Module, folder: str | Path) -> None:
     """Write `weights.safetensors`, and `plan.json` for a branched model: both, or neither if that fails.
 
+    `load` has its arguments the other way round: `save(model, folder)`, `load(folder, model)`. Named, they go in any
+    order.
+
     Args:
         model: branched by `recon.convert`, or a plain model; DistributedDataParallel and torch.compile come off.
         folder: made if it does not exist; an older model in it is replaced, other files stay.
 
     Raises:
-        UsageError: the folder cannot be written to.
+        UsageError: the folder cannot be written to, or the arguments are something else.
         WriteError: the disk is full, or failed; an older model is as it was.
     """
+    _check_arguments(folder, model, "recon.save needs a model and a folder", "recon.save(model, 'branched/')")
     model = unwrapped(model)  # names that begin with module. or _orig_mod. would fit no model
     plan = getattr(model, "branch_plan", None)
     text = plan_to_json(plan) if isinstance(plan, BranchPlan) else ""
@@ -44,7 +49,7 @@ def save(model: nn.Module, folder: str | Path) -> None:
 
 
 def load(folder: str | Path, model: nn.Module) -> nn.Module:
-    """The model that `save` wrote.
+    """The model that `save` wrote: `load("branched/", Net())`, or `load(model=Net(), folder="branched/")`.
 
     Args:
         folder: what `save` wrote.
@@ -54,11 +59,8 @@ def load(folder: str | Path, model: nn.Module) -> nn.Module:
         CheckpointError: files are missing, damaged, of two different saves, or of another architecture.
         UsageError: the arguments are something else.
     """
-    if not isinstance(model, nn.Module) or not isinstance(folder, (str, Path)):
-        raise UsageError(
-            f"recon.load takes a folder and an unbranched model, but got {_kind(folder)} and {_kind(model)}. Write "
-            "recon.load('branched/', Net())."
-        )
+    needs = "recon.load needs a folder and an unbranched model"
+    _check_arguments(folder, model, needs, "recon.load('branched/', Net())")
     folder = Path(folder)
     text = _metadata(folder).get("plan", "")
     if not text:
@@ -73,7 +75,7 @@ def load(folder: str | Path, model: nn.Module) -> nn.Module:
         _load_weights(loaded, folder)
     except (RuntimeError, SafetensorError) as error:
         raise CheckpointError(
-            f"{folder}: the weights do not fit this model ({_first_lines(error)}). Load it with the "
+            f"{folder}: the weights do not fit this model ({reason_of(error, 300)}). Load it with the "
             "architecture it was saved from."
         ) from error
     return loaded
@@ -102,6 +104,11 @@ def _load_weights(model: nn.Module, folder: Path) -> None:
         raise RuntimeError(f"{', '.join(untied[:4])} hold the same weights in this model, but not in the file")
 
 
+def _check_arguments(folder: object, model: object, needs: str, example: str) -> None:
+    if not isinstance(model, nn.Module) or not isinstance(folder, (str, PathLike)):
+        raise UsageError(f"{needs}, but got {type_name(folder)} and {type_name(model)}. Write {example}.")
+
+
 def _metadata(folder: Path) -> dict[str, str]:
     finish_replacing(folder)
     if not (folder / WEIGHTS_FILE).is_file():
@@ -125,12 +132,3 @@ def _read_plan(folder: Path, text: str) -> str:
             "editing the file: convert and save the model again."
         )
     return text
-
-
-def _first_lines(error: Exception, limit: int = 300) -> str:
-    text = " ".join(str(error).split())
-    return text if len(text) <= limit else text[:limit] + "..."
-
-
-def _kind(value: object) -> str:
-    return f"the class {value.__name__}" if isinstance(value, type) else type(value).__name__

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from types import NoneType
 from typing import Any
 
 from torch import nn
@@ -10,7 +11,7 @@ from torch import nn
 from recon.branch_plan import BranchPlan
 from recon.cost_model import CostModel
 from recon.counting import count_activation_bytes, count_macs, count_parameters
-from recon.errors import UsageError
+from recon.errors import UsageError, type_name
 from recon.surgery import convert
 
 
@@ -33,22 +34,31 @@ class Costs:
     measured: bool = field(default=True, compare=False)
 
 
-def costs(model: nn.Module, plan: BranchPlan | None, example_inputs: Any) -> Costs:
+def costs(model: nn.Module, plan: BranchPlan | None = None, example_inputs: Any = None) -> Costs:
     """The costs of `model` branched by `plan`; multiply-adds in evaluation mode.
+
+    `costs(model, example_inputs=x)` are those of the model as it is, `costs(model, plan, x)` those of the model that
+    `plan` would make of it.
 
     They follow from the model's dataflow (`recon.cost_model.CostModel`, which is also the quick way to the costs of
     many plans). Where it can't be traced, and for a plan of mode `per-task`, the converted model is run and measured.
 
     Args:
-        model: the unbranched model; with `plan=None`, any model, branched or not, is run and measured.
-        plan: what would be branched.
+        model: the unbranched model; without a plan, any model, branched or not, is run and measured.
+        plan: what would be branched; nothing if None.
         example_inputs: a batch of inputs, as the model's forward takes it.
 
     Raises:
+        UsageError: there are no example inputs, or the plan is none.
         UnknownNameError, PlanError, UsageError: as `recon.convert`.
         FanError: as `recon.convert`, where the model can't be traced.
     """
-    if isinstance(plan, BranchPlan) and plan.mode == "fan":
+    if example_inputs is None or not isinstance(plan, (BranchPlan, NoneType)):
+        raise UsageError(
+            f"recon.costs needs a BranchPlan or None, and example inputs, but got {type_name(plan)} and "
+            f"{type_name(example_inputs)}. Write recon.costs(model, example_inputs=x), or recon.costs(model, plan, x)."
+        )
+    if plan is not None and plan.mode == "fan":
         model_costs = CostModel(model, plan.tasks, example_inputs)
         found = model_costs.of(plan.on(model).layers)
         return Costs(found.parameters, found.macs, found.activation_bytes, measured=not model_costs.traced)

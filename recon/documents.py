@@ -12,10 +12,9 @@ import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from reprlib import Repr
 from typing import Any, NoReturn
 
-from recon.errors import UsageError
+from recon.errors import UsageError, cut, printable
 
 MOST_BYTES = 64 * 2**20
 """The largest document that is read: a conflict map of 1,000 layers and 40 tasks takes 40 MB."""
@@ -27,14 +26,10 @@ _DEPTH = 24
 _MOST = 2**63 - 1  # what numpy and torch can count
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
-_short = Repr()
-_short.maxstring = _short.maxother = 80
-_short.maxdict = _short.maxlist = _short.maxlevel = 4
-
 
 def shown(value: Any) -> str:
     """A value for a message: its repr, escaped and cut."""
-    return _short.repr(value)
+    return cut(printable(repr(value), keep=""), 100)
 
 
 def read_document(path: str | Path, error: type[UsageError], remedy: str, most: int = MOST_BYTES) -> Document:

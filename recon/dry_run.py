@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from recon.batches import fresh, run
 from recon.branches import Branches
-from recon.errors import FanError, UsageError, some
+from recon.errors import FanError, UsageError, shortened
 from recon.fan_trees import partition_of, value_for
 from recon.graph import reached_leaves
 from recon.hooks import TasksOnly
@@ -136,7 +136,7 @@ def refuse_foreign(outputs: Mapping[str, Any], original: nn.Module) -> None:
     foreign = [name for name, parameter in original.named_parameters() if parameter in leaves]
     if foreign:
         raise UsageError(
-            f"A copy of the model still uses {some(foreign)} of the original: its forward calls a function (a "
+            f"A copy of the model still uses {shortened(foreign)} of the original: its forward calls a function (a "
             "lambda, say) that was made with the original in its closure, which a copy does not change. Make it a "
             "method."
         )

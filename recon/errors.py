@@ -25,25 +25,36 @@ def printable(text: str, keep: str = "\n") -> str:
     return "".join(c if c.isprintable() or c in keep else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
-def shortened(text: str, limit: int) -> str:
+def cut(text: str, limit: int, gap: str = " ... ") -> str:
     """The text with its middle left out, if it is longer than `limit` letters: what to try stands at the end."""
     if len(text) <= limit:
         return text
-    head = 2 * (limit - 5) // 3
-    return f"{text[:head]} ... {text[len(text) - (limit - 5 - head) :]}"
+    kept = limit - len(gap)
+    head = 2 * kept // 3
+    return f"{text[:head]}{gap}{text[len(text) - (kept - head) :]}"
 
 
 def readable(message: str) -> str:
     """A message of bounded length, safe for a terminal."""
-    message = shortened(message, 10 * _LONGEST_MESSAGE)  # before anything looks at each of its letters
-    message = _LONG_WORD.sub(lambda word: shortened(word[0], _LONGEST_WORD), printable(message))
-    return shortened(message, _LONGEST_MESSAGE)
+    message = cut(message, 10 * _LONGEST_MESSAGE)  # before anything looks at each of its letters
+    message = _LONG_WORD.sub(lambda word: cut(word[0], _LONGEST_WORD), printable(message))
+    return cut(message, _LONGEST_MESSAGE)
 
 
-def some(names: Iterable[str], limit: int = 4) -> str:
+def shortened(names: Iterable[str], limit: int = 4) -> str:
     """The first of these names, for a message."""
     names = list(names)
     return ", ".join(printable(name, keep="") for name in names[:limit]) + (", ..." if len(names) > limit else "")
+
+
+def reason_of(error: BaseException, limit: int = 200) -> str:
+    """What an error says, on one line and without its middle, if it is long."""
+    return cut(" ".join(str(error).split()), limit)
+
+
+def type_name(value: object) -> str:
+    """What a value is, for a message: `dict`, or `the class Net`."""
+    return f"the class {value.__name__}" if isinstance(value, type) else type(value).__name__
 
 
 class ReconError(Exception):
@@ -63,7 +74,7 @@ class UnknownNameError(UsageError):
     def __init__(self, kind: str, name: str, known: Iterable[str], hint: str = "") -> None:
         known = list(known)
         near = difflib.get_close_matches(name[:_LONGEST_WORD], known[:_MOST_COMPARED], n=3, cutoff=0.5)
-        tail = f"Did you mean {' or '.join(map(repr, near))}?" if near else f"Known: {some(known, 12) or 'none'}."
+        tail = f"Did you mean {' or '.join(map(repr, near))}?" if near else f"Known: {shortened(known, 12) or 'none'}."
         super().__init__(f"There is no {kind} named {name!r}. {tail}{' ' + hint if hint else ''}")
         self.name = name
         self.near = near

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from torch.utils.hooks import RemovableHandle
 
+from recon.documents import shown
 from recon.errors import FanError
 from recon.partition import Group, Partition, join, refine
 from recon.serving import tasks_served
@@ -253,14 +254,9 @@ def _same(values: Sequence[Any]) -> Any:
     if all(value is first or bool(value == first) for value in values[1:]):
         return first
     raise FanError(
-        f"A value that is not a tensor differs between tasks{where()}: {_short(first)} and "
-        f"{_short(values[-1])}. Python can follow only one of them."
+        f"A value that is not a tensor differs between tasks{where()}: {shown(first)} and "
+        f"{shown(values[-1])}. Python can follow only one of them."
     )
-
-
-def _short(value: object, limit: int = 60) -> str:
-    text = " ".join(repr(value).split())
-    return text if len(text) <= limit else text[:limit] + "..."
 
 
 class _Handles:

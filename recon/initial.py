@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from recon.branches import Branched, BranchedParameter
 from recon.copies import copy_model
-from recon.errors import CheckpointError, UsageError, some
+from recon.errors import CheckpointError, UsageError, shortened
 from recon.weights import load_weights, read_state_dict
 
 Init = Literal["copy", "scratch"] | str | Path | Mapping[str, Tensor] | Callable[[], nn.Module]
@@ -97,7 +97,7 @@ def _reset(model: nn.Module) -> nn.Module:
             stuck += own
     if stuck:
         raise UsageError(
-            f"init='scratch' asks every layer to draw new weights, but nothing draws {some(stuck)}: "
+            f"init='scratch' asks every layer to draw new weights, but nothing draws {shortened(stuck)}: "
             "their modules have no reset_parameters method. Pass a function that "
             "makes a fresh model instead: init=make_model."
         )
@@ -119,5 +119,5 @@ def _misfit(model: nn.Module, state: Mapping[str, Any]) -> str:
             return f"They are those of its part {path!r}: load them there before you convert (model.{path})."
     other = [key for key in own if key in state and getattr(state[key], "shape", None) != own[key].shape]
     found = {"missing": missing, "not in the model": unknown, "of another shape": other}
-    parts = [f"{len(keys)} {what} ({some(keys, 3)})" for what, keys in found.items() if keys]
+    parts = [f"{len(keys)} {what} ({shortened(keys, 3)})" for what, keys in found.items() if keys]
     return f"Entries: {'; '.join(parts)}. Take a checkpoint of the same architecture, unbranched."

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from recon.errors import PlanError, UnknownNameError, UsageError, some
+from recon.errors import PlanError, UnknownNameError, UsageError, shortened
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 
@@ -112,7 +112,7 @@ def canonical_name(layers: list[Layer], name: str) -> str:
     inside = [layer.name for layer in layers if layer.name.startswith(f"{name}.")]
     if inside:
         raise PlanError(
-            f"{name!r} is no layer itself, but holds {len(inside)}: {some(inside, 6)}. Name those that you want."
+            f"{name!r} is no layer itself, but holds {len(inside)}: {shortened(inside, 6)}. Name those that you want."
         )
     raise UnknownNameError("layer", name, [layer.name for layer in layers])
 

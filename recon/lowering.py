@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from recon.batches import Inputs, call, run
 from recon.copies import copy_model
-from recon.errors import ReconError, UsageError
+from recon.errors import ReconError, UsageError, cut
 from recon.partition import Group
 from recon.statement import where_raised
 from recon.surgery import plan_of
@@ -200,7 +200,7 @@ def _difference(actual: Any, expected: Any) -> str | None:
     if not isinstance(expected, Tensor):
         return None if actual == expected else f"{actual!r} in place of {expected!r}"
     if actual.shape != expected.shape or actual.dtype != expected.dtype:
-        return f"{_kind(actual)} in place of {_kind(expected)}"
+        return f"{_dtype_and_shape(actual)} in place of {_dtype_and_shape(expected)}"
     if not (expected.is_floating_point() or expected.is_complex()):
         different = int((actual != expected).sum())
         return f"{different} of {expected.numel()} elements differ" if different else None
@@ -212,7 +212,7 @@ def _difference(actual: Any, expected: Any) -> str | None:
     return f"it differs by {largest:.3g}, where the largest value is {scale:.3g}"
 
 
-def _kind(tensor: Tensor) -> str:
+def _dtype_and_shape(tensor: Tensor) -> str:
     return f"{tensor.dtype} of shape {tuple(tensor.shape)}"
 
 
@@ -228,6 +228,5 @@ def _refuse_dataclasses(structure: Any, what: str) -> None:
 
 
 def _in_short(error: Exception, limit: int = 200) -> str:
-    line = next(iter(str(error).strip().splitlines()), "no message")
-    line = line if len(line) <= limit else line[:limit] + "..."
+    line = cut(next(iter(str(error).strip().splitlines()), "no message"), limit)
     return f"{type(error).__name__}: {line.removesuffix('.')}."

@@ -10,7 +10,7 @@ import numpy as np
 from scipy import stats
 
 from recon.conflict_map import ConflictMap
-from recon.errors import MapMismatchError, UsageError, some
+from recon.errors import MapMismatchError, UsageError, shortened
 from recon.map_names import rename_hint, renamed
 
 
@@ -126,5 +126,6 @@ def _nothing_in_common(first: Sequence[str], second: Sequence[str]) -> MapMismat
     # The second map's layers are the ones that a rename changes.
     hint = rename_hint(second, first) or "They were made on different architectures."
     return MapMismatchError(
-        f"The maps have no layer in common: the first has {some(first)}; the second has {some(second)}. {hint}"
+        f"The maps have no layer in common: the first has {shortened(first)}; the second has {shortened(second)}. "
+        f"{hint}"
     )

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from recon.conflict_map import ConflictMap, Counts, LayerConflicts, threshold_bin
-from recon.errors import MapMismatchError, UsageError, some
+from recon.errors import MapMismatchError, UsageError, shortened
 
 
 def merge(maps: Sequence[ConflictMap], names: Sequence[str] = ()) -> ConflictMap:
@@ -55,11 +55,11 @@ def _why_not(first: ConflictMap, cmap: ConflictMap) -> str:
     here, there = ({layer.name: layer for layer in of.layers} for of in (first, cmap))
     missing, extra = [name for name in here if name not in there], [name for name in there if name not in here]
     if missing or extra:
-        differs = [f"lacks {some(missing)}"] * bool(missing) + [f"has {some(extra)} besides"] * bool(extra)
+        differs = [f"lacks {shortened(missing)}"] * bool(missing) + [f"has {shortened(extra)} besides"] * bool(extra)
         return f"it {' and '.join(differs)}. Merge maps of the same layers."
     reshaped = [name for name in here if here[name].shapes != there[name].shapes]
     if reshaped:
-        return f"the parameters of {some(reshaped)} have other shapes. Merge maps of the same model."
+        return f"the parameters of {shortened(reshaped)} have other shapes. Merge maps of the same model."
     for key, title in (("histogram", "cosines"), ("conflicts", "counts by task pair")):
         known = [getattr(of.layers[0], key) is not None for of in (first, cmap)]
         if known[0] != known[1]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from torch import nn
 
 from recon.conflict_map import ConflictMap, LayerConflicts
-from recon.errors import MapMismatchError, some
+from recon.errors import MapMismatchError, shortened
 from recon.layers import Layer, find_layers
 from recon.map_names import rename_hint, renamed
 
@@ -41,13 +41,13 @@ class Match:
         lines = [self.cmap.unfinished] if self.cmap.unfinished else []
         if self.missing:
             lines.append(
-                f"{len(self.missing)} of the map's {total} layers are not in this model ({some(self.missing)}); the "
-                f"other {len(self.matched)} are ranked without them. {self.hint}".rstrip()
+                f"{len(self.missing)} of the map's {total} layers are not in this model ({shortened(self.missing)}); "
+                f"the other {len(self.matched)} are ranked without them. {self.hint}".rstrip()
             )
         if self.changed:
             lines.append(
                 f"{len(self.changed)} of the {len(self.matched)} matched layers have other parameter shapes in the "
-                f"model than in the map ({some(self.changed)}); they are ranked all the same."
+                f"model than in the map ({shortened(self.changed)}); they are ranked all the same."
             )
         return lines
 
@@ -87,8 +87,8 @@ def match(cmap: ConflictMap, model: nn.Module, rename: Mapping[str, str] | None 
         advice = f"{hint} Or profile" if hint else "Profile"
         raise MapMismatchError(
             f"The map was made for another architecture: none of its {len(names)} layers is in this model (the map has "
-            f"{some(names)}; the model has {some(layer.name for layer in layers)}). {advice} this model, or take the "
-            "map made for it."
+            f"{shortened(names)}; the model has {shortened(layer.name for layer in layers)}). {advice} this model, or "
+            "take the map made for it."
         )
     matched = [replace(found[layer.name], name=layer.name) for layer in layers if layer.name in found]
     changed = [scored.name for scored in matched if _has_changed(scored, by_path[scored.name])]

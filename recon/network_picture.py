@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import PathPatch, Rectangle
 from matplotlib.path import Path as Curve
 
+from recon.errors import cut
 from recon.network_layout import Lane, Layout, Row, Stage, network_layout
 from recon.partition import Group
 from recon.pictures import save_picture
@@ -85,7 +86,7 @@ class _Drawing:
         figure = Figure(figsize=(_WIDTH, height))
         self.axes = figure.add_axes((0, 0, 1, 1), xlim=(0, _WIDTH), ylim=(height, 0))
         self.axes.axis("off")
-        self._text(0.15, 0.22, _shortened(title, 72), size=11, weight="bold")
+        self._text(0.15, 0.22, cut(title, 72, "…"), size=11, weight="bold")
         self._text(0.15, 0.46, subtitle, size=8)
         self._legend(0.72)
         if self.most_macs:
@@ -116,7 +117,7 @@ class _Drawing:
         if shaded:
             self.axes.add_patch(Rectangle((0.08, top), _WIDTH - 0.16, bottom - top, color="#f3f4f6", linewidth=0))
         middle = (top + bottom) / 2
-        self._text(_STAGE, middle, _shortened(stage.name, 18), size=7.5, ha="right")
+        self._text(_STAGE, middle, cut(stage.name, 18, "…"), size=7.5, ha="right")
         if stage.plain_macs:
             self._macs(stage, middle)
         top += _GAP / 2
@@ -213,7 +214,7 @@ class _Drawing:
     def _listed(self, group: Group) -> list[str]:
         """The group's tasks, in lines that fit below its lane."""
         columns = max(8, int(len(group) * self.unit / 0.056))
-        lines = textwrap.wrap(", ".join(_shortened(task, columns - 1) for task in group), columns)
+        lines = textwrap.wrap(", ".join(cut(task, columns - 1, "…") for task in group), columns)
         if len(lines) > _LINES:
             lines = [*lines[: _LINES - 1], "..."]
         return [f"{len(group)} tasks", *lines] if len(group) > 1 else lines
@@ -252,19 +253,14 @@ def _group_colours(groups: Sequence[Group]) -> dict[Group, Any]:
 def _row_label(stage: Stage, row: Row) -> str:
     local = [name[len(stage.name) + 1 :] if stage.name else name for name in row.names]
     if len(local) == 1:
-        return _shortened(local[0], 18)
+        return cut(local[0], 18, "…")
     together = ", ".join(local)
     return together if len(together) <= 18 else f"{len(local)} layers"
 
 
 def _short_name(group: Group) -> str:
-    name = _shortened(group[0], 18)
+    name = cut(group[0], 18, "…")
     return name if len(group) == 1 else f"{name} + {len(group) - 1}"
-
-
-def _shortened(text: str, most: int) -> str:
-    """The text without its middle, if it is too long."""
-    return text if len(text) <= most else f"{text[: (most - 1) // 2]}…{text[len(text) - most // 2 :]}"
 
 
 def _pale(colour: Any) -> Any:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from recon.batches import check_outputs, fresh, run
 from recon.copies import copy_model
 from recon.dry_run import with_inner
-from recon.errors import UsageError, some
+from recon.errors import UsageError, shortened
 from recon.partition import Group, Partition
 from recon.tensors import equal
 from recon.undisturbed import buffer_values, equal_values, perturb, refill, state_kept
@@ -124,7 +124,7 @@ def refuse_repeated_writes(branched: nn.Module, tasks: Group, example_inputs: An
         for name, by in writers.items():
             if len(by) > 1:
                 raise UsageError(
-                    f"The forward writes into the parameter {name!r}, which the tasks {some(by)} share: with "
+                    f"The forward writes into the parameter {name!r}, which the tasks {shortened(by)} share: with "
                     "mode='per-task' it would do so once per task. Move the statement out of the forward (after the "
                     "optimizer's step), branch the parameter's layer per task, or convert with mode='fan', which runs "
                     "the statement once."

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from recon.conflict_map import BINS, SERIES, STAGES, ConflictMap, LayerConflicts, bin_edges, threshold_bin
 from recon.documents import read_document, shown
-from recon.errors import MapFileError, UsageError, some
+from recon.errors import MapFileError, UsageError, shortened
 from recon.map_checks import MOST_LAYERS, MOST_STEPS
 from recon.map_file import FORMAT
 
@@ -169,7 +169,7 @@ def _plain_names(path: Path, names: Sequence[str]) -> dict[str, str]:
     twice = [name for name in names if copies[plain[name]] > 1]
     if twice:
         raise _wrong(
-            path, f"has several copies of the layer {plain[twice[0]]!r} ({some(twice)}): the network was branched"
+            path, f"has several copies of the layer {plain[twice[0]]!r} ({shortened(twice)}): the network was branched"
         )
     return plain
 

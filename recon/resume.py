@@ -19,7 +19,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from recon.batch_stream import batch_count
 from recon.distributed import world_size
-from recon.errors import CheckpointError, ReconError, UsageError
+from recon.errors import CheckpointError, ReconError, UsageError, reason_of
 from recon.files import remove_partial, written_alone
 from recon.history import History
 from recon.methods import Method
@@ -137,10 +137,9 @@ class Checkpoints:
             check_same(self.path, saved["belongs_to"], self._belongs_to)
             self.run.load_state_dict(saved)
         except (KeyError, ValueError, TypeError, AttributeError, RuntimeError, IndexError) as error:
-            reason = " ".join(str(error).split())[:200]
             raise CheckpointError(
-                f"{self.path} does not fit this training ({type(error).__name__}: {reason}). Resume with the code that "
-                "wrote it, or delete it to start over."
+                f"{self.path} does not fit this training ({type(error).__name__}: {reason_of(error)}). Resume with the "
+                "code that wrote it, or delete it to start over."
             ) from error
 
 

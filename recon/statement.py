@@ -5,35 +5,17 @@ from __future__ import annotations
 import dis
 import linecache
 import os
-import sys
-import sysconfig
-import traceback
-from types import FrameType
 
-import torch
 from torch import nn
 
+from recon.user_code import running_frame, user_frame
+
 _AUGMENTED = range(13, 26)  # BINARY_OP arguments that mean `+=` and its kin, from Python 3.11 on
-_HERE = os.path.dirname(os.path.abspath(__file__))
-_TORCH = os.path.dirname(os.path.abspath(torch.__file__)) + os.sep
-_STANDARD_LIBRARY = sysconfig.get_paths()["stdlib"] + os.sep
-
-
-def _user_frame() -> FrameType | None:
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None and _is_machinery(frame.f_code.co_filename):
-        frame = frame.f_back
-    return frame
-
-
-def _is_machinery(path: str) -> bool:
-    standard = path.startswith(_STANDARD_LIBRARY) and "site-packages" not in path
-    return standard or path.startswith(_TORCH) or os.path.dirname(path) == _HERE
 
 
 def where() -> str:
     """` at file.py:12, in Block.forward: y.mul_(x)`: the user's statement that is running now."""
-    frame = _user_frame()
+    frame = running_frame()
     if frame is None:
         return ""
     code = frame.f_code
@@ -45,15 +27,16 @@ def where() -> str:
 
 def where_raised(error: BaseException) -> str:
     """The user's statement in which an error was raised, as `where` names the one that is running."""
-    for frame in reversed(traceback.extract_tb(error.__traceback__)):
-        if frame.line and not _is_machinery(frame.filename):
-            return f" at {os.path.basename(frame.filename)}:{frame.lineno}, in {frame.name}: `{frame.line}`"
-    return ""
+    frame = user_frame(error, installed=True)
+    if frame is None:
+        return ""
+    place = f" at {os.path.basename(frame.filename)}:{frame.lineno}, in {frame.name}"
+    return place + (f": `{frame.line}`" if frame.line else "")
 
 
 def augmented_assignment() -> bool:
     """Whether the user's statement is `y += ...` or its kin, which only its byte code tells from `y.add_(...)`."""
-    frame = _user_frame()
+    frame = running_frame()
     if frame is None or frame.f_lasti < 0:
         return False
     code, at = frame.f_code.co_code, frame.f_lasti
@@ -63,7 +46,7 @@ def augmented_assignment() -> bool:
 
 def stored_back() -> bool:
     """Whether it is `x[i] += ...`, which goes on to write the result into x."""
-    frame = _user_frame()
+    frame = running_frame()
     if frame is None or not augmented_assignment():
         return False
     code = frame.f_code.co_code

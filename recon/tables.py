@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from recon.errors import printable, shortened
+from recon.errors import cut, printable
 
 _WIDEST = 200  # letters of a cell: a name of thousands must not make every line as long
 
@@ -17,7 +17,7 @@ def text_table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int =
         rows: one text a column.
         left: how many of the first columns are aligned to the left; the others, numbers, to the right.
     """
-    rows = [[shortened(printable(cell, keep=""), _WIDEST) for cell in row] for row in rows]
+    rows = [[cut(printable(cell, keep=""), _WIDEST) for cell in row] for row in rows]
     titles = [title.split("\n") for title in header]
     lines = max(map(len, titles))
     header_rows = list(zip(*([*[""] * (lines - len(title)), *title] for title in titles), strict=True))

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from recon.errors import CheckpointError
+from recon.errors import CheckpointError, cut
 from recon.files import write_atomically
 from recon.tensor_files import TensorFileError, read_tensors
 
@@ -84,4 +84,4 @@ def _disk_error(error: BaseException | None) -> OSError | None:
 
 def _first_sentence(error: Exception) -> str:
     text = " ".join(str(error).split())
-    return text[max(0, text.find("Unsupported")) :].partition(" was not ")[0][:160]
+    return cut(text[max(0, text.find("Unsupported")) :].partition(" was not ")[0], 160)

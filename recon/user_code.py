@@ -1,19 +1,53 @@
-"""Where in the user's own code an error came from."""
+"""Which code is the user's, and the user's line behind an error or a running statement."""
 
 from __future__ import annotations
 
 import os
+import sys
 import sysconfig
 import traceback
-from pathlib import Path
+from functools import lru_cache
+from types import FrameType
+
+_STANDARD_LIBRARY = os.path.join(sysconfig.get_path("stdlib"), "")
+_INSTALLED = tuple(os.path.join(sysconfig.get_path(kind), "") for kind in ("purelib", "platlib"))
 
 
-def user_frame(error: BaseException, *ours: Path) -> traceback.FrameSummary | None:
-    """The innermost line that is not recon's, Python's, an installed package's, or in one of the folders `ours`."""
-    libraries = (Path(sysconfig.get_path(kind)) for kind in ("stdlib", "purelib", "platlib"))
-    others = ("<", *(os.path.join(folder, "") for folder in (Path(__file__).parent, *libraries, *ours)))
+@lru_cache(maxsize=10_000)
+def is_users(path: str, installed: bool) -> bool:
+    """Whether the code in a file is the user's: not recon's, torch's or Python's.
+
+    Args:
+        path: as frames name it.
+        installed: count also what users run but did not write: recon's networks and problems, installed packages,
+            and code without a file.
+    """
+    if path.startswith(_folder("recon")):
+        return installed and path.startswith(_folder("recon", "models") + _folder("recon", "problems"))
+    if path.startswith(_folder("recon_cli") + _folder("torch")):
+        return False
+    if path.startswith(("<", *_INSTALLED)) or "site-packages" in path:
+        return installed
+    return not path.startswith(_STANDARD_LIBRARY)
+
+
+def _folder(package: str, *inside: str) -> tuple[str, ...]:
+    # Looked up, not imported: the library knows no command line, and most commands need no torch.
+    return tuple(os.path.join(path, *inside, "") for path in getattr(sys.modules.get(package), "__path__", ()))
+
+
+def running_frame() -> FrameType | None:
+    """The user's statement that is running now, be it in a network that somebody else wrote."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and not is_users(frame.f_code.co_filename, installed=True):
+        frame = frame.f_back
+    return frame
+
+
+def user_frame(error: BaseException, *, installed: bool = False) -> traceback.FrameSummary | None:
+    """The innermost of the user's lines that an error came through; see `is_users` for `installed`."""
     frames = reversed(traceback.extract_tb(error.__traceback__))
-    return next((frame for frame in frames if not frame.filename.startswith(others)), None)
+    return next((frame for frame in frames if is_users(frame.filename, installed)), None)
 
 
 def user_line(error: BaseException) -> str:

@@ -101,8 +101,17 @@ def test_a_module_that_records_its_version(tmp_path):
 
 @pytest.mark.parametrize(("folder", "model"), [(PlainConv(), "branched"), ("branched", PlainConv)])
 def test_arguments_that_are_something_else(folder, model):
-    with pytest.raises(UsageError, match=r"takes a folder and an unbranched model, but got .* Write recon\.load"):
+    with pytest.raises(UsageError, match=r"needs a folder and an unbranched model, but got .* Write recon\.load"):
         load(folder, model)
+    with pytest.raises(UsageError, match=r"needs a model and a folder, but got .* Write recon\.save"):
+        save(model, folder)
+
+
+def test_named_arguments_go_in_any_order(tmp_path):
+    model = PlainConv()
+    save(folder=tmp_path, model=model)
+    for loaded in (load(model=PlainConv(), folder=tmp_path), load(folder=tmp_path, model=PlainConv())):
+        assert all(torch.equal(loaded.state_dict()[key], value) for key, value in model.state_dict().items())
 
 
 def test_loading_the_original_is_strict():

@@ -5,6 +5,7 @@ from torch import nn
 
 from recon.branch_plan import BranchPlan
 from recon.costs import costs
+from recon.errors import UsageError
 from recon.layers import find_layers
 from recon.surgery import convert
 from tests import oracle
@@ -147,3 +148,13 @@ def test_it_leaves_the_model_as_it_is():
     costs(model, None, inputs)
     costs(model, BranchPlan.per_task(["first"], TASKS), inputs)
     oracle.assert_untouched(model, before)
+
+
+def test_the_plan_may_be_left_out_or_named():
+    model, x = ZOO["PlainConv"].make(), ZOO["PlainConv"].inputs(2)
+    plan = BranchPlan.per_task([find_layers(model)[0].name], ("a", "b"))
+    assert costs(model, example_inputs=x) == costs(model, None, x)
+    assert costs(model, plan, x) == costs(model, example_inputs=x, plan=plan) != costs(model, None, x)
+    for arguments in ((), (x,), (plan,), (x, plan)):
+        with pytest.raises(UsageError, match=r"needs a BranchPlan or None, and example inputs, .* Write recon\.costs"):
+            costs(model, *arguments)

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from recon.conflict_map import ConflictMap
-from recon.errors import PlanError, ReconError, UnknownNameError, printable, readable, shortened
+from recon.errors import PlanError, ReconError, UnknownNameError, cut, printable, readable
 from recon.partition import Partition
 from recon.tables import text_table
 from recon_cli.main import main
@@ -60,7 +60,7 @@ def test_a_short_message_is_left_alone_and_a_long_one_keeps_its_end():
     message = str(ReconError("Groups " + ", ".join(f"task{i}" for i in range(100_000)) + " overlap. Split them."))
     assert message.startswith("Groups task0, task1") and message.endswith("overlap. Split them.") and " ... " in message
     assert readable(message) == message
-    assert shortened("abc", 3) == "abc" and len(shortened("a" * 100, 20)) == 20
+    assert cut("abc", 3) == "abc" and len(cut("a" * 100, 20)) == 20
 
 
 def test_a_hundred_thousand_groups_are_cut():

@@ -13,7 +13,7 @@ from torch.optim import Adam
 
 from recon.branch_point import leaves_behind, shared_leaves
 from recon.distributed import world_size
-from recon.errors import NonFiniteError, UnknownNameError, UsageError, some
+from recon.errors import NonFiniteError, UnknownNameError, UsageError, shortened
 from recon.gradients import add_gradient
 from recon.graph import leaves_before
 from recon.layers import unwrapped
@@ -211,8 +211,8 @@ def _cut(
     names = [name for name, parameter in model.named_parameters() if parameter in around]
     if names:
         raise UsageError(
-            f"RotoGrad needs all that the tasks share to lie before the features, but their losses reach {some(names)} "
-            "by another way. Name the last module that they share: rotograd:layer=NAME."
+            "RotoGrad needs all that the tasks share to lie before the features, but their losses reach "
+            f"{shortened(names)} by another way. Name the last module that they share: rotograd:layer=NAME."
         )
     return trunk, behind
 

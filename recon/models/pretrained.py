@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from recon.errors import CheckpointError, some
+from recon.errors import CheckpointError, shortened
 from recon.weights import read_state_dict
 
 
@@ -35,8 +35,8 @@ def load_pretrained(
     if odd:
         raise CheckpointError(
             f"{path} does not hold the weights of a {network}: {len(odd)} of its and the model's "
-            f"{len({**wanted, **given})} tensors have no partner of the same name and shape ({some(odd)}). Expected is "
-            f"a state dict of torchvision.models.{network}(), such as the file that "
+            f"{len({**wanted, **given})} tensors have no partner of the same name and shape ({shortened(odd)}). "
+            f"Expected is a state dict of torchvision.models.{network}(), such as the file that "
             f"torchvision.models.{network}(weights='DEFAULT') downloads."
         )
     model.load_state_dict(given, strict=False)

@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 from torchvision.datasets import Cityscapes
 
-from recon.errors import ProblemError, some
+from recon.errors import ProblemError, shortened
 from recon.problems.dense import IGNORE
 
 KINDS = {"leftImg8bit": "leftImg8bit", "gtFine": "gtFine_labelIds", "disparity": "disparity"}
@@ -32,9 +32,9 @@ def find_frames(root: Path, split: str) -> list[list[Path]]:
     missing = [str(path.relative_to(root)) for frame in frames for path in frame if not path.is_file()]
     if missing or not frames:
         raise ProblemError(
-            f"{root} lacks {some(missing) or f'all images of leftImg8bit/{split}/CITY/*_leftImg8bit.png'}. Each image "
-            "needs its labels and its disparity: unpack leftImg8bit_trainvaltest.zip, gtFine_trainvaltest.zip and "
-            "disparity_trainvaltest.zip of https://www.cityscapes-dataset.com there."
+            f"{root} lacks {shortened(missing) or f'all images of leftImg8bit/{split}/CITY/*_leftImg8bit.png'}. Each "
+            "image needs its labels and its disparity: unpack leftImg8bit_trainvaltest.zip, gtFine_trainvaltest.zip "
+            "and disparity_trainvaltest.zip of https://www.cityscapes-dataset.com there."
         )
     return frames
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from recon.errors import ProblemError, some
+from recon.errors import ProblemError, shortened
 from recon.problems.dense import IGNORE
 
 Field = Callable[[np.ndarray], np.ndarray]
@@ -26,7 +26,7 @@ def count_frames(folder: Path, fields: Mapping[str, Field]) -> int:
     if missing or not count:
         raise ProblemError(
             f"{folder} must have the files 0.npy, 1.npy, ... in each of {', '.join(fields)}, as many in one as in the "
-            f"other, but lacks {some(missing) or 'all'}. Unpack the preprocessed data set again."
+            f"other, but lacks {shortened(missing) or 'all'}. Unpack the preprocessed data set again."
         )
     return count
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from recon.errors import ProblemError, UsageError, some
+from recon.errors import ProblemError, UsageError, shortened
 
 
 def open_root(name: str, data_root: str | Path | None, expected: str) -> Path:
@@ -45,4 +45,4 @@ def require_files(name: str, root: Path, paths: Iterable[str | Path], expected: 
     places = [path if path.is_relative_to(root) else root / path for path in map(Path, paths)]
     missing = [str(place.relative_to(root)) for place in places if not place.exists()]
     if missing:
-        raise ProblemError(f"{root} lacks files of {name}: {some(missing, 8)}. {expected}")
+        raise ProblemError(f"{root} lacks files of {name}: {shortened(missing, 8)}. {expected}")
