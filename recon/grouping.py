@@ -11,9 +11,10 @@ from numpy.typing import NDArray
 from scipy.cluster.hierarchy import cut_tree, linkage
 from scipy.spatial.distance import squareform
 
-from recon.conflict_map import ConflictMap, LayerConflicts
+from recon.conflict_map import ConflictMap
 from recon.errors import PlanError
 from recon.partition import Partition
+from recon.score_table import LayerConflicts
 
 Groups = str | int | Sequence[str | Sequence[str]]
 """`"per-task"`, `"conflict"`, how many groups, or the groups themselves."""

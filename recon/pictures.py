@@ -10,8 +10,9 @@ import numpy as np
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 
-from recon.conflict_map import STAGES, ConflictMap
+from recon.conflict_map import ConflictMap
 from recon.files import write_atomically
+from recon.score_table import STAGES
 
 _NAMED = 12  # tasks in a legend
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from recon.backward_passes import differentiate
 from recon.confidence import StableRanking
-from recon.conflict_map import ConflictMap, Counts, LayerConflicts, threshold_bin
+from recon.conflict_map import ConflictMap
 from recon.distributed import average_, broadcast_answer, world_size
 from recon.errors import CheckpointError, GradientError, UsageError
 from recon.gradients import TaskJacobian, Workspace, as_real
@@ -22,6 +22,7 @@ from recon.gramians import layer_gramians
 from recon.layers import find_layers, unwrapped
 from recon.reach import Reach
 from recon.scaled_losses import LossScaleLike
+from recon.score_table import Counts, LayerConflicts, threshold_bin
 from recon.sketch import GradientSketch, sketch_gramians
 from recon.tally import Tally
 from recon.trainable import Model, as_module

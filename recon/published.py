@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from recon.conflict_map import BINS, SERIES, STAGES, ConflictMap, LayerConflicts, bin_edges, threshold_bin
+from recon.conflict_map import ConflictMap
 from recon.documents import read_document, shown
 from recon.errors import MapFileError, UsageError, some
 from recon.map_checks import MOST_LAYERS, MOST_STEPS
 from recon.map_file import FORMAT
+from recon.score_table import BINS, SERIES, STAGES, LayerConflicts, bin_edges, threshold_bin
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -141,7 +142,7 @@ def _load(path: Path) -> Mapping[str, Sequence[Tensor]]:
 
 def _stack(path: Path, name: str, steps: Sequence[Tensor]) -> NDArray[Any]:
     """(steps, pairs) cosines of one layer."""
-    import torch
+    import torch  # late: score files need none
 
     pairs = {tuple(step.shape) if isinstance(step, torch.Tensor) else None for step in steps}
     shape = pairs.pop()
