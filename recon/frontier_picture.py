@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.transforms import Bbox
 
-from recon.pictures import save_picture
+from recon.figure_file import save_picture
 
 if TYPE_CHECKING:
     from recon.frontier import Point

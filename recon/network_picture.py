@@ -14,9 +14,9 @@ from matplotlib.figure import Figure
 from matplotlib.patches import PathPatch, Rectangle
 from matplotlib.path import Path as Curve
 
+from recon.figure_file import save_picture
 from recon.network_layout import Lane, Layout, Row, Stage, network_layout
 from recon.partition import Group
-from recon.pictures import save_picture
 from recon.tables import short_number
 
 if TYPE_CHECKING:

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from recon.backward_passes import differentiate
-from recon.confidence import StableRanking
 from recon.conflict_map import ConflictMap
 from recon.distributed import average_, broadcast_answer, world_size
 from recon.errors import CheckpointError, GradientError, UsageError
@@ -24,6 +23,7 @@ from recon.reach import Reach
 from recon.scaled_losses import LossScaleLike
 from recon.score_table import Counts, LayerConflicts, threshold_bin
 from recon.sketch import GradientSketch, sketch_gramians
+from recon.stability import StableRanking
 from recon.tally import Tally
 from recon.trainable import Model, as_module
 from recon.updates import backward
