@@ -42,7 +42,7 @@ def costs(model: nn.Module, plan: BranchPlan | None, example_inputs: Any) -> Cos
     Args:
         model: the unbranched model; with `plan=None`, any model, branched or not, is run and measured.
         plan: what would be branched.
-        example_inputs: a batch of inputs, as the model's forward takes it.
+        example_inputs: a batch of inputs, as the model's forward accepts it.
 
     Raises:
         UnknownNameError, PlanError, UsageError: as `recon.convert`.

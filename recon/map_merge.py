@@ -80,7 +80,7 @@ def _or_empty(counts: Counts | None) -> Counts:
     return np.zeros(0, dtype=np.int64) if counts is None else counts
 
 
-def _aligned(cmap: ScoreTable, first: ScoreTable) -> ScoreTable:
+def _aligned(cmap: Table, first: ScoreTable) -> Table:
     """The same map with its layers and its task pairs in the order of the first."""
     layers = {layer.name: layer for layer in cmap.layers}
     pairs = [frozenset(pair) for pair in cmap.pairs]

@@ -16,16 +16,7 @@ _NAMED = 12  # tasks in a legend
 
 
 def before_after(before: Mapping[str, float], after: Mapping[str, float], path: str | Path) -> None:
-    """Draw the share of conflicting steps (cos < 0) in the layers that stay shared, before and after branching.
-
-    Args:
-        before: `{layer name: share in [0, 1]}` in the unbranched model.
-        after: the same in the branched one.
-        path: of the PNG to write.
-
-    Raises:
-        UsageError: the path cannot be written.
-    """
+    """Draw the shares of conflicting steps (cos < 0) in the layers that stay shared, before and after branching."""
     names = [name for name in before if name in after]
     at = np.arange(len(names))
     figure = Figure(figsize=(6.5, 1.4 + 0.34 * len(names)), layout="constrained")
@@ -42,16 +33,7 @@ def before_after(before: Mapping[str, float], after: Mapping[str, float], path: 
 
 
 def weights_over_steps(records: Sequence[Mapping[str, Any]], tasks: Sequence[str], path: str | Path) -> None:
-    """Draw the weights that a method gave the tasks, step by step.
-
-    Args:
-        records: lines of a `recon.Recorder`'s file.
-        tasks: those to draw.
-        path: of the PNG to write.
-
-    Raises:
-        UsageError: the path cannot be written.
-    """
+    """Draw the weights that a method gave these tasks, step by step, from the lines of a `recon.Recorder`'s file."""
     figure = Figure(figsize=(6.5, 3.5), layout="constrained")
     axes = figure.add_subplot()
     colours = colormaps["viridis"](np.linspace(0, 0.9, len(tasks)))

@@ -164,7 +164,7 @@ def _check_tasks(path: Path, pairs: int, tasks: Sequence[str]) -> None:
 
 
 def _plain_names(path: Path, names: Sequence[str]) -> dict[str, str]:
-    """The names in a plain network; one is lost if a layer was branched already, when there is nothing to import."""
+    """The names in a plain network; a network that was branched already is refused."""
     plain = {name: _COPY.sub("", name).removeprefix(_WRAPPER) for name in names}
     copies = Counter(plain.values())
     twice = [name for name in names if copies[plain[name]] > 1]

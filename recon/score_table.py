@@ -33,7 +33,7 @@ def threshold_bin(threshold: float) -> int:
 
 @dataclass
 class LayerConflicts:
-    """What was counted in one shared layer; what an imported file does not tell is empty or None.
+    """What was counted in one shared layer; what an imported file does not say is empty or None.
 
     Args:
         name: the layer's name.
@@ -73,7 +73,7 @@ class ScoreTable:
         steps: how many training steps were profiled; None if unknown.
         skipped: how many steps were left out because a gradient was not finite; None if unknown.
         stage_steps: the number of steps in each quarter of the training; empty if unknown.
-        layers: the shared layers, in model order. An imported map has its file's order; applied to a model, it takes
+        layers: the shared layers, in model order. An imported map has its file's order; applied to a model, it gets
             the model's.
         made_by: how the map was made (problem, optimizer, seed, versions, seconds...).
         bin_steps: how many steps an entry of the layers' series covers; 0 without series.
@@ -156,7 +156,7 @@ class ScoreTable:
 
     @property
     def has_series(self) -> bool:
-        """Whether the map knows the scores over time, in bins enough to tell how sure they are."""
+        """Whether the map knows the scores over time, in enough bins to say how sure they are."""
         return all(layer.series is not None and len(layer.series) > 1 for layer in self.layers)
 
     def series(self) -> Counts:
@@ -175,7 +175,7 @@ class ScoreTable:
     def intervals(self, level: float = 0.9) -> dict[str, tuple[int, int]]:
         """`{layer name: (low, high)}`: what holds a share `level` of resampled scores at the map's own threshold.
 
-        From a block bootstrap over the steps, see `recon.confidence`: it tells what other batches would have done to
+        From a block bootstrap over the steps, see `recon.confidence`: it shows what other batches would have done to
         this training, not what another seed would.
 
         Raises:

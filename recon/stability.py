@@ -22,9 +22,6 @@ class StableRanking:
         top_k: of so many layers; a quarter of the shared layers when not given.
         next_check: profiled steps before the next look.
         estimate: the overlap expected at the last look; NaN before the first.
-
-    Raises:
-        UsageError: `overlap` is not in (0, 1], or `top_k` below 1.
     """
 
     overlap: float = 0.9
@@ -49,14 +46,8 @@ class StableRanking:
     def check(self, series: Series, steps: int, *, bin_steps: int = 1, planned: int | None = None) -> bool:
         """Whether the top layers are settled; sets the next look.
 
-        Args:
-            series: (B, L) conflicts so far.
-            steps: profiled so far.
-            bin_steps: steps in a bin of the series.
-            planned: steps of the whole run; twice as many as so far when not given.
-
-        Raises:
-            UsageError: there are fewer than `top_k` layers, or `series` is no table of counts.
+        `series` holds the (B, L) conflicts so far, in bins of `bin_steps` steps. The whole run has `planned` steps;
+        twice as many as so far when not given.
         """
         k = max(1, series.shape[1] // 4) if self.top_k is None else self.top_k
         to_come = steps if planned is None else max(0, planned - steps)
