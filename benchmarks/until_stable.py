@@ -16,8 +16,8 @@ import torch
 
 import recon
 from recon import ConflictMap, problems
-from recon.confidence import StableRanking
 from recon.problem import Problem
+from recon.stability import StableRanking
 
 
 class Watch:

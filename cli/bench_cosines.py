@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from recon import ConflictMap
-from recon.conflict_map import Counts, threshold_bin
 from recon.problems.paper import DEFAULT_EDGES, DEFAULT_SEVERE, CosineTable
+from recon.score_table import Counts, threshold_bin
 from recon.tables import text_table
 from recon_cli.counting import CONFLICTS_FILE, read_cosines
 

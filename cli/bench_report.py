@@ -8,7 +8,8 @@ from pathlib import Path
 
 import torch
 
-from recon.pictures import before_after, heatmap
+from recon.map_picture import heatmap
+from recon.pictures import before_after
 from recon.problems import paper
 from recon.runs import Run
 from recon_cli import bench_cosines, workbench

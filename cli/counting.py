@@ -13,12 +13,12 @@ import torch
 from torch import nn
 
 import recon
-from recon.conflict_map import BINS, Counts
 from recon.documents import read_document
 from recon.errors import CheckpointError
 from recon.files import write_text
 from recon.gradients import TaskJacobian
 from recon.gramians import gramian
+from recon.score_table import BINS, Counts
 from recon.tally import Tally
 
 CONFLICTS_FILE = "conflicts.json"
@@ -63,7 +63,7 @@ class ConflictCounter(recon.Profiler):
 
     @property
     def whole_histogram(self) -> Counts:
-        """(200,) cosines on the 0.01 grid, as `recon.conflict_map.LayerConflicts.histogram`."""
+        """(200,) cosines on the 0.01 grid, as `recon.score_table.LayerConflicts.histogram`."""
         return self._whole.histogram[0].numpy()
 
     def state_dict(self) -> dict[str, Any]:

@@ -15,7 +15,8 @@ import recon
 from recon import problems
 from recon.evaluation import directions
 from recon.files import write_text
-from recon.pictures import before_after, heatmap
+from recon.map_picture import heatmap
+from recon.pictures import before_after
 from recon.problem import Problem
 from recon.runs import SINGLE_TASK, Run, json_values
 from recon_cli import workbench

@@ -114,11 +114,11 @@ def choose(
     import recon.planning  # late: these import torch
     from recon.checkpoint import load_plan
     from recon.layers import find_layers
-    from recon.selectors import Selection, matching
+    from recon.selectors import Selection, names_matching
 
     tasks, groups = problem.task_names, groups_of(args)
     if found is None:
-        names = args.layers or matching(args.matching, [layer.name for layer in find_layers(model)])
+        names = args.layers or names_matching(args.matching, [layer.name for layer in find_layers(model)])
         plan = recon.BranchPlan.per_task(names, tasks)
         if not isinstance(groups, str | int):
             plan = recon.BranchPlan.grouped(dict.fromkeys(names, groups), tasks)

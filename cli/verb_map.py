@@ -233,7 +233,7 @@ def _save(cmap: ConflictMap, args: argparse.Namespace, done: str) -> Report:
 def _plot(cmap: ConflictMap, args: argparse.Namespace) -> None:
     if any(layer.conflicts is None for layer in cmap.layers):
         raise UsageError(f"{args.map} holds no counts by quarter of the training to draw. Leave --plot out.")
-    from recon.pictures import heatmap  # late: it imports matplotlib
+    from recon.map_picture import heatmap  # late: it imports matplotlib
 
     heatmap(cmap, args.plot)
 

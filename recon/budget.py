@@ -22,15 +22,7 @@ _CUTS = 50  # answers of the program that the cost model may refuse before we se
 
 @dataclass(frozen=True)
 class Budget:
-    """What a branched model may cost, as ratios to the unbranched one.
-
-    Args:
-        max_params: of the parameters; any number of them when not given.
-        max_macs: of the forward multiply-adds; any number of them when not given.
-
-    Raises:
-        PlanError: a ratio is below 1, which is the unbranched model's own, or neither is given.
-    """
+    """What a branched model may cost, as ratios to the unbranched one: parameters, forward multiply-adds, or both."""
 
     max_params: float | None = None
     max_macs: float | None = None
@@ -69,7 +61,7 @@ class Chooser:
     An operation runs once per group as soon as a value that reaches it has fanned out, so whatever lies below a fan is
     branched at no further multiply-adds. Of partitions that nest, the finest that reaches an operation decides how
     often it runs: its cost is the largest that any of the branched layers would cause alone. So the multiply-adds of a
-    plan are a sum over steps, each a set of layers of which the first one pays and the others take it for nothing; the
+    plan are a sum over steps, each a set of layers of which the first one pays and the others get it for nothing; the
     parameters are a sum over layers. With x_l = 1 for a branched layer and r_s = 1 for a step that is paid, the most
     conflict within a budget is the mixed-integer program
 
@@ -106,9 +98,6 @@ class Chooser:
         Where the program does not hold, all sets of up to ten layers are compared. Of more, or where the model could
         not be traced, it is the better of two greedy plans, by score and from the last layers on. The former is never
         worse than the longest beginning of the ranking that fits.
-
-        Raises:
-            PlanError: no layer with a conflict fits; the message names the cheapest.
         """
         if self._enumerates and (fitting := [names for names, costs in self._all_plans if budget.allows(costs)]):
             return max(fitting, key=self._worth)
@@ -125,16 +114,7 @@ class Chooser:
         return max(plans, key=self._worth)
 
     def fill(self, order: Sequence[str], budget: Budget, skip: bool = True) -> list[str]:
-        """As many layers of `order` as fit.
-
-        Args:
-            order: layers.
-            budget: what the plan may cost.
-            skip: pass over a layer that does not fit beside those before it; otherwise it is the end.
-
-        Raises:
-            PlanError: none fits; the message names the cheapest.
-        """
+        """As many layers of `order` as fit; one that does not is passed over with `skip`, and otherwise the end."""
         chosen = take(order, lambda names: self._fits(names, budget), skip)
         if not chosen:
             self._refuse(order if skip else order[:1], budget)
@@ -252,9 +232,8 @@ def _is_largest(costs: CostModel, partitions: Mapping[str, Partition], macs_alon
 def _steps(added: NDArray[np.int64]) -> dict[tuple[int, ...], int]:
     """What branching adds as steps: `{layers: multiply-adds that they add, however many of them are branched}`.
 
-    Args:
-        added: (layers, operations) multiply-adds that each layer adds alone. Of several, the largest is added, so that
-            an operation's numbers, in order, are steps that are taken by all layers with a number as large.
+    `added` are the (layers, operations) multiply-adds that each layer adds alone. Of several, the largest is added, so
+    that an operation's numbers, in order, are steps that all layers with a number as large share.
     """
     steps: dict[tuple[int, ...], int] = {}
     for operation in added.clip(min=0).T:

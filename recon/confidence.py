@@ -1,9 +1,8 @@
-"""How sure a ranking is: a block bootstrap over the steps of training, and when profiling can stop."""
+"""How sure a ranking is: a block bootstrap over the steps of training."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,9 +26,6 @@ def block_length(series: Series) -> int:
     Reviews 2004), of an AR(1) process: (sqrt(6) rho / (1 - rho^2))^(2/3) B^(1/3). Carlstein (Annals of Statistics
     1986), whose blocks do not overlap, has 2 in place of sqrt(6). One rho for all layers, from their series without
     linear trends. At least B^(1/3), for dependence that an AR(1) does not describe, and at most a quarter of B.
-
-    Raises:
-        UsageError: `series` is no table of counts with two bins or more.
     """
     _check(series)
     bins = len(series)
@@ -46,17 +42,10 @@ def resample(series: Series, draws: int = 1000) -> Series:
     """Scores that the same training could have had: (draws, L), by a block bootstrap of the steps.
 
     Neighbouring steps are dependent, so that blocks of them are drawn (Künsch, Annals of Statistics 1989), wrapped
-    around at the ends for every step to weigh the same (Politis and Romano 1992). All layers take the same blocks:
+    around at the ends for every step to weigh the same (Politis and Romano 1992). All layers get the same blocks:
     their noise is shared, and ranks hang on differences. Blocks stay within their quarter of the training: what
-    changes from one to the next is drift, not noise. The same series always gives the same draws. They tell what other
+    changes from one to the next is drift, not noise. The same series always gives the same draws. They show what other
     batches would have done to this training, not what another seed would.
-
-    Args:
-        series: (B, L) counts.
-        draws: how many.
-
-    Raises:
-        UsageError: `series` is no table of counts with two bins or more.
     """
     _check(series)
     scores = np.rint(series.sum(axis=0) + _deviations(series, draws))
@@ -89,9 +78,6 @@ def intervals(series: Series, level: float = 0.9) -> Series:
     """(L, 2): the interval of each layer's score that holds `level` of the resampled ones.
 
     A layer without a conflict has no noise to resample: its interval is [0, 0].
-
-    Raises:
-        UsageError: `level` is not within (0, 1), or `series` no table of counts with two bins or more.
     """
     if not 0 < level < 1:
         raise UsageError(f"level is {level}, not a share between 0 and 1, such as 0.9.")
@@ -105,9 +91,6 @@ def top_k_probability(series: Series, k: int) -> Floats:
 
     Layers that tie at the cut share its places: `ConflictMap.ranking` breaks ties by model order, of which the data
     say nothing, least of all among layers that never conflict.
-
-    Raises:
-        UsageError: `k` is not within 1 to L, or `series` no table of counts with two bins or more.
     """
     _check(series, k)
     scores = resample(series)
@@ -121,9 +104,6 @@ def above_mean_probability(series: Series) -> Floats:
     """(L,): how often each layer's resampled score is above the mean of all layers' in the same draw.
 
     Noise that the layers share cancels, as it does not in `intervals`.
-
-    Raises:
-        UsageError: `series` is no table of counts with two bins or more.
     """
     scores = resample(series)
     return (scores > scores.mean(axis=1, keepdims=True)).mean(axis=0)
@@ -132,8 +112,8 @@ def above_mean_probability(series: Series) -> Floats:
 def expected_overlap(series: Series, k: int, future: float | None = None, draws: int = 500) -> float:
     """The expected Jaccard overlap, |A and B| / |A or B|, of today's top k layers with those of a longer run.
 
-    The longer run's scores are today's and those of `future` more bins, drawn from what the later half of the series
-    foretells, since conflicts drift and later steps tell more of what comes:
+    The longer run's scores are today's and those of `future` more bins (as many as were seen when not given), drawn
+    from what the later half of the series foretells, since conflicts drift and later steps say more of what comes:
 
     - noise: with h the future's length in halves, a sum of h halves differs from h times the one half seen by
       sqrt(h + h^2) times the deviation of one: the h of its own and the h^2 of a rate that is not known exactly.
@@ -141,15 +121,6 @@ def expected_overlap(series: Series, k: int, future: float | None = None, draws:
       the second, estimates: it is a standard normal multiple of that change, the same in all layers.
     - rare conflicts: half a conflict more than was seen, as Jeffreys' prior for a rate has it. None seen does not mean
       none to come, and layers that tie are not settled by their order in the model.
-
-    Args:
-        series: (B, L) counts.
-        k: how many layers are chosen.
-        future: how many bins are to come; as many as were seen when not given.
-        draws: how many longer runs are drawn.
-
-    Raises:
-        UsageError: `k` is not within 1 to L, `future` negative, or `series` no table of counts with four bins or more.
     """
     _check(series, k, least=4)
     bins, layers = series.shape
@@ -170,62 +141,6 @@ def expected_overlap(series: Series, k: int, future: float | None = None, draws:
     today[np.argsort(-scores, kind="stable")[:k]] = True
     common = today[np.argsort(-(scores + more), axis=1)[:, :k]].sum(axis=1)
     return float((common / (2 * k - common)).mean())
-
-
-@dataclass
-class StableRanking:
-    """Stops a profiling run once its top layers are expected to be those of the whole run.
-
-    Looks after `next_check` steps, then whenever a tenth more have been profiled: a look costs milliseconds, and
-    fewer looks leave fewer chances to stop by luck. `StableRanking(**dataclasses.asdict(stable))` goes on where
-    `stable` was.
-
-    Args:
-        overlap: stop when `expected_overlap` is at least this, in (0, 1].
-        top_k: of so many layers; a quarter of the shared layers when not given.
-        next_check: profiled steps before the next look.
-        estimate: the overlap expected at the last look; NaN before the first.
-
-    Raises:
-        UsageError: `overlap` is not in (0, 1], or `top_k` below 1.
-    """
-
-    overlap: float = 0.9
-    top_k: int | None = None
-    next_check: int = 50
-    estimate: float = math.nan
-
-    def __post_init__(self) -> None:
-        if not 0 < self.overlap <= 1:
-            raise UsageError(f"The overlap to wait for is {self.overlap}; take a share in (0, 1], such as 0.9.")
-        if self.top_k is not None and self.top_k < 1:
-            raise UsageError(f"top_k is {self.top_k}; take at least 1 layer.")
-
-    def __str__(self) -> str:
-        top = "The top quarter of the layers" if self.top_k is None else f"The top {self.top_k} layers"
-        return f"{top}: expected overlap {self.estimate:.2f} with a longer run's; {self.overlap:g} is enough."
-
-    def due(self, steps: int) -> bool:
-        """Whether it is time to look, after so many profiled steps."""
-        return steps >= self.next_check
-
-    def check(self, series: Series, steps: int, *, bin_steps: int = 1, planned: int | None = None) -> bool:
-        """Whether the top layers are settled; sets the next look.
-
-        Args:
-            series: (B, L) conflicts so far.
-            steps: profiled so far.
-            bin_steps: steps in a bin of the series.
-            planned: steps of the whole run; twice as many as so far when not given.
-
-        Raises:
-            UsageError: there are fewer than `top_k` layers, or `series` is no table of counts.
-        """
-        k = max(1, series.shape[1] // 4) if self.top_k is None else self.top_k
-        to_come = steps if planned is None else max(0, planned - steps)
-        self.estimate = expected_overlap(series, k, future=to_come / bin_steps)
-        self.next_check = steps + math.ceil(steps / 10)
-        return self.estimate >= self.overlap
 
 
 def _check(series: Series, k: int = 1, least: int = 2) -> None:

@@ -182,7 +182,7 @@ class CostModel:
         layer's), `macs`, `activation_bytes`, and `tasks`, those whose outputs depend on it.
         """
         if not self.traced:
-            from networkx import DiGraph
+            from networkx import DiGraph  # late: as in `Dataflow.to_graph`
 
             return DiGraph()
         return self._flow.to_graph({p: layer.name for layer in self._layers for p in layer.parameters.values()})

@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from recon.conflict_map import ConflictMap, LayerConflicts
+from recon.conflict_map import ConflictMap
 from recon.errors import GradientError, UsageError
 from recon.layers import Layer
+from recon.score_table import LayerConflicts
 from recon.tally import Tally
 
 

@@ -18,10 +18,10 @@ from recon.tensors import storage_of
 from recon.undisturbed import state_kept
 
 
-class Meter(TorchDispatchMode):
+class KernelMeter(TorchDispatchMode):
     """Adds up what kernels compute and make.
 
-    `FlopCounterMode` itself leaves hooks on parameters that a module is called with, and takes no fans there.
+    `FlopCounterMode` itself leaves hooks on parameters that a module is called with, and accepts no fans there.
 
     Attributes:
         macs: multiply-adds of convolutions and matrix products, as `torch.utils.flop_counter` knows them.
@@ -58,19 +58,15 @@ def byte_size(tensor: Tensor) -> int:
 def count_macs(model: nn.Module, inputs: Any) -> int:
     """The multiply-adds of convolutions and matrix products in one forward in evaluation mode."""
     inputs = fresh(inputs)
-    with state_kept(model), torch.no_grad(), unfused_kernels(), Meter() as meter:
+    with state_kept(model), torch.no_grad(), unfused_kernels(), KernelMeter() as meter:
         call(model.eval(), inputs)
     return meter.macs
 
 
 def count_activation_bytes(model: nn.Module, inputs: Any) -> int:
-    """The bytes of all tensors that one forward in training mode makes.
-
-    Raises:
-        UsageError: it fails.
-    """
+    """The bytes of all tensors that one forward in training mode makes."""
     inputs = fresh(inputs)
-    with state_kept(model), torch.enable_grad(), unfused_kernels(), Meter() as meter:
+    with state_kept(model), torch.enable_grad(), unfused_kernels(), KernelMeter() as meter:
         run(model.train(), inputs)
     return meter.bytes
 

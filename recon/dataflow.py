@@ -97,8 +97,7 @@ class Dataflow:
     def to_graph(self, layer_names: Mapping[Tensor, str]) -> DiGraph:
         """A node per operation, numbered in order; an edge to each that uses its value.
 
-        Args:
-            layer_names: `{parameter: name of its layer}`.
+        `layer_names` is `{parameter: name of its layer}`.
         """
         from networkx import DiGraph  # late: it takes a while, and most who count costs draw nothing
 

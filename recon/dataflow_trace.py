@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from recon.batches import check_outputs, fresh, run
-from recon.counting import Meter, byte_size, tensors_in, unfused_kernels
+from recon.counting import KernelMeter, byte_size, tensors_in, unfused_kernels
 from recon.dataflow import Call, Dataflow, Operation
 from recon.graph import reached_leaves
 from recon.tensors import SharedTensor, storage_of
@@ -24,31 +24,26 @@ from recon.undisturbed import move_statistics, state_kept
 
 
 def trace(model: nn.Module, tasks: Sequence[str], example_inputs: Any, *, training: bool) -> Dataflow:
-    """Record one forward pass, in training mode (with gradients) or in evaluation mode (without).
-
-    Raises:
-        UsageError: the forward fails on the example inputs.
-        ProblemError: its output lacks a task.
-    """
+    """Record one forward pass, in training mode (with gradients) or in evaluation mode (without)."""
     inputs = fresh(example_inputs)
     with state_kept(model), torch.set_grad_enabled(training), unfused_kernels():
         move_statistics(model)
-        recorder = _Recorder(model)
+        tracer = _Tracer(model)
         # The model is entered before its own hooks run, and left after them.
-        with _watch_calls(model, recorder), recorder.meter, recorder:
+        with _watch_calls(model, tracer), tracer.meter, tracer:
             outputs = check_outputs(run(model.train(training), inputs), tasks)
         leaves = {task: [v for v in leaves_of(outputs[task]) if isinstance(v, Tensor)] for task in tasks}
         served: dict[Tensor, set[str]] = {}
         for task, values in leaves.items():
             for leaf in reached_leaves(values):
                 served.setdefault(leaf, set()).add(task)
-        return recorder.dataflow(
-            {task: recorder.values_of(values) for task, values in leaves.items()},
+        return tracer.dataflow(
+            {task: tracer.values_of(values) for task, values in leaves.items()},
             {leaf: frozenset(reached) for leaf, reached in served.items()},
         )
 
 
-class _Recorder(TorchFunctionMode):
+class _Tracer(TorchFunctionMode):
     """Knows every tensor of the pass by the value that it holds, and keeps it, so that none takes another's place."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -173,19 +168,19 @@ class _Recorder(TorchFunctionMode):
         )
 
 
-class _WatchedMeter(Meter):
-    """Tells the recorder about kernels that no torch function was called for: those of a scripted module, say."""
+class _WatchedMeter(KernelMeter):
+    """Reports the kernels to the tracer that no torch function was called for: those of a scripted module, say."""
 
-    def __init__(self, recorder: _Recorder) -> None:
+    def __init__(self, tracer: _Tracer) -> None:
         super().__init__()
-        self.recorder = recorder
+        self.tracer = tracer
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run a kernel, and count."""
         with torch._C.DisableTorchFunction():  # the kernel would be taken for a function that the forward calls
             result = super().__torch_dispatch__(func, types, args, kwargs)
-        if not self.recorder.running:
-            self.recorder.note_kernel(func, tensors_in((args, kwargs)), tensors_in(result))
+        if not self.tracer.running:
+            self.tracer.note_kernel(func, tensors_in((args, kwargs)), tensors_in(result))
         return result
 
 
@@ -204,16 +199,16 @@ class _Watched(SharedTensor):
 
 
 @contextmanager
-def _watch_calls(model: nn.Module, recorder: _Recorder) -> Iterator[None]:
+def _watch_calls(model: nn.Module, tracer: _Tracer) -> Iterator[None]:
     def entering(path: str) -> Any:
-        return lambda module, args, kwargs: recorder.enter(path, (args, kwargs))
+        return lambda module, args, kwargs: tracer.enter(path, (args, kwargs))
 
     handles = []
     for path, module in model.named_modules():
         if not isinstance(module, torch.jit.ScriptModule):  # they take no hooks
             handles += [
                 module.register_forward_pre_hook(entering(path), prepend=True, with_kwargs=True),
-                module.register_forward_hook(lambda *_: recorder.leave(), always_call=True),
+                module.register_forward_hook(lambda *_: tracer.leave(), always_call=True),
             ]
     try:
         yield

@@ -17,11 +17,7 @@ SHARED = 0
 
 
 class Partitions:
-    """The partitions that occur, by number: their refinements are looked up, not worked out again.
-
-    Args:
-        tasks: all tasks.
-    """
+    """The partitions that occur, by number: their refinements are looked up, not worked out again."""
 
     def __init__(self, tasks: Group) -> None:
         self._all = [Partition(tasks, (SHARED,) * len(tasks))]
@@ -33,11 +29,7 @@ class Partitions:
         self.sizes = [1]
 
     def number(self, partition: Partition) -> int:
-        """Its number.
-
-        Raises:
-            FanError: it has no task.
-        """
+        """Its number; refused if it has no task."""
         found = self._numbers.get(partition)
         if found is None:
             if not partition.tasks:
@@ -51,11 +43,7 @@ class Partitions:
         return self._all[number]
 
     def meet(self, numbers: Iterable[int], result: int = SHARED) -> int:
-        """The common refinement.
-
-        Raises:
-            FanError: they have no task in common.
-        """
+        """The common refinement."""
         for number in numbers:
             if number not in (result, SHARED):
                 result = number if result == SHARED else self._refine(result, number)
@@ -68,11 +56,7 @@ class Partitions:
         return found
 
     def restrict(self, number: int, tasks: Group | None) -> int:
-        """The groups of some tasks; what is shared stays so.
-
-        Raises:
-            FanError: it holds none of them.
-        """
+        """The groups of some tasks; what is shared stays so."""
         if number == SHARED or tasks is None:
             return number
         found = self._restricted.get((number, tasks))
@@ -117,12 +101,8 @@ class Fans:
 class FanOut:
     """The branched form of one model, under any plan, as `recon.convert` makes it.
 
-    Args:
-        model: the unbranched model.
-        tasks: all tasks.
-        training: what a forward in training mode does; where statistics are kept by group, and which modules serve
-            some tasks only, is seen there.
-        evaluation: what one in evaluation mode does.
+    It is found from what a forward does in training mode and in evaluation mode. Where statistics are kept by group,
+    and which modules serve some tasks only, is seen in training mode.
     """
 
     def __init__(self, model: nn.Module, tasks: Group, training: Dataflow, evaluation: Dataflow) -> None:
@@ -172,11 +152,8 @@ class FanOut:
     ) -> Fans:
         """Let values fan out, operation by operation.
 
-        Args:
-            flow: the forward pass.
-            parameters: their partitions.
-            statistics: the modules that keep statistics by group, which run once per group as a whole.
-            only: the modules that run for some tasks only.
+        `parameters` are their partitions; the modules in `statistics` keep statistics by group, and run once per group
+        as a whole; those in `only` run for some tasks only.
         """
         meet, restrict, sizes = self.partitions.meet, self.partitions.restrict, self.partitions.sizes
         values = [*parameters, *(statistics.get(path, SHARED) for path in flow.owners)]

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
+from recon.cost_model import CostModel
 from recon.errors import PlanError
 from recon.grouping import Groups
+from recon.matching import Match
+from recon.partition import Partition
 from recon.planning import Choice, choose
 from recon.selectors import Selection
 from recon.tables import text_table
-
-if TYPE_CHECKING:
-    from recon.cost_model import CostModel
-    from recon.matching import Match
-    from recon.partition import Partition
 
 BUDGETS = (1.05, 1.1, 1.25, 1.5, 1.75, 2.0, 3.0, 5.0, 10.0, 20.0)
 """Ratios to the unbranched model at which budgeted plans are made, as far as any plan costs as much."""

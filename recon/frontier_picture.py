@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.transforms import Bbox
 
-from recon.pictures import save_picture
+from recon.figure_file import save_picture
 
 if TYPE_CHECKING:
     from recon.frontier import Point
@@ -24,17 +24,10 @@ _OFFSETS = ((7, -7), (-7, 7), (7, 7), (-7, -7))  # of a label from its mark, in 
 
 
 def draw_frontier(points: Sequence[Point], path: str | Path) -> None:
-    """Draw every plan of a frontier twice: against its parameters and against its multiply-adds.
+    """Draw every plan of a frontier twice, as a PNG: against its parameters and against its multiply-adds.
 
     The broad line shows the most that any of the plans covers for so much of one cost. Plans that are not optimal in
     both costs together (see `recon.frontier.Point.optimal`) are hollow.
-
-    Args:
-        points: of `recon.frontier.frontier`.
-        path: of the PNG to write.
-
-    Raises:
-        UsageError: the path cannot be written.
     """
     save_picture(frontier_figure(points), path)
 

@@ -11,9 +11,10 @@ from numpy.typing import NDArray
 from scipy.cluster.hierarchy import cut_tree, linkage
 from scipy.spatial.distance import squareform
 
-from recon.conflict_map import ConflictMap, LayerConflicts
+from recon.conflict_map import ConflictMap
 from recon.errors import PlanError
 from recon.partition import Partition
+from recon.score_table import LayerConflicts
 
 Groups = str | int | Sequence[str | Sequence[str]]
 """`"per-task"`, `"conflict"`, how many groups, or the groups themselves."""
@@ -24,19 +25,10 @@ Matrix = NDArray[np.float64]
 
 
 def conflict_graph(cmap: ConflictMap, tasks: Sequence[str], layers: Sequence[str] | None = None) -> nx.Graph:
-    """The tasks, and on every edge how often the two conflicted, at the map's own threshold.
+    """The tasks as a complete graph, with the conflicts of each pair at the map's own threshold on its edges.
 
-    Args:
-        cmap: the map.
-        tasks: of the graph.
-        layers: to sum over; all of the map's when not given.
-
-    Returns:
-        A complete graph with `weight` (conflicts), `observed` (gradient pairs seen) and `rate` (the first by the
-        second, 0 where none was seen) on its edges.
-
-    Raises:
-        PlanError: the map does not tell the conflicts of each pair of these tasks.
+    An edge has the `weight` (conflicts), `observed` (gradient pairs seen) and `rate` (the first by the second, 0 where
+    none was seen), summed over `layers`, or over all of the map's.
     """
     conflicts, observed = _by_pair(cmap, tasks)
     chosen = [layer.name in layers if layers is not None else True for layer in cmap.layers]
@@ -55,16 +47,9 @@ def partitions(cmap: ConflictMap, tasks: Sequence[str], groups: Groups = "per-ta
     Any two of these partitions nest: one of them refines the other. So wherever values of branched layers meet, they
     are in no more groups than the finest of those layers, and T tasks in n groups cost at most n times the trunk.
 
-    Args:
-        cmap: the map.
-        tasks: all the tasks of the model.
-        groups: `"per-task"` gives every task a copy (Shi et al. 2023); a number n splits all layers alike, into the n
-            groups that leave the fewest conflicts within (see `fewest_conflicts`); `"conflict"` lets every layer decide
-            how finely it splits (see `by_conflict`); a list of groups is taken as it is.
-
-    Raises:
-        PlanError: the groups are no partition of the tasks into two groups or more, or the map does not tell how often
-            each pair of the tasks conflicted.
+    `"per-task"` gives every task a copy (Shi et al. 2023); a number n splits all layers alike, into the n groups that
+    leave the fewest conflicts within (see `fewest_conflicts`); `"conflict"` lets every layer decide how finely it
+    splits (see `by_conflict`); a list of groups is used as it is.
     """
     if groups == "conflict":
         return by_conflict(cmap, tasks)
@@ -93,10 +78,6 @@ def fewest_conflicts(graph: nx.Graph, n: int) -> Partition:
 
     Exact, by enumeration, for up to eight tasks. For more of them (this is max n-cut, which is NP-hard): the better of
     two starts, a cut of the `hierarchy` and a greedy one, each improved until no task's move and no swap of two helps.
-
-    Args:
-        graph: see `conflict_graph`.
-        n: from 1 to the number of tasks.
     """
     weights = nx.to_numpy_array(graph, weight="weight")
     if len(graph) <= _ENUMERATED:
@@ -121,12 +102,9 @@ def by_conflict(cmap: ConflictMap, tasks: Sequence[str]) -> dict[str, Partition]
     """For each layer, the cut of one common `hierarchy` that keeps together what conflicts less than usual there.
 
     With tau the mean conflict rate of all layers and pairs, a pair of tasks that shares a layer costs its conflicts
-    there and saves the tau that is usual; a layer takes the cut with the least sum over the pairs that share it, which
+    there and saves the tau that is usual; a layer gets the cut with the least sum over the pairs that share it, which
     is correlation clustering (Bansal, Blum and Chawla, Machine Learning 2004) along the hierarchy. In two groups at
     least: a branched layer is split.
-
-    Raises:
-        PlanError: the map does not tell the conflicts of each pair of these tasks.
     """
     cuts = hierarchy(conflict_graph(cmap, tasks))[1:]
     conflicts, observed = _by_pair(cmap, tasks)
@@ -141,14 +119,6 @@ def separated(cmap: ConflictMap, split: Mapping[str, Partition], threshold: floa
 
     Conflicts by pair are known at the map's own threshold; at another one, a layer's score is parted in the same
     proportion. Where the map does not know the pairs of these tasks, nothing is left out.
-
-    Args:
-        cmap: the map.
-        split: how each of its layers splits the tasks.
-        threshold: S of the scores; the map's own when not given.
-
-    Raises:
-        UsageError: the map has no scores at this threshold.
     """
     scores = cmap.scores(threshold)
     return {layer.name: round(scores[layer.name] * _share(cmap, layer, split[layer.name])) for layer in cmap.layers}

@@ -6,9 +6,9 @@ import math
 from collections.abc import Callable
 from typing import NoReturn
 
-from recon.conflict_map import SERIES, ConflictMap, LayerConflicts
 from recon.documents import Document
 from recon.errors import UsageError
+from recon.score_table import SERIES, LayerConflicts, ScoreTable
 
 MOST_LAYERS, MOST_TASKS = 20_000, 1_000
 MOST_STEPS = 10**12  # and the longest side of a parameter; products of counts stay far within int64
@@ -17,16 +17,8 @@ MOST_PARAMETERS = 10**15
 Fail = Callable[[str], NoReturn]
 
 
-def check(cmap: ConflictMap, fail: Fail) -> None:
-    """See that the fields agree, within each layer and between them.
-
-    Args:
-        cmap: every field of it has its type and shape, and no count is negative.
-        fail: refuses the file with a complaint about a field.
-
-    Raises:
-        MapFileError: they do not.
-    """
+def check(cmap: ScoreTable, fail: Fail) -> None:
+    """Fail unless the fields agree, within each layer and between them; each has its type and shape already."""
     if len({layer.name for layer in cmap.layers}) < len(cmap.layers):
         fail("field 'layers' names a layer twice")
     for number, layer in enumerate(cmap.layers):
@@ -43,11 +35,7 @@ def check(cmap: ConflictMap, fail: Fail) -> None:
 
 
 def check_shapes(shapes: dict[str, list[int]], parameters: int | None, layer: Document) -> None:
-    """See that a layer's parameters have possible shapes, and are as many as the file says.
-
-    Raises:
-        MapFileError: they have not, or are not.
-    """
+    """Refuse shapes that no parameters have, or that hold another number of parameters than the file says."""
     sides = [side for shape in shapes.values() for side in shape]
     total = sum(math.prod(shape) for shape in shapes.values()) if len(sides) <= 1000 else math.inf
     if any(not 0 <= side <= MOST_STEPS for side in sides) or total > MOST_PARAMETERS:
@@ -56,7 +44,7 @@ def check_shapes(shapes: dict[str, list[int]], parameters: int | None, layer: Do
         layer.wrong("parameters", f"is {parameters}, but the shapes say {total if shapes else None}")
 
 
-def _check_known(cmap: ConflictMap, layer: LayerConflicts, where: str, fail: Fail) -> None:
+def _check_known(cmap: ScoreTable, layer: LayerConflicts, where: str, fail: Fail) -> None:
     """Counts are known for all layers or for none; the score stands in for them, and only then."""
     for key in ("histogram", "conflicts", "observed"):
         if (getattr(layer, key) is None) != (getattr(cmap.layers[0], key) is None):
@@ -69,7 +57,7 @@ def _check_known(cmap: ConflictMap, layer: LayerConflicts, where: str, fail: Fai
         fail(f"field '{where}histogram' is missing, though the counts made with it are there")
 
 
-def _check_steps(cmap: ConflictMap, fail: Fail) -> None:
+def _check_steps(cmap: ScoreTable, fail: Fail) -> None:
     if cmap.steps is None:
         return
     if (cmap.skipped or 0) > cmap.steps:
@@ -89,7 +77,7 @@ def _check_sums(layer: LayerConflicts, score: int, where: str, fail: Fail) -> No
         fail(f"field '{where}conflicts' counts more conflicts of a pair than cosines were observed of it")
 
 
-def _check_bounds(cmap: ConflictMap, layer: LayerConflicts, score: int, where: str, fail: Fail) -> None:
+def _check_bounds(cmap: ScoreTable, layer: LayerConflicts, score: int, where: str, fail: Fail) -> None:
     """A pair is observed at most once in a step."""
     if cmap.steps is None:
         return
@@ -105,7 +93,7 @@ def _check_bounds(cmap: ConflictMap, layer: LayerConflicts, score: int, where: s
             fail(f"field '{where}{key}' counts more than {counted} steps of {len(cmap.pairs)} pairs have")
 
 
-def _check_series(cmap: ConflictMap, scores: dict[str, int], fail: Fail) -> None:
+def _check_series(cmap: ScoreTable, scores: dict[str, int], fail: Fail) -> None:
     series = [layer.series for layer in cmap.layers]
     lengths = {-1 if values is None else len(values) for values in series}
     if len(lengths) > 1:

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
-from recon.conflict_map import ConflictMap
 from recon.errors import MapMismatchError, UsageError, shortened
 from recon.map_names import rename_hint, renamed
+from recon.score_table import ScoreTable
 
 
 @dataclass(frozen=True)
@@ -66,8 +66,8 @@ class MapComparison:
 
 
 def compare(
-    first: ConflictMap,
-    second: ConflictMap,
+    first: ScoreTable,
+    second: ScoreTable,
     *,
     threshold: float | None = None,
     top_k: int | None = None,

@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from recon.conflict_map import BINS, STAGES, ConflictMap, Counts, LayerConflicts
 from recon.documents import Document, read_document, shown
 from recon.errors import MapFileError
 from recon.files import write_text
 from recon.map_checks import MOST_LAYERS, MOST_STEPS, MOST_TASKS, check, check_shapes
+from recon.score_table import BINS, STAGES, Counts, LayerConflicts, ScoreTable, Table
 
 FORMAT = "recon conflict map"
 VERSION = 2
@@ -21,7 +21,7 @@ _REMEDY = "Make a new map with `recon profile`, or give another file."
 _MOST = 10**16  # of an entry: a few hundred of them add up within int64
 
 
-def save(cmap: ConflictMap, path: str | Path) -> None:
+def write(cmap: ScoreTable, path: str | Path) -> None:
     """See `ConflictMap.save`."""
     head = {
         "format": FORMAT,
@@ -39,8 +39,8 @@ def save(cmap: ConflictMap, path: str | Path) -> None:
     write_text(path, text)
 
 
-def load(path: str | Path) -> ConflictMap:
-    """See `ConflictMap.load`."""
+def read(path: str | Path, kind: type[Table]) -> Table:
+    """A table of this class; see `ConflictMap.load`."""
     document = read_document(path, MapFileError, _REMEDY)
     _refuse_scores(document)
     document.check_format(FORMAT, VERSION, ": not a conflict map")
@@ -51,7 +51,7 @@ def load(path: str | Path) -> ConflictMap:
         )
     _check_length(document, "tasks", MOST_TASKS)
     _check_length(document, "layers", MOST_LAYERS)
-    cmap = ConflictMap(
+    cmap = kind(
         tasks=tasks,
         threshold=float(document.number("threshold")),
         steps=_count_or_none(document, "steps"),
@@ -86,7 +86,7 @@ def _values(counts: Counts | None) -> list[Any] | None:
 
 
 def _refuse_scores(document: Document) -> None:
-    """Say of a file of the published code what reads it."""
+    """Refuse a file of the published code, and say what reads it."""
     if document.values and all(type(document.values[key]) is int for key in document):
         document.wrong("format", "is missing: not a conflict map; `recon map import` reads the published code's scores")
 

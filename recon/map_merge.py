@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from recon.conflict_map import ConflictMap, Counts, LayerConflicts, threshold_bin
 from recon.errors import MapMismatchError, UsageError, shortened
+from recon.score_table import Counts, LayerConflicts, ScoreTable, Table, threshold_bin
 
 
-def merge(maps: Sequence[ConflictMap], names: Sequence[str] = ()) -> ConflictMap:
+def merge(maps: Sequence[Table], names: Sequence[str] = ()) -> Table:
     """See `ConflictMap.merge`."""
     if len(maps) < 2:
         raise UsageError(f"Merging takes two or more maps, but got {len(maps)}.")
@@ -31,18 +31,18 @@ def merge(maps: Sequence[ConflictMap], names: Sequence[str] = ()) -> ConflictMap
             )
     aligned = [first, *(_aligned(cmap, first) for cmap in maps[1:])]
     stage_steps = [cmap.stage_steps for cmap in maps]
-    return ConflictMap(
-        tasks=first.tasks,
-        threshold=first.threshold,
+    return replace(
+        first,
         steps=_total([cmap.steps for cmap in maps]),
         skipped=_total([cmap.skipped for cmap in maps]),
         stage_steps=tuple(map(sum, zip(*stage_steps, strict=True))) if all(stage_steps) else (),
         layers=[_sum_layers(records) for records in zip(*(cmap.layers for cmap in aligned), strict=True)],
         made_by=_made_by(maps, names),
+        bin_steps=0,
     )
 
 
-def _why_not(first: ConflictMap, cmap: ConflictMap) -> str:
+def _why_not(first: ScoreTable, cmap: ScoreTable) -> str:
     """Why the counts of the two do not add up to anything; empty if they do."""
     if set(first.tasks) != set(cmap.tasks):
         tasks, others = (", ".join(of.tasks) or "unknown" for of in (cmap, first))
@@ -67,7 +67,7 @@ def _why_not(first: ConflictMap, cmap: ConflictMap) -> str:
     return ""
 
 
-def _same_counts(one: ConflictMap, other: ConflictMap) -> bool:
+def _same_counts(one: ScoreTable, other: ScoreTable) -> bool:
     others = {layer.name: layer for layer in other.layers}
     if not any(one.scores().values()):  # nothing to tell two runs apart by
         return one is other
@@ -80,7 +80,7 @@ def _or_empty(counts: Counts | None) -> Counts:
     return np.zeros(0, dtype=np.int64) if counts is None else counts
 
 
-def _aligned(cmap: ConflictMap, first: ConflictMap) -> ConflictMap:
+def _aligned(cmap: Table, first: ScoreTable) -> Table:
     """The same map with its layers and its task pairs in the order of the first."""
     layers = {layer.name: layer for layer in cmap.layers}
     pairs = [frozenset(pair) for pair in cmap.pairs]
@@ -113,7 +113,7 @@ def _total(values: Sequence[Any]) -> Any:
     return None if any(value is None for value in values) else sum(values[1:], values[0])
 
 
-def _made_by(maps: Sequence[ConflictMap], names: Sequence[str]) -> dict[str, Any]:
+def _made_by(maps: Sequence[ScoreTable], names: Sequence[str]) -> dict[str, Any]:
     """What all the runs were made by, and for each what it alone was."""
     first = maps[0].made_by
     common = {key: value for key, value in first.items() if all(cmap.made_by.get(key) == value for cmap in maps)}

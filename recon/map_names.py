@@ -8,25 +8,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import islice, takewhile
 
-from recon.conflict_map import ConflictMap
 from recon.errors import MapMismatchError, UnknownNameError, UsageError
+from recon.score_table import Table
 
 _CANDIDATES = 20  # so many prefixes, the most frequent first, or names are tried out: comparing all takes seconds
 
 
-def renamed(cmap: ConflictMap, rename: Mapping[str, str] | None) -> ConflictMap:
-    """The same map with other layer names.
+def renamed(cmap: Table, rename: Mapping[str, str] | None) -> Table:
+    """The same map with other layer names, by `{old prefix: new prefix}` of whole path components.
 
-    Args:
-        cmap: the map.
-        rename: `{old prefix: new prefix}`, of whole path components: `{"backbone": "encoder.net"}`; an empty old
-            one puts the new one before every name, an empty new one takes the old one away. Where several fit, the
-            longest one counts, once.
-
-    Raises:
-        UnknownNameError: no layer's name begins with an old prefix; the message gives the nearest ones.
-        UsageError: nothing would be left of a name.
-        MapMismatchError: two layers would have the same name.
+    An empty old prefix puts the new one before every name, an empty new one takes the old one away. Where several fit,
+    the longest one counts, once.
     """
     if not rename:
         return cmap

@@ -7,10 +7,11 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 
-from recon.conflict_map import ConflictMap, LayerConflicts
+from recon.conflict_map import ConflictMap
 from recon.errors import MapMismatchError, shortened
 from recon.layers import Layer, find_layers
 from recon.map_names import rename_hint, renamed
+from recon.score_table import LayerConflicts
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ class Lane:
 
 
 @dataclass(frozen=True)
-class Row:
+class LayerRow:
     """What is drawn at one height.
 
     Args:
@@ -60,7 +60,7 @@ class Stage:
     """
 
     name: str
-    rows: tuple[Row, ...]
+    rows: tuple[LayerRow, ...]
     plain_macs: int
     macs: int
 
@@ -80,23 +80,18 @@ class Layout:
     order: tuple[str, ...]
 
     @property
-    def rows(self) -> list[Row]:
+    def rows(self) -> list[LayerRow]:
         """All rows, from top to bottom."""
         return [row for stage in self.stages for row in stage.rows]
 
 
 def network_layout(cost_model: CostModel, layers: Mapping[str, Partition]) -> Layout:
-    """Lay out a network as a plan branches it.
-
-    Args:
-        cost_model: of the unbranched network.
-        layers: the plan's, `{layer name: partition of the tasks}`; at least one.
-    """
+    """Lay out a network as a plan branches it: one layer at least."""
     finest = refine(*layers.values())
     runs = cost_model.of(layers).runs
     served = _served(cost_model, finest.tasks)
     lanes = {name: _lanes(name, served[name], layers, runs) for name in cost_model.layers}
-    stages = [(stage, _packed([Row((name,), lanes[name]) for name in names])) for stage, names in _stages(lanes)]
+    stages = [(stage, _packed([LayerRow((name,), lanes[name]) for name in names])) for stage, names in _stages(lanes)]
     stages = _forked(stages, layers, finest.tasks)
     if sum(len(rows) for _, rows in stages) > _ROWS:
         stages = [(stage, list(_merged(rows))) for stage, rows in stages]
@@ -113,7 +108,7 @@ def network_layout(cost_model: CostModel, layers: Mapping[str, Partition]) -> La
 
 
 def _served(cost_model: CostModel, tasks: Group) -> dict[str, Group]:
-    """`{layer name: the tasks it serves}`; all of them where the dataflow graph does not tell."""
+    """`{layer name: the tasks it serves}`; all of them where the dataflow graph does not say."""
     served: dict[str, set[str]] = {name: set() for name in cost_model.layers}
     for _, node in cost_model.graph.nodes(data=True):
         if node["layer"] in served:
@@ -134,7 +129,7 @@ def _stages(lanes: Mapping[str, Sequence[Lane]]) -> list[tuple[str, list[str]]]:
     """Neighbouring layers of one module, by the shortest paths that leave no stage with too many rows."""
     for depth in range(1, 1 + max(name.count(".") for name in lanes)):
         stages = [(stage, list(names)) for stage, names in groupby(lanes, partial(_module, depth))]
-        if all(len(_packed([Row((n,), tuple(lanes[n])) for n in names])) <= _STAGE_ROWS for _, names in stages):
+        if all(len(_packed([LayerRow((n,), tuple(lanes[n])) for n in names])) <= _STAGE_ROWS for _, names in stages):
             return stages
     return [(stage, list(names)) for stage, names in groupby(lanes, lambda name: name.rpartition(".")[0])]
 
@@ -143,9 +138,9 @@ def _module(depth: int, name: str) -> str:
     return ".".join(name.split(".")[:-1][:depth])
 
 
-def _packed(rows: Iterable[Row]) -> list[Row]:
-    """Layers of one stage that serve different tasks go into the same rows: T heads take no more height than one."""
-    packed: list[Row] = []
+def _packed(rows: Iterable[LayerRow]) -> list[LayerRow]:
+    """Layers of one stage that serve different tasks go into the same rows: T heads need no more height than one."""
+    packed: list[LayerRow] = []
     for row in rows:
         tasks = _tasks(row)
         last = next((number for number in reversed(range(len(packed))) if tasks & _tasks(packed[number])), -1)
@@ -153,16 +148,16 @@ def _packed(rows: Iterable[Row]) -> list[Row]:
             packed.append(row)
         else:
             beside = packed[last + 1]
-            packed[last + 1] = Row(beside.names + row.names, beside.lanes + row.lanes)
+            packed[last + 1] = LayerRow(beside.names + row.names, beside.lanes + row.lanes)
     return packed
 
 
 def _forked(
-    stages: list[tuple[str, list[Row]]], layers: Mapping[str, Partition], tasks: Group
-) -> list[tuple[str, list[Row]]]:
+    stages: list[tuple[str, list[LayerRow]]], layers: Mapping[str, Partition], tasks: Group
+) -> list[tuple[str, list[LayerRow]]]:
     """Mark the layers where values first fan out."""
     so_far = Partition(tasks, (0,) * len(tasks))
-    marked: list[tuple[str, list[Row]]] = []
+    marked: list[tuple[str, list[LayerRow]]] = []
     for stage, rows in stages:
         marked.append((stage, []))
         for row in rows:
@@ -172,9 +167,9 @@ def _forked(
     return marked
 
 
-def _merged(rows: Iterable[Row]) -> Iterator[Row]:
+def _merged(rows: Iterable[LayerRow]) -> Iterator[LayerRow]:
     """Neighbours that are drawn alike, as one row."""
-    last: Row | None = None
+    last: LayerRow | None = None
     for row in rows:
         if last is not None and row.fork is None and row.lanes == last.lanes:
             last = replace(last, names=last.names + row.names)
@@ -201,7 +196,7 @@ def _macs(cost_model: CostModel, layers: Mapping[str, Partition]) -> dict[str, t
     return macs
 
 
-def _tasks(row: Row) -> set[str]:
+def _tasks(row: LayerRow) -> set[str]:
     return {task for lane in row.lanes for task in lane.tasks}
 
 

@@ -15,9 +15,9 @@ from matplotlib.patches import PathPatch, Rectangle
 from matplotlib.path import Path as Curve
 
 from recon.errors import cut
-from recon.network_layout import Lane, Layout, Row, Stage, network_layout
+from recon.figure_file import save_picture
+from recon.network_layout import Lane, LayerRow, Layout, Stage, network_layout
 from recon.partition import Group
-from recon.pictures import save_picture
 from recon.tables import short_number
 
 if TYPE_CHECKING:
@@ -40,22 +40,12 @@ _LINES = 5  # of a list of tasks
 def draw_network(
     cost_model: CostModel, layers: Mapping[str, Partition], path: str | Path, title: str, samples: int = 1
 ) -> None:
-    """Draw the trunk, the branch points and the groups of a branched network.
+    """Draw the trunk, the branch points and the groups of a branched network, as a PNG.
 
     Every row is a layer, in model order. Where it runs once, for all tasks, its bar is grey; where values have fanned
     out, there is a bar for each group of tasks: in the group's full colour if the group has its own copy, pale if the
     copies' weights are shared. A bar is as wide as its group has tasks. On the right are the multiply-adds of each
-    stage.
-
-    Args:
-        cost_model: of the unbranched network.
-        layers: the plan's, `{layer name: partition of the tasks}`; at least one.
-        path: of the PNG to write.
-        title: the picture's first line.
-        samples: how many the cost model's example inputs are; the multiply-adds are divided by it.
-
-    Raises:
-        UsageError: the path cannot be written.
+    stage, divided by the number of samples in the cost model's example inputs.
     """
     save_picture(network_figure(cost_model, layers, title, samples), path)
 
@@ -148,7 +138,7 @@ class _Drawing:
         middle = [top + _ROW / 2] * 2
         self.axes.plot([min(ends), max(ends)], middle, color=_INK, linewidth=0.5, alpha=0.55, gid="tie")
 
-    def _fork(self, row: Row, top: float) -> None:
+    def _fork(self, row: LayerRow, top: float) -> None:
         """From the middle of each group's lane to those of the groups that it falls into."""
         before, after = row.fork or ((), ())
         self._text(_LABEL, top + _FORK / 2, "branch point", size=6.5, ha="right", style="italic", weight="bold")
@@ -250,7 +240,7 @@ def _group_colours(groups: Sequence[Group]) -> dict[Group, Any]:
     return {group: spread(0.05 + 0.9 * number / (len(groups) - 1)) for number, group in enumerate(groups)}
 
 
-def _row_label(stage: Stage, row: Row) -> str:
+def _row_label(stage: Stage, row: LayerRow) -> str:
     local = [name[len(stage.name) + 1 :] if stage.name else name for name in row.names]
     if len(local) == 1:
         return cut(local[0], 18, "…")

@@ -1,4 +1,4 @@
-"""Pictures of conflict: where in the network, when in training, what is left after branching; and of task weights."""
+"""Pictures of what is left after branching, and of task weights."""
 
 from __future__ import annotations
 
@@ -10,47 +10,13 @@ import numpy as np
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 
-from recon.conflict_map import STAGES, ConflictMap
-from recon.files import write_atomically
+from recon.figure_file import save_picture
 
 _NAMED = 12  # tasks in a legend
 
 
-def heatmap(cmap: ConflictMap, path: str | Path, branched: Sequence[str] = ()) -> None:
-    """Draw the share of conflicts, shared layers × quarters of the training.
-
-    Args:
-        cmap: the map; shares are at its own threshold.
-        path: of the PNG to write.
-        branched: layers to mark as chosen for branching.
-
-    Raises:
-        UsageError: the path cannot be written.
-    """
-    names = [layer.name for layer in cmap.layers]
-    figure = Figure(figsize=(6, 1.4 + 0.24 * len(names)), layout="constrained")
-    axes = figure.add_subplot()
-    image = axes.imshow(100 * cmap.stage_shares(), cmap="magma_r", vmin=0, vmax=100, aspect="auto")
-    axes.set_yticks(range(len(names)), [f"▸ {name}" if name in branched else name for name in names], fontsize=8)
-    axes.set_xticks(range(STAGES), [f"quarter {i + 1}" for i in range(STAGES)])
-    axes.set_title(f"Steps with conflicting gradients (cos < {cmap.threshold:g})", fontsize=10)
-    if branched:
-        axes.set_xlabel(f"▸ branched: {len(branched)} of {len(names)} shared layers", fontsize=8)
-    figure.colorbar(image, label="% of steps and task pairs")
-    save_picture(figure, path)
-
-
 def before_after(before: Mapping[str, float], after: Mapping[str, float], path: str | Path) -> None:
-    """Draw the share of conflicting steps (cos < 0) in the layers that stay shared, before and after branching.
-
-    Args:
-        before: `{layer name: share in [0, 1]}` in the unbranched model.
-        after: the same in the branched one.
-        path: of the PNG to write.
-
-    Raises:
-        UsageError: the path cannot be written.
-    """
+    """Draw the shares of conflicting steps (cos < 0) in the layers that stay shared, before and after branching."""
     names = [name for name in before if name in after]
     at = np.arange(len(names))
     figure = Figure(figsize=(6.5, 1.4 + 0.34 * len(names)), layout="constrained")
@@ -67,16 +33,7 @@ def before_after(before: Mapping[str, float], after: Mapping[str, float], path: 
 
 
 def weights_over_steps(records: Sequence[Mapping[str, Any]], tasks: Sequence[str], path: str | Path) -> None:
-    """Draw the weights that a method gave the tasks, step by step.
-
-    Args:
-        records: lines of a `recon.Recorder`'s file.
-        tasks: those to draw.
-        path: of the PNG to write.
-
-    Raises:
-        UsageError: the path cannot be written.
-    """
+    """Draw the weights that a method gave these tasks, step by step, from the lines of a `recon.Recorder`'s file."""
     figure = Figure(figsize=(6.5, 3.5), layout="constrained")
     axes = figure.add_subplot()
     colours = colormaps["viridis"](np.linspace(0, 0.9, len(tasks)))
@@ -90,12 +47,3 @@ def weights_over_steps(records: Sequence[Mapping[str, Any]], tasks: Sequence[str
     if len(tasks) <= _NAMED:
         axes.legend(fontsize=8)
     save_picture(figure, path)
-
-
-def save_picture(figure: Figure, path: str | Path) -> None:
-    """Write a figure as PNG, atomically.
-
-    Raises:
-        UsageError: the path cannot be written.
-    """
-    write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=130, format="png"))

@@ -18,7 +18,7 @@ from recon.grouping import Groups, partitions, separated
 from recon.layers import find_layers
 from recon.matching import Match, match
 from recon.partition import Partition
-from recon.selectors import Select, Selection, checked_k, holding_share, matching, sure_layers
+from recon.selectors import Select, Selection, checked_k, holding_share, names_matching, sure_layers
 
 __all__ = ["BranchPlan", "Choice", "Mode", "choose", "plan"]
 
@@ -83,7 +83,7 @@ def plan(
     Args:
         cmap: the conflict map; or what `recon.matching.match` made of it, which is then taken as it is.
         model: the unbranched model.
-        example_inputs: a batch of inputs, as the model's forward takes it; budgets are counted on it.
+        example_inputs: a batch of inputs, as the model's forward accepts it; budgets are counted on it.
         top_k: how many layers to branch.
         share: branch the fewest layers that hold this share of all conflict, in (0, 1].
         max_params: cover the most conflict with at most so many times the model's parameters.
@@ -138,7 +138,7 @@ def choose(
     threshold: float | None = None,
     costs: CostModel | None = None,
 ) -> Choice:
-    """As `plan`, and tells why.
+    """As `plan`, and says why.
 
     Args:
         found: the map, matched to the model.
@@ -174,7 +174,7 @@ def _names(
     """The chosen layers, and why those."""
     cmap, reason = found.cmap, selection.describe()
     if isinstance(selection.layers, str):
-        return matching(selection.layers, found.matched), reason
+        return names_matching(selection.layers, found.matched), reason
     if selection.layers is not None:
         return list(selection.layers), reason
     if selection.auto:

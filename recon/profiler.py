@@ -12,8 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from recon.backward_passes import differentiate
-from recon.confidence import StableRanking
-from recon.conflict_map import ConflictMap, threshold_bin
+from recon.conflict_map import ConflictMap
 from recon.counted_map import counted_map
 from recon.distributed import average_, broadcast_answer, world_size
 from recon.errors import CheckpointError, UsageError
@@ -23,7 +22,9 @@ from recon.layers import find_layers, unwrapped
 from recon.observer import Memory
 from recon.reach import Reach
 from recon.scaled_losses import LossScaleLike
+from recon.score_table import threshold_bin
 from recon.sketch import GradientSketch, sketch_gramians
+from recon.stability import StableRanking
 from recon.tally import Tally
 from recon.trainable import Model, as_module
 from recon.updates import backward

@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from recon.conflict_map import BINS, SERIES, STAGES, ConflictMap, LayerConflicts, bin_edges, threshold_bin
+from recon.conflict_map import ConflictMap
 from recon.documents import read_document, shown
 from recon.errors import MapFileError, UsageError, shortened
 from recon.map_checks import MOST_LAYERS, MOST_STEPS
 from recon.map_file import FORMAT
+from recon.score_table import BINS, SERIES, STAGES, LayerConflicts, bin_edges, threshold_bin
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -141,7 +142,7 @@ def _load(path: Path) -> Mapping[str, Sequence[Tensor]]:
 
 def _stack(path: Path, name: str, steps: Sequence[Tensor]) -> NDArray[Any]:
     """(steps, pairs) cosines of one layer."""
-    import torch
+    import torch  # late: score files need none
 
     pairs = {tuple(step.shape) if isinstance(step, torch.Tensor) else None for step in steps}
     shape = pairs.pop()
@@ -163,7 +164,7 @@ def _check_tasks(path: Path, pairs: int, tasks: Sequence[str]) -> None:
 
 
 def _plain_names(path: Path, names: Sequence[str]) -> dict[str, str]:
-    """The names in a plain network; one is lost if a layer was branched already, when there is nothing to import."""
+    """The names in a plain network; a network that was branched already is refused."""
     plain = {name: _COPY.sub("", name).removeprefix(_WRAPPER) for name in names}
     copies = Counter(plain.values())
     twice = [name for name in names if copies[plain[name]] > 1]

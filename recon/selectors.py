@@ -74,7 +74,7 @@ class Selection:
 
     @property
     def skips(self) -> bool:
-        """Whether a layer that does not fit is passed over: not by `first` and `last`, which take one end."""
+        """Whether a layer that does not fit is passed over: not by `first` and `last`, which stay at one end."""
         return self.select not in ("first", "last")
 
     @property
@@ -111,7 +111,7 @@ class Selection:
         return {"top": ranking, "first": shared, "last": shared[::-1]}[self.select]
 
     def describe(self) -> str:
-        """How the layers are chosen, in a few words: "4 layers: ..."; of `auto`, `sure_layers` tells more."""
+        """How the layers are chosen, in a few words: "4 layers: ..."; of `auto`, `sure_layers` says more."""
         how = _ORDERS[self.select] + (f" (seed {self.seed})" if self.select == "random" else "")
         if self.layers is not None:
             return f"named by {self.layers!r}" if isinstance(self.layers, str) else "named"
@@ -125,11 +125,7 @@ class Selection:
 
 
 def checked_k(k: int, available: Sequence[str], what: str = "shared layers") -> int:
-    """K, if there are as many layers.
-
-    Raises:
-        PlanError: there are not.
-    """
+    """K, refused if there are not as many layers."""
     if not 1 <= k <= len(available):
         raise PlanError(
             f"top_k is {k}, but the map has {len(available)} {what}. Choose between 1 and {len(available)}."
@@ -138,12 +134,7 @@ def checked_k(k: int, available: Sequence[str], what: str = "shared layers") -> 
 
 
 def holding_share(cmap: ConflictMap, share: float, threshold: float | None = None) -> list[str]:
-    """The fewest layers that together hold at least this share of all conflict: the beginning of the ranking.
-
-    Raises:
-        PlanError: the map holds no conflict.
-        UsageError: the map has no scores at this threshold.
-    """
+    """The fewest layers that together hold at least this share of all conflict: the beginning of the ranking."""
     scores = cmap.scores(threshold)
     total, held, chosen = sum(scores.values()), 0, []
     if not total:
@@ -159,13 +150,9 @@ def holding_share(cmap: ConflictMap, share: float, threshold: float | None = Non
 def sure_layers(cmap: ConflictMap) -> tuple[list[str], str]:
     """The layers that conflict more than the mean layer beyond the noise of the steps, and a sentence that says why.
 
-    A layer at the mean is what a random choice of layers gets; one is taken if it is above the mean in 95 % of
+    A layer at the mean is what a random choice of layers gets; one is chosen if it is above the mean in 95 % of
     resampled trainings (`recon.confidence`). More steps leave less noise, and the choice approaches all layers above
     the mean.
-
-    Raises:
-        PlanError: there is no such layer.
-        UsageError: the map has no series to resample.
     """
     sure = dict(zip(cmap.scores(), above_mean_probability(cmap.series()).tolist(), strict=True))
     scores = cmap.scores()
@@ -183,13 +170,8 @@ def sure_layers(cmap: ConflictMap) -> tuple[list[str], str]:
     return chosen, f"they conflict {rule}; {cut}"
 
 
-def matching(pattern: str, names: Sequence[str]) -> list[str]:
-    """The names that a regular expression matches as a whole.
-
-    Raises:
-        PlanError: it is no regular expression.
-        UnknownNameError: it matches none; the message gives the nearest names.
-    """
+def names_matching(pattern: str, names: Sequence[str]) -> list[str]:
+    """The names that a regular expression matches as a whole."""
     try:
         found = [name for name in names if re.fullmatch(pattern, name)]
     except re.error as error:

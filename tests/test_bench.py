@@ -13,10 +13,10 @@ import pytest
 import torch
 
 import recon
-from recon.conflict_map import bin_edges
 from recon.evaluation import directions
 from recon.problems import digits, paper
 from recon.runs import Run
+from recon.score_table import LayerConflicts, bin_edges
 from recon_cli import bench, bench_cosines
 from recon_cli.bench_settings import first_batches
 from recon_cli.bench_table import Row, paper_table, results_table, spread
@@ -218,7 +218,7 @@ def test_wrong_input_is_refused_before_anything_is_trained(options, words, refus
     (files / "full" / "other.txt").write_text("")
     (files / "wrong").mkdir()
     (files / "wrong" / "results.json").write_text('{"rows": []}')
-    layer = recon.conflict_map.LayerConflicts("nowhere", "", {}, None, None, None, score=3)
+    layer = LayerConflicts("nowhere", "", {}, None, None, None, score=3)
     recon.ConflictMap(("a", "b"), -0.1, None, None, (), [layer]).save(files / "strange.json")
     refused(f"bench digits --out new {options}", words)
     assert not (files / "new").exists()

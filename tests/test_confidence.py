@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 
 from recon.confidence import (
-    StableRanking,
     above_mean_probability,
     block_length,
     expected_overlap,
@@ -13,6 +12,7 @@ from recon.confidence import (
     top_k_probability,
 )
 from recon.errors import UsageError
+from recon.stability import StableRanking
 
 NORMAL = np.sort(np.random.default_rng(0).standard_normal(200_000))
 

@@ -216,7 +216,7 @@ def odd(tmp_path):
 
 
 def test_what_is_no_regular_file_is_never_replaced(odd, tmp_path, capsys, monkeypatch):
-    from recon.pictures import save_picture
+    from recon.figure_file import save_picture
 
     monkeypatch.chdir(tmp_path)
     model = Net()

@@ -3,7 +3,8 @@ import numpy as np
 import pytest
 
 from recon.errors import UsageError
-from recon.pictures import before_after, heatmap, weights_over_steps
+from recon.map_picture import heatmap
+from recon.pictures import before_after, weights_over_steps
 from recon.timing import step_seconds
 from tests.test_conflict_map import make_map
 

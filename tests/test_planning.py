@@ -9,11 +9,12 @@ from torch import nn
 import recon
 from recon.branch_plan import BranchPlan
 from recon.checkpoint import load_plan
-from recon.conflict_map import ConflictMap, LayerConflicts
+from recon.conflict_map import ConflictMap
 from recon.errors import CheckpointError, MapMismatchError, PlanError, UnknownNameError, UsageError
 from recon.matching import match
 from recon.partition import Partition
 from recon.planning import choose
+from recon.score_table import LayerConflicts
 from recon.selectors import Selection
 from tests.test_conflict_map import make_map, score_map
 from tests.test_grouping import pair_map

@@ -15,9 +15,10 @@ import recon
 from recon import methods
 from recon.batches import call
 from recon.branch_plan import Mode
-from recon.conflict_map import ConflictMap, LayerConflicts
+from recon.conflict_map import ConflictMap
 from recon.errors import UsageError
 from recon.layers import find_layers
+from recon.score_table import LayerConflicts
 from tests import oracle
 from tests.zoo import TASKS, ZOO
 
