@@ -16,8 +16,8 @@ from recon.errors import FanError
 from recon.statement import where
 
 _OURS = (
-    "autograd_functions branched_statistics branches fan fan_trees fan_writes hooks partition past_python per_task "
-    "serving statement surgical_classes trees unmappable views watch"
+    "autograd_functions branched_statistics branches fan fan_trees fan_writes hooks packing partition past_python "
+    "per_task serving statement surgical_classes trees unmappable value views watch"
 )
 
 

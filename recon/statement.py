@@ -51,6 +51,14 @@ def where_raised(error: BaseException) -> str:
     return ""
 
 
+def in_forward() -> bool:
+    """Whether a module runs now."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code is not nn.Module._call_impl.__code__:
+        frame = frame.f_back
+    return frame is not None
+
+
 def augmented_assignment() -> bool:
     """Whether the user's statement is `y += ...` or its kin, which only its byte code tells from `y.add_(...)`."""
     frame = _user_frame()

@@ -10,9 +10,10 @@ from torch import nn
 from recon.batches import call
 from recon.branch_plan import BranchPlan
 from recon.errors import FanError, PlanError, UnknownNameError, UsageError
-from recon.fan_trees import fans_in, partition_of
+from recon.fan_trees import partition_of
 from recon.partition import Partition
 from recon.surgery import convert, extract_task, plan_of
+from recon.value import fans_in
 from recon.verification import verify
 from tests import oracle
 from tests.scripting import script
