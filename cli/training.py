@@ -11,11 +11,11 @@ import torch
 from torch import nn
 
 import recon
+from recon.branch_plan import plan_of
 from recon.distributed import RankBatches
 from recon.evaluation import directions
 from recon.problem import Loss, Problem, Task
 from recon.runs import RUN_FILE, SINGLE_TASK, Run
-from recon.surgery import plan_of
 from recon_cli import ranks, workbench
 from recon_cli.best import Evaluations
 from recon_cli.counting import ConflictCounter, Counting

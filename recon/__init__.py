@@ -18,12 +18,13 @@ if TYPE_CHECKING:
     from recon.conflict_map import ConflictMap
     from recon.costs import Costs, costs
     from recon.evaluation import delta_m, evaluate
+    from recon.extract import extract_task
     from recon.lowering import lower
     from recon.planning import plan
     from recon.problem import Metric, Problem, Search, Task
     from recon.profiler import Profiler
     from recon.recorder import Recorder
-    from recon.surgery import convert, extract_task
+    from recon.surgery import convert
     from recon.trainer import Epoch, History, train
     from recon.updates import backward
     from recon.verification import Verification, verify
@@ -78,7 +79,7 @@ _HOME = {
     "costs": "costs",
     "delta_m": "evaluation",
     "evaluate": "evaluation",
-    "extract_task": "surgery",
+    "extract_task": "extract",
     "inputs": "batches",
     "load": "checkpoint",
     "lower": "lowering",

@@ -15,9 +15,10 @@ from torch.utils.data import DataLoader, TensorDataset, default_collate
 from recon import value
 from recon.branch_plan import BranchPlan
 from recon.errors import FanError
+from recon.extract import extract_task
 from recon.fan import TaskFan
 from recon.partition import Partition
-from recon.surgery import convert, extract_task
+from recon.surgery import convert
 from recon.undisturbed import undisturbed
 from recon.unmappable import UNREADABLE
 from tests import oracle
