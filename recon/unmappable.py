@@ -47,7 +47,9 @@ def _way_out_of_the_model() -> str:
     """What to do with values that differ between tasks where no model runs: a part of one, run alone, gave them."""
     if in_forward():
         return ""
-    return " For one task's values outside the branched model, take out its network: recon.extract_task(branched, task)."
+    return (
+        " For one task's values outside the branched model, take out its network: recon.extract_task(branched, task)."
+    )
 
 
 def refuse_past_python(func: Any) -> NoReturn:
