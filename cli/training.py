@@ -12,10 +12,10 @@ from torch import nn
 
 import recon
 from recon.batch_stream import RankBatches
+from recon.branch_plan import plan_of
 from recon.evaluation import directions
 from recon.problem import Loss, Problem, Task
 from recon.runs import RUN_FILE, SINGLE_TASK, Run
-from recon.surgery import plan_of
 from recon_cli import ranks, workbench
 from recon_cli.best import Evaluations
 from recon_cli.counting import ConflictCounter, Counting

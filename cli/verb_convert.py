@@ -113,8 +113,8 @@ def _run(args: argparse.Namespace) -> Report:
         )
     cmap = recon.ConflictMap.load(args.map) if args.map else None
     problem = problem_of(args)
+    from recon.branch_plan import plan_of
     from recon.cost_model import CostModel  # late: these import torch
-    from recon.surgery import plan_of
     from recon.timing import step_seconds
     from recon_cli import workbench
 

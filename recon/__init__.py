@@ -18,13 +18,14 @@ if TYPE_CHECKING:
     from recon.conflict_map import ConflictMap
     from recon.costs import Costs, costs
     from recon.evaluation import delta_m, evaluate
+    from recon.extract import extract_task
     from recon.history import Epoch, History
     from recon.lowering import lower
     from recon.planning import plan
     from recon.problem import Metric, Problem, Search, Task
     from recon.profiler import Profiler
     from recon.recorder import Recorder
-    from recon.surgery import convert, extract_task
+    from recon.surgery import convert
     from recon.trainer import train
     from recon.updates import backward
     from recon.verification import Verification, verify
@@ -79,7 +80,7 @@ _HOME = {
     "costs": "costs",
     "delta_m": "evaluation",
     "evaluate": "evaluation",
-    "extract_task": "surgery",
+    "extract_task": "extract",
     "inputs": "batches",
     "load": "checkpoint",
     "lower": "lowering",

@@ -10,8 +10,8 @@ from torch.utils._pytree import tree_leaves
 
 from recon.errors import FanError
 from recon.fan import TaskFan, map_groups
-from recon.fan_trees import fans_in
 from recon.statement import where
+from recon.value import fans_in
 
 
 def _take_over_apply() -> None:

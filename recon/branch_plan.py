@@ -9,7 +9,7 @@ from typing import Literal, cast, get_args
 from torch import nn
 
 from recon.errors import PlanError, shortened
-from recon.layers import canonical_name, find_layers
+from recon.layers import canonical_name, find_layers, unwrapped
 from recon.partition import Partition
 
 Mode = Literal["fan", "per-task"]
@@ -80,6 +80,28 @@ class BranchPlan:
         layers = find_layers(model)
         named = {canonical_name(layers, name): partition for name, partition in self.layers.items()}
         return replace(self, layers={layer.name: named[layer.name] for layer in layers if layer.name in named})
+
+
+def plan_of(branched: nn.Module) -> BranchPlan:
+    """The plan that a branched model was made with.
+
+    Raises:
+        PlanError: the model is not branched.
+    """
+    plan = find_plan(branched)
+    if plan is None:
+        if find_plan(unwrapped(branched)):
+            raise PlanError(
+                f"The branched model is wrapped in {type(branched).__name__}. Pass the module inside (model.module)."
+            )
+        raise PlanError("The model is not branched. Branch it first: recon.convert(model, plan, example_inputs).")
+    return plan
+
+
+def find_plan(model: nn.Module) -> BranchPlan | None:
+    """The plan that a model was branched with; `None` if it is not branched."""
+    plan = getattr(model, "branch_plan", None)
+    return plan if isinstance(plan, BranchPlan) else None
 
 
 def checked_mode(mode: str) -> Mode:

@@ -14,7 +14,7 @@ from torch.nn.modules.module import (
 
 from recon.branches import Branches, load_into_branches
 from recon.errors import FanError, UsageError
-from recon.fan import TaskFan, common_refinement, merge
+from recon.fan import TaskFan, merge
 from recon.fan_trees import partition_of, within
 from recon.partition import Group, Partition
 from recon.references import STRUCTURE
@@ -22,6 +22,7 @@ from recon.serving import served, serving
 from recon.statement import where
 from recon.surgical_classes import Surgery, operate
 from recon.trees import leaves_of
+from recon.value import common_refinement
 from recon.watch import watcher
 
 # Where a module keeps what a call runs before and after its forward.

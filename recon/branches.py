@@ -11,12 +11,13 @@ import recon.autograd_functions
 import recon.past_python  # noqa: F401  (makes what would read a fan's memory ask first)
 from recon.compilers import leave_fans_alone
 from recon.errors import FanError, UsageError
-from recon.fan import TaskFan, mark_origins, merge, origins_of
+from recon.fan import TaskFan, merge
 from recon.fan_trees import partition_of, within
 from recon.partition import Group, Partition, group_name
 from recon.serving import served
 from recon.statement import where
 from recon.surgical_classes import Surgery, operate
+from recon.value import mark_origins, origins_of
 from recon.watch import watcher
 
 leave_fans_alone()

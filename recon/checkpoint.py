@@ -9,7 +9,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from recon.branch_plan import BranchPlan
+from recon.branch_plan import BranchPlan, find_plan
 from recon.copies import copy_model
 from recon.errors import CheckpointError, ReconError, UsageError, reason_of, type_name
 from recon.files import write_text
@@ -39,8 +39,8 @@ def save(model: nn.Module, folder: str | Path) -> None:
     """
     _check_arguments(folder, model, "recon.save needs a model and a folder", "recon.save(model, 'branched/')")
     model = unwrapped(model)  # names that begin with module. or _orig_mod. would fit no model
-    plan = getattr(model, "branch_plan", None)
-    text = plan_to_json(plan) if isinstance(plan, BranchPlan) else ""
+    plan = find_plan(model)
+    text = plan_to_json(plan) if plan else ""
     with replacing(folder, (WEIGHTS_FILE, PLAN_FILE)) as new:
         # The weights carry the plan too, so that files of two different saves are told apart.
         save_weights(model, new / WEIGHTS_FILE, text)

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from recon.branch_plan import BranchPlan
+from recon.branch_plan import BranchPlan, plan_of
 from recon.counting import count_activation_bytes, count_macs, count_parameters
 from recon.dataflow_trace import trace
 from recon.errors import PlanError, ProblemError, ReconError
 from recon.fan_out import SHARED, FanOut
 from recon.layers import canonical_name, find_layers
 from recon.partition import Partition
-from recon.surgery import convert, plan_of, refuse_model
+from recon.surgery import convert, refuse_model
 
 if TYPE_CHECKING:
     from networkx import DiGraph

@@ -16,7 +16,7 @@ from recon.fan_trees import partition_of, value_for
 from recon.graph import reached_leaves
 from recon.hooks import TasksOnly
 from recon.partition import Group, Partition, refine
-from recon.refusals import Writes, watch_writes, way_out
+from recon.refusals import WriteGuard, watch_writes, way_out
 from recon.tensors import storage_of
 from recon.trees import leaves_of
 from recon.undisturbed import buffer_values, equal_values, move_statistics, state_kept
@@ -49,7 +49,7 @@ def find_statistics(branched: nn.Module, example_inputs: Any) -> dict[str, Parti
             note(path, partition)
         return path is not None
 
-    with state_kept(branched), watch_writes(Writes(is_statistics)):
+    with state_kept(branched), watch_writes(WriteGuard(is_statistics)):
         move_statistics(branched)
         before = {path: buffer_values(module) for path, module in branched.named_modules()}
         run(branched.train(), fresh(example_inputs))
@@ -106,7 +106,7 @@ def find_task_modules(branched: nn.Module, tasks: Group, example_inputs: Any, or
         UsageError: the forward fails on the example inputs.
         FanError: a statement of it cannot work on fans.
     """
-    with state_kept(branched), _watch_fans(branched) as arriving, watch_writes(Writes()), torch.enable_grad():
+    with state_kept(branched), _watch_fans(branched) as arriving, watch_writes(WriteGuard()), torch.enable_grad():
         output = run(branched.train(), fresh(example_inputs))
         refuse_foreign({task: value_for(output[task], task) for task in tasks}, original)
         serves: dict[Tensor, set[str]] = {}
@@ -114,7 +114,7 @@ def find_task_modules(branched: nn.Module, tasks: Group, example_inputs: Any, or
             leaves = [leaf for leaf in leaves_of(value_for(output[task], task)) if isinstance(leaf, Tensor)]
             for parameter in reached_leaves(leaves):
                 serves.setdefault(parameter, set()).add(task)
-    with state_kept(branched), watch_writes(Writes()), torch.no_grad():
+    with state_kept(branched), watch_writes(WriteGuard()), torch.no_grad():
         run(branched.eval(), fresh(example_inputs))
     copies = {copy for module in branched.modules() if isinstance(module, Branches) for copy in module.modules()}
     found: dict[str, Group] = {}

@@ -12,87 +12,28 @@ from torch.utils.hooks import RemovableHandle
 
 from recon.documents import shown
 from recon.errors import FanError
-from recon.partition import Group, Partition, join, refine
+from recon.fan_writes import map_write
+from recon.packing import map_packing
+from recon.partition import Partition, join
 from recon.serving import tasks_served
 from recon.statement import where
 from recon.tensors import SharedTensor
-from recon.trees import leaves_of, map_tree
-from recon.unmappable import UNREADABLE, refuse_past_python, refuse_unmappable
+from recon.trees import map_tree
+from recon.unmappable import refuse_past_python, refuse_unmappable
+from recon.value import FanShell, common_refinement, mark_origins, origins_of, refuse_lost_gradients
 from recon.watch import refuse_write, watcher
 
 _PLAIN_RESULTS = (bool, int, float, str, torch.Size, torch.dtype, torch.device, torch.layout)
 
 _LEAVES = frozenset((type(None), bool, int, float, str, torch.dtype, torch.device, Tensor, torch.nn.Parameter))
 
-# Whoever asks for the memory of a shell gets this error: it has none, and reading there would kill the process.
-# torch built without CUDA lacks it. There, shells take part in what no kernel is made for (NEC's vector engines).
-_refuse_reads: Callable[[Tensor, str], None] | None = getattr(torch._C, "_set_storage_access_error_msg", None)
-_NO_KERNELS = torch._C.DispatchKeySet(torch._C.DispatchKey.VE)
-READ_PAST_PYTHON = (UNREADABLE, "arguments from the 'VE' backend")
-"""What the error of such a read says: one or the other."""
 
-
-class TaskFan(Tensor):
+class TaskFan(FanShell):
     """One tensor per task group, which any torch operation maps over.
 
     It is a Tensor in name only (it has no storage of its own), so that `isinstance` checks, methods and
     attributes of a user's forward work unchanged. What a fan has not reached is computed once.
     """
-
-    _partition: Partition
-    _by_group: list[Tensor]
-    _origins: frozenset[str] = frozenset()  # the branched layers that the values come from, in dry runs only
-
-    @staticmethod
-    def __new__(cls, partition: Partition, values: Sequence[Tensor]) -> TaskFan:
-        """Take `values[i]` as the value of the i-th group of `partition`."""
-        first = values[0]
-        # In a dry run, a shell that wants a gradient tells on an autograd function that gets hold of it.
-        grad = watcher() is not None and any(value.requires_grad for value in values)
-        # Scripted code asks the shell for its shape, past Python.
-        shape = first.shape if all(value.shape == first.shape for value in values) else (0,)
-        keys: dict[str, Any] = {} if _refuse_reads else {"_extra_dispatch_keys": _NO_KERNELS}
-        shell = Tensor._make_wrapper_subclass(
-            cls, shape, dtype=first.dtype, device=first.device, requires_grad=grad, **keys
-        )
-        if _refuse_reads:
-            _refuse_reads(shell, UNREADABLE)
-        else:
-            torch._C._set_throw_on_mutable_data_ptr(shell)
-        shell._partition = partition
-        shell._by_group = list(values)
-        return shell
-
-    def __init__(self, partition: Partition, values: Sequence[Tensor]) -> None:
-        pass  # all is done in __new__; Tensor's own __init__ takes no arguments
-
-    def for_group(self, group: Group) -> Tensor:
-        """The value of a group that lies within one of the fan's."""
-        return self._by_group[self._partition.label_of[group[0]]]
-
-    def restrict(self, tasks: Group) -> TaskFan:
-        """The same fan for some tasks only; the other groups' values are left behind.
-
-        Raises:
-            FanError: it holds no value for any of them.
-        """
-        partition = self._partition.restrict(tasks)
-        if not partition.tasks:
-            raise FanError(f"Values computed for {list(self._partition.tasks)} are used for {list(tasks)}{where()}.")
-        return TaskFan(partition, [self.for_group(group) for group in partition.groups])
-
-    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
-        inside = ", ".join(
-            f"{'+'.join(group)}: {tuple(value.shape)}"
-            for group, value in zip(self._partition.groups, self._by_group, strict=True)
-        )
-        return f"TaskFan({inside})"
-
-    def __format__(self, spec: str) -> str:
-        return repr(self)
-
-    def __hash__(self) -> int:
-        return id(self)
 
     @classmethod
     def __torch_function__(
@@ -106,17 +47,13 @@ class TaskFan(Tensor):
         name = getattr(func, "__name__", "")
         watch = watcher()
         if watch:
-            watch.meet(origins_of((args, kwargs)))
+            watch.passed_origins(origins_of((args, kwargs)))
         refuse_unmappable(name)
         written = _written(name, args, kwargs)
         if written:
-            from recon.fan_writes import map_write  # the two know each other, and writes are few
-
-            return map_write(func, name, written, args, kwargs)
+            return map_write(map_groups, func, name, written, args, kwargs)
         if name in ("_pack_padded_sequence", "_pad_packed_sequence"):
-            from recon.packing import map_packing  # as above
-
-            return map_packing(func, args, kwargs)
+            return map_packing(map_groups, func, args, kwargs)
         return map_groups(func, args, kwargs)
 
     @classmethod
@@ -139,7 +76,7 @@ def map_groups(call: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[
     leaves, spec = tree_flatten((args, dict(kwargs)))
     common = common_refinement([leaf._partition for leaf in leaves if type(leaf) is TaskFan])
     if watch:
-        watch.meet(origins_of(leaves))
+        watch.passed_origins(origins_of(leaves))
         refuse_lost_gradients(leaves)
     shared = [SharedTensor(leaf) for leaf in leaves if _is_shared(leaf)] if watch else []
     results = []
@@ -171,18 +108,6 @@ def _is_leaf(value: Any) -> bool:
     if type(value) in (tuple, list):  # a stride, a shape
         return all(type(item) is int for item in value)
     return type(value) in _LEAVES or type(value) is TaskFan
-
-
-def origins_of(structure: Any) -> frozenset[str]:
-    """The branched layers at which the values in a structure fan out; the dry run's errors tell about them."""
-    return frozenset().union(*(leaf._origins for leaf in leaves_of(structure) if type(leaf) is TaskFan))
-
-
-def mark_origins(structure: Any, origins: frozenset[str]) -> None:
-    """Remember at which branched layers the values in a structure fan out."""
-    for leaf in leaves_of(structure):
-        if type(leaf) is TaskFan:
-            leaf._origins |= origins
 
 
 def merge(partition: Partition, results: Sequence[Any]) -> Any:
@@ -230,23 +155,6 @@ def _fan(partition: Partition, values: Sequence[Tensor]) -> Tensor:
     return TaskFan(flat, flat_values)
 
 
-def common_refinement(partitions: Sequence[Partition]) -> Partition:
-    """The groups of values that meet.
-
-    Raises:
-        FanError: they have no task in common.
-    """
-    first = partitions[0]
-    if all(p is first for p in partitions):
-        return first
-    common = refine(*partitions)
-    if not common.tasks:
-        raise FanError(
-            f"Values computed for {[list(p.tasks) for p in partitions]} meet{where()}, but no task sees them all."
-        )
-    return common
-
-
 def _same(values: Sequence[Any]) -> Any:
     first = values[0]
     if isinstance(first, RemovableHandle):
@@ -285,16 +193,3 @@ def _written(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> lis
 
 def _is_shared(leaf: Any) -> bool:
     return isinstance(leaf, Tensor) and type(leaf) is not TaskFan and not leaf.is_inference()
-
-
-def refuse_lost_gradients(leaves: Iterable[Any]) -> None:
-    """Fail on what comes out of an autograd function by a name bound to its apply earlier (f = MyFunction.apply)."""
-    with torch._C.DisableTorchFunctionSubclass():
-        for leaf in leaves:
-            if type(leaf) is TaskFan and leaf.grad_fn is not None:
-                name = leaf.grad_fn.name().removesuffix("Backward")
-                raise FanError(
-                    f"The gradient of values that differ between tasks is lost{where()}: they come from the autograd "
-                    f"function {name}, whose apply was bound to a name before recon was imported. Write "
-                    f"{name}.apply(...) there."
-                )

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from recon.errors import FanError
-from recon.fan import TaskFan, common_refinement, refuse_lost_gradients
+from recon.fan import TaskFan
 from recon.partition import Group, Partition
-from recon.trees import leaves_of, map_tree
+from recon.trees import map_tree
+from recon.value import common_refinement, fans_in, refuse_lost_gradients
 from recon.watch import watcher
 
 
@@ -45,14 +46,6 @@ def value_for(structure: Any, task: str) -> Any:
         return leaf.for_group((task,))
 
     return map_tree(pick, structure)
-
-
-def fans_in(structure: Any) -> list[TaskFan]:
-    """The fans in a structure."""
-    found = [leaf for leaf in leaves_of(structure) if type(leaf) is TaskFan]
-    if watcher():
-        refuse_lost_gradients(found)
-    return found
 
 
 def partition_of(structure: Any) -> Partition | None:

@@ -9,35 +9,35 @@ from typing import Any
 from torch import Tensor, nn
 
 from recon.errors import FanError
-from recon.fan import TaskFan, common_refinement, map_groups
-from recon.fan_trees import fans_in
 from recon.partition import Partition
 from recon.statement import augmented_assignment, stored_back, where
 from recon.tensors import storage_of
+from recon.value import FanShell, common_refinement, fans_in
 from recon.watch import refuse_write, watcher
 
 
 def map_write(
+    map_groups: Callable[..., Any],
     func: Callable[..., Any],
     name: str,
     written: Sequence[Tensor],
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
 ) -> Any:
-    """Run `func`, named `name`, which writes in place into `written`, for every group.
+    """Run `func`, named `name`, which writes in place into `written`, for every group, by `fan.map_groups`.
 
     Raises:
         FanError: it writes values that differ between groups into a tensor that all tasks share.
     """
-    fans = [target for target in written if isinstance(target, TaskFan)]
-    plain = [target for target in written if not isinstance(target, TaskFan)]
+    fans = [target for target in written if isinstance(target, FanShell)]
+    plain = [target for target in written if not isinstance(target, FanShell)]
     common = common_refinement([fan._partition for fan in fans_in((args, dict(kwargs)))])
     if not plain:
         for target in fans:
             _separate(target, common)
         result = map_groups(func, args, kwargs)
         # `y.add_(x)` is y itself: aliases of the fan must go on seeing later writes.
-        return written[0] if isinstance(result, TaskFan) and len(written) == 1 else result
+        return written[0] if isinstance(result, FanShell) and len(written) == 1 else result
     watch = watcher()
     if watch and all(watch.shared_write(target, common) for target in plain):
         return map_groups(func, args, kwargs)
@@ -45,12 +45,12 @@ def map_write(
         # `y += fan` binds the name y anew, so y may become a fan; the old tensor stays as it was.
         result = map_groups(lambda y, *a, **k: func(y.clone(), *a, **k), args, kwargs)
         if watch:
-            watch.left_behind(plain[0])
+            watch.mark_stale(plain[0])
         return result
     return refuse_write(name)
 
 
-def assign_data(tensor: Tensor, value: TaskFan, assign: Callable[[Tensor, Tensor], None]) -> None:
+def assign_data(tensor: Tensor, value: FanShell, assign: Callable[[Tensor, Tensor], None]) -> None:
     """`tensor.data = value`, by `assign`, where the tensor itself has not fanned out.
 
     Raises:
@@ -58,7 +58,7 @@ def assign_data(tensor: Tensor, value: TaskFan, assign: Callable[[Tensor, Tensor
     """
     watch = watcher()
     if watch:
-        watch.meet(value._origins)
+        watch.passed_origins(value._origins)
         if watch.shared_write(tensor, value._partition):
             for part in value._by_group:
                 assign(tensor, part.detach().clone())  # as a write in place would leave it: with memory of its own
@@ -76,7 +76,7 @@ def assign_data(tensor: Tensor, value: TaskFan, assign: Callable[[Tensor, Tensor
     )
 
 
-def _separate(target: TaskFan, common: Partition) -> None:
+def _separate(target: FanShell, common: Partition) -> None:
     """Split a fan about to be written into the groups of `common`, no two of them sharing memory."""
     if set(common.tasks) != set(target._partition.tasks):
         raise FanError(
@@ -93,4 +93,4 @@ def _separate(target: TaskFan, common: Partition) -> None:
     if watch and not stored_back():
         for old, new in zip(values, target._by_group, strict=True):
             if old is not new:
-                watch.left_behind(old)
+                watch.mark_stale(old)

@@ -15,11 +15,11 @@ from torch.export import Dim, ExportedProgram, ShapesCollection
 from torch.utils._pytree import tree_leaves, tree_map
 
 from recon.batches import Inputs, call, run
+from recon.branch_plan import plan_of
 from recon.copies import copy_model
 from recon.errors import ReconError, UsageError, cut
 from recon.partition import Group
 from recon.statement import where_raised
-from recon.surgery import plan_of
 from recon.tracing import let_forward_be_read, let_parameters_be_found, symbolic_len
 from recon.trees import leaves_of
 from recon.undisturbed import state_kept

@@ -8,15 +8,17 @@ from typing import Any
 
 from torch import Tensor
 
-from recon.fan import TaskFan, map_groups
+from recon.value import FanShell
 
 
-def map_packing(call: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """`map_groups` of a function of values and lengths, whose second result follows from the lengths alone.
+def map_packing(
+    map_groups: Callable[..., Any], call: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> Any:
+    """`fan.map_groups` of a function of values and lengths, whose second result follows from the lengths alone.
 
     It is the first group's for all: recurrent layers read it as Python numbers, which a fan cannot give.
     """
-    if any(type(arg) is TaskFan for arg in args[1:]):
+    if any(isinstance(arg, FanShell) for arg in args[1:]):
         return map_groups(call, args, kwargs)
     lengths: list[Tensor] = []
 

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from recon.errors import FanError
 from recon.fan import TaskFan
-from recon.fan_trees import fans_in
 from recon.fan_writes import assign_data
 from recon.statement import where
 from recon.unmappable import refuse_backward
+from recon.value import fans_in
 
 
 def _take_over_data() -> None:

@@ -13,15 +13,16 @@ from torch.utils._pytree import tree_leaves
 
 from recon.compilers import refuse_full_graph
 from recon.errors import FanError, UsageError
-from recon.fan import READ_PAST_PYTHON, TaskFan, origins_of
+from recon.fan import TaskFan
 from recon.partition import Partition
 from recon.statement import where, where_raised
 from recon.tensors import storage_of
 from recon.unmappable import UNREADABLE
+from recon.value import READ_PAST_PYTHON, origins_of
 from recon.watch import watching
 
 
-class Writes(TorchDispatchMode):
+class WriteGuard(TorchDispatchMode):
     """Fails where a tensor is read that the original would have written into, but a branched model has not.
 
     `x += fan` makes a new x out of a tensor that has not fanned out. The original changes the tensor itself, so that
@@ -35,13 +36,13 @@ class Writes(TorchDispatchMode):
         self.refusal: FanError | None = None
         self.origins: frozenset[str] = frozenset()
 
-    def meet(self, origins: frozenset[str]) -> None:
+    def passed_origins(self, origins: frozenset[str]) -> None:
         """Keep the branched layers that the latest operation's values come from."""
         self.origins = origins
         if origins:
             refuse_full_graph()
 
-    def left_behind(self, tensor: Tensor) -> None:
+    def mark_stale(self, tensor: Tensor) -> None:
         """Mark the tensor's elements in its storage."""
         elements = tensor.untyped_storage().nbytes() // tensor.itemsize
         _, mask = self.stale.setdefault(storage_of(tensor), (tensor, torch.zeros(elements, dtype=torch.bool)))
@@ -49,7 +50,7 @@ class Writes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if TaskFan in types:
-            self.meet(origins_of((args, kwargs)))
+            self.passed_origins(origins_of((args, kwargs)))
             try:
                 TaskFan.__torch_dispatch__(func, types, args, kwargs)
             except FanError as error:
@@ -73,21 +74,21 @@ class Writes(TorchDispatchMode):
 
 
 @contextmanager
-def watch_writes(writes: Writes) -> Iterator[None]:
-    """Let `writes` look on.
+def watch_writes(guard: WriteGuard) -> Iterator[None]:
+    """Let `guard` look on.
 
     Raises:
         FanError: a statement cannot work on fans; the message says where they fan out, and what the way out is.
     """
     try:
-        with watching(writes), writes:
+        with watching(guard), guard:
             yield
     except UsageError as error:
         # TorchScript makes an error of its own out of a refusal.
-        refusal = error if isinstance(error, FanError) else writes.refusal or _refused_read(error.__cause__)
+        refusal = error if isinstance(error, FanError) else guard.refusal or _refused_read(error.__cause__)
         if refusal is None:
             raise
-        raise FanError(f"{refusal} {way_out(writes.origins)}") from None
+        raise FanError(f"{refusal} {way_out(guard.origins)}") from None
 
 
 def _refused_read(error: BaseException | None) -> FanError | None:

@@ -13,6 +13,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.nn.utils.parametrizations import orthogonal
 
 from recon.batches import check_outputs
+from recon.branch_plan import find_plan
 from recon.branch_point import find_branch_point
 from recon.errors import UsageError
 from recon.fan import TaskFan
@@ -201,7 +202,8 @@ def attach_rotations(model: nn.Module, tasks: Sequence[str] = (), layer: str = "
         return known
     if known is not None:
         raise UsageError(f"The model has an attribute {NAME!r} of its own, the name of RotoGrad's part. Rename it.")
-    if getattr(getattr(model, "branch_plan", None), "mode", "fan") != "fan":
+    plan = find_plan(model)
+    if plan and plan.mode != "fan":
         raise UsageError(
             "The model runs once per task (mode='per-task'), so its tasks have no features in common. Convert it with "
             "mode='fan', or choose another method."
@@ -212,6 +214,19 @@ def attach_rotations(model: nn.Module, tasks: Sequence[str] = (), layer: str = "
     model.add_module(NAME, rotations)
     model.register_forward_pre_hook(rotations.before_forward, with_kwargs=True)
     return rotations
+
+
+def refuse_rotations(model: nn.Module) -> None:
+    """Fail on a model that holds rotations.
+
+    Raises:
+        UsageError: it does.
+    """
+    if isinstance(getattr(model, NAME, None), Rotations):
+        raise UsageError(
+            "The model was trained by RotoGrad, and each task sees the shared features through a rotation of its own, "
+            "which has no place in the original architecture. Branch a model before RotoGrad is attached to it."
+        )
 
 
 def feature_dimension(value: Tensor) -> int:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dis
 import linecache
 import os
+import sys
+from types import FrameType
 
 from torch import nn
 
@@ -32,6 +34,14 @@ def where_raised(error: BaseException) -> str:
         return ""
     place = f" at {os.path.basename(frame.filename)}:{frame.lineno}, in {frame.name}"
     return place + (f": `{frame.line}`" if frame.line else "")
+
+
+def in_forward() -> bool:
+    """Whether a module runs now."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code is not nn.Module._call_impl.__code__:
+        frame = frame.f_back
+    return frame is not None
 
 
 def augmented_assignment() -> bool:

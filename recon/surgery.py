@@ -1,4 +1,4 @@
-"""Surgery: convert a model into its branched form, and take one task's plain model out of it again."""
+"""Surgery: convert a model into its branched form."""
 
 from __future__ import annotations
 
@@ -7,32 +7,24 @@ from dataclasses import replace
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
-from torch._dynamo.eval_frame import OptimizedModule
+from torch import nn
 
 from recon.batches import fresh, run
 from recon.branch_plan import BranchPlan, Mode, checked_mode
-from recon.branched_statistics import load_buffers
-from recon.branches import LoadBareParameter
 from recon.copies import branch_layers, copy_model, split_statistics
 from recon.dry_run import find_statistics, find_task_modules, refuse_foreign
-from recon.errors import FanError, PlanError, UsageError
-from recon.fan_trees import value_for
+from recon.errors import PlanError, UsageError
 from recon.hooks import SplitOutputs, TasksOnly
 from recon.initial import Init, draw_copies, initialise
 from recon.layers import module_at, unwrapped
 from recon.partition import Partition
 from recon.per_task import PerTaskForward, find_statistics_by_value, refuse_repeated_writes
-from recon.references import STRUCTURE
-from recon.rotations import NAME, Rotations
+from recon.rotations import refuse_rotations
 from recon.trainable import refuse_sharded
-from recon.trees import leaves_of, map_tree
 from recon.undisturbed import state_kept
-from recon.views import TaskView
+from recon.verification import verify as check
 
 logger = logging.getLogger(__name__)
-
-_WRAPPERS = (nn.parallel.DistributedDataParallel, nn.DataParallel, torch.jit.ScriptModule)
 
 
 def convert(
@@ -93,8 +85,6 @@ def convert(
     if plan.statistics is None:
         _tell_what_is_left_out(model, plan, example_inputs)
     if verify:
-        from recon.verification import verify as check  # late: it asks plan_of in turn
-
         logger.info("%s", check(model, branched, example_inputs))
     return branched
 
@@ -155,69 +145,6 @@ def _per_task_form(model: nn.Module, branched: nn.Module, plan: BranchPlan, exam
     return branched
 
 
-def extract_task(branched: nn.Module, task: str) -> nn.Module:
-    """The plain original architecture with one task's copies; its `state_dict` loads into the user's own class.
-
-    Its output still has an entry for every task; only this task's means anything.
-
-    Raises:
-        PlanError: the model is not branched, or has no such task.
-        UsageError: the model holds RotoGrad's rotations.
-    """
-    plan = plan_of(branched)
-    if task not in plan.tasks:
-        raise PlanError(f"There is no task {task!r} in this model; its tasks are {list(plan.tasks)}.")
-    _refuse_rotations(branched)
-    view = TaskView(branched, task).network
-    for surgical in ("branch_plan", "forward"):
-        if surgical in vars(view) and (surgical != "forward" or plan.mode == "per-task"):
-            delattr(view, surgical)
-    for part in view.modules():
-        for attribute, value in vars(part).items():
-            if attribute not in STRUCTURE and any(isinstance(leaf, Tensor) for leaf in leaves_of(value)):
-                vars(part)[attribute] = _left_behind(value, task)
-    plain = copy_model(view)
-    for part in plain.modules():
-        _drop_hooks(part)
-    return plain
-
-
-def _left_behind(value: Any, task: str) -> Any:
-    """What an attribute still holds of the last forward, for one task, outside of any graph."""
-    try:
-        value = value_for(value, task)
-    except FanError:  # its module serves other tasks
-        return None
-    return map_tree(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) and not leaf.is_leaf else leaf, value)
-
-
-def plan_of(branched: nn.Module) -> BranchPlan:
-    """The plan that a branched model was made with.
-
-    Raises:
-        PlanError: the model is not branched.
-    """
-    plan = getattr(branched, "branch_plan", None)
-    if not isinstance(plan, BranchPlan):
-        if isinstance(getattr(unwrapped(branched), "branch_plan", None), BranchPlan):
-            raise PlanError(
-                f"The branched model is wrapped in {type(branched).__name__}. Pass the module inside (model.module)."
-            )
-        raise PlanError("The model is not branched. Branch it first: recon.convert(model, plan, example_inputs).")
-    return plan
-
-
-def _drop_hooks(module: nn.Module) -> None:
-    """Take off what the surgery has put on."""
-    for hooks in (module._forward_hooks, module._forward_pre_hooks, module._load_state_dict_pre_hooks):
-        for key, hook in list(hooks.items()):
-            # torch wraps what it calls before loading
-            hook = getattr(hook, "hook", hook)
-            if hook is load_buffers or isinstance(hook, (SplitOutputs, TasksOnly, LoadBareParameter)):
-                del hooks[key]
-                module._forward_pre_hooks_with_kwargs.pop(key, None)
-
-
 def refuse_model(model: nn.Module) -> None:
     """Fail on a model that cannot be branched.
 
@@ -229,22 +156,14 @@ def refuse_model(model: nn.Module) -> None:
     refuse_sharded(model)
     if hasattr(model, "branch_plan"):
         raise PlanError("The model is branched already. Convert the unbranched model with a plan of all the layers.")
-    _refuse_rotations(model)
+    refuse_rotations(model)
 
 
 def _refuse_wrapped(model: nn.Module) -> None:
-    if isinstance(model, (*_WRAPPERS, OptimizedModule)):
+    if unwrapped(model) is not model or isinstance(model, torch.jit.ScriptModule):
         raise UsageError(
             f"The model is wrapped in {type(model).__name__}. Convert the plain module inside (model.module, or the "
             "model before torch.compile), then wrap the result."
-        )
-
-
-def _refuse_rotations(model: nn.Module) -> None:
-    if isinstance(getattr(model, NAME, None), Rotations):
-        raise UsageError(
-            "The model was trained by RotoGrad, and each task sees the shared features through a rotation of its own, "
-            "which has no place in the original architecture. Branch a model before RotoGrad is attached to it."
         )
 
 

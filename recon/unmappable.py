@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, NoReturn
 
 from recon.errors import FanError
-from recon.statement import where
+from recon.statement import in_forward, where
 
 # A Python number or bool read off a fan would send every group down one group's path.
 _READS_VALUES = frozenset(
@@ -29,6 +29,7 @@ def refuse_unmappable(name: str) -> None:
         raise FanError(
             f"{name}() reads the value of a tensor that differs between tasks{where()}: Python can follow only "
             "one of the values. Use a tensor operation (torch.where, masking), or branch later layers only."
+            f"{_way_out_of_the_model()}"
         )
     if name == "backward":
         refuse_backward()
@@ -38,7 +39,16 @@ def refuse_backward() -> NoReturn:
     """Fail on a backward pass from a fan: it would add every group's gradient into one `.grad`."""
     raise FanError(
         f"backward() adds gradients that differ between tasks up in what they share{where()}. Use torch.autograd.grad, "
-        "which gives each group its own, or branch later layers only."
+        f"which gives each group its own, or branch later layers only.{_way_out_of_the_model()}"
+    )
+
+
+def _way_out_of_the_model() -> str:
+    """What to do with values that differ between tasks where no model runs: a part of one, run alone, gave them."""
+    if in_forward():
+        return ""
+    return (
+        " For one task's values outside the branched model, take out its network: recon.extract_task(branched, task)."
     )
 
 

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from recon.batches import call, check_outputs
+from recon.branch_plan import plan_of
 from recon.branched_statistics import BranchedStatistics
 from recon.branches import Branched, BranchedParameter
 from recon.copies import copy_model
 from recon.errors import VerificationError
-from recon.surgery import plan_of
 from recon.trees import leaves_of
 from recon.undisturbed import perturb, state_kept
 

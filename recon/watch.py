@@ -20,10 +20,10 @@ class Watcher(Protocol):
     def shared_write(self, tensor: Tensor, partition: Partition) -> bool:
         """Values that differ between groups are written into a tensor that all tasks share: is that right here?"""
 
-    def meet(self, origins: frozenset[str]) -> None:
+    def passed_origins(self, origins: frozenset[str]) -> None:
         """An operation runs on values that fan out at these branched layers."""
 
-    def left_behind(self, tensor: Tensor) -> None:
+    def mark_stale(self, tensor: Tensor) -> None:
         """A write went into copies of a tensor: whoever still holds the tensor itself does not see it."""
 
 

@@ -38,9 +38,9 @@ from torchvision.ops import FrozenBatchNorm2d
 
 import recon
 from recon.batches import Inputs, call
+from recon.branch_plan import plan_of
 from recon.errors import ReconError
 from recon.layers import find_layers
-from recon.surgery import plan_of
 from recon.tables import short_number
 from tests import oracle, zoo
 

@@ -20,10 +20,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from recon.batches import call
-from recon.branch_plan import BranchPlan
+from recon.branch_plan import BranchPlan, plan_of
 from recon.fan import TaskFan
 from recon.layers import find_layers
-from recon.surgery import plan_of
 
 _BRANCH = re.compile(r"(?:^|\.)branches\.([a-z](?:\+[a-z])*)(?=\.)")  # tasks are named by a letter in these tests
 

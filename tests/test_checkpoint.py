@@ -9,11 +9,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from recon.batches import call
-from recon.branch_plan import BranchPlan
+from recon.branch_plan import BranchPlan, plan_of
 from recon.checkpoint import PLAN_FILE, load, save
 from recon.errors import CheckpointError, PlanError, UsageError, WriteError
 from recon.plan_file import FORMAT, VERSION, plan_from_json, plan_to_json
-from recon.surgery import convert, plan_of
+from recon.surgery import convert
 from recon.weights import WEIGHTS_FILE, read_state_dict
 from tests import oracle
 from tests.zoo import TASKS, ZOO, PlainConv, ResidualNet, image

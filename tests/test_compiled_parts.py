@@ -1,6 +1,8 @@
 """Parts of a model that torch.compile has compiled, on values that differ between tasks."""
 
 import copy
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -9,7 +11,8 @@ from torch import nn
 
 from recon.branch_plan import BranchPlan
 from recon.errors import FanError
-from recon.surgery import convert, extract_task
+from recon.extract import extract_task
+from recon.surgery import convert
 from tests import oracle
 
 TASKS = ("a", "b", "c")
@@ -152,3 +155,19 @@ def test_a_graph_that_takes_no_break_is_refused_behind_the_branch_point_alone():
         torch.compiler.reset()
         branched, x = branch(Net(full), layer, mode)
         oracle.check(lambda: Net(normalised).double(), branched.eval(), x)
+
+
+def test_the_compiler_is_imported_by_whoever_compiles_and_told_then():
+    program = """
+import importlib.util, sys
+import recon.surgery, recon.value
+assert "torch._dynamo" not in sys.modules
+importlib.util.find_spec("torch._dynamo")  # asks for it, and no more
+from torch._dynamo import trace_rules
+from recon.compilers import _OURS
+assert all(importlib.util.find_spec(f"recon.{name}") for name in _OURS.split())
+assert trace_rules.check_file(recon.value.__file__).skipped
+assert not trace_rules.check_file(recon.__file__).skipped
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert not done.returncode, done.stderr

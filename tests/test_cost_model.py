@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from recon.batches import call
+from recon.branch_plan import BranchPlan
 from recon.branches import Branched
 from recon.cost_model import CostModel
 from recon.costs import costs
@@ -18,7 +19,6 @@ from recon.counting import unfused_kernels
 from recon.errors import FanError, PlanError, ProblemError, UnknownNameError, UsageError
 from recon.fan_trees import partition_of
 from recon.partition import Partition
-from recon.planning import BranchPlan
 from recon.surgery import convert
 from recon.undisturbed import state_kept
 from tests import oracle

@@ -12,11 +12,12 @@ from torch.utils.checkpoint import checkpoint
 from recon.branch_plan import BranchPlan
 from recon.errors import FanError
 from recon.fan import TaskFan, merge
-from recon.fan_trees import fans_in, partition_of, restrict, value_for, within
+from recon.fan_trees import partition_of, restrict, value_for, within
 from recon.partition import Partition
 from recon.serving import serving
 from recon.statement import where
 from recon.surgery import convert
+from recon.value import fans_in
 from tests.oracle import assert_close, perturb, plain_model
 from tests.zoo import ReverseGradient, ScaledProduct
 

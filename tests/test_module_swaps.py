@@ -9,8 +9,9 @@ from torch.nn.utils import parametrizations, parametrize, prune
 
 from recon.branch_plan import BranchPlan
 from recon.errors import FanError, ReconError, UsageError
+from recon.extract import extract_task
 from recon.hooks import SplitOutputs, TasksOnly
-from recon.surgery import convert, extract_task
+from recon.surgery import convert
 from tests import oracle
 from tests.zoo import TASKS
 

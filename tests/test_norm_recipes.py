@@ -16,7 +16,8 @@ from torch.optim.swa_utils import AveragedModel, update_bn
 import recon
 from recon.branch_plan import BranchPlan
 from recon.errors import FanError, UsageError
-from recon.surgery import convert, extract_task
+from recon.extract import extract_task
+from recon.surgery import convert
 from tests import oracle
 from tests.zoo import TASKS, image
 

@@ -7,10 +7,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import recon
 from recon.batches import call
-from recon.branch_plan import BranchPlan
+from recon.branch_plan import BranchPlan, plan_of
 from recon.checkpoint import load, save
 from recon.errors import PlanError, UsageError
-from recon.surgery import convert, extract_task, plan_of
+from recon.extract import extract_task
+from recon.surgery import convert
 from recon.views import ByTask
 from tests import oracle
 from tests.scripting import script

@@ -8,11 +8,13 @@ import torch
 from torch import nn
 
 from recon.batches import call
-from recon.branch_plan import BranchPlan
+from recon.branch_plan import BranchPlan, plan_of
 from recon.errors import FanError, PlanError, UnknownNameError, UsageError
-from recon.fan_trees import fans_in, partition_of
+from recon.extract import extract_task
+from recon.fan_trees import partition_of
 from recon.partition import Partition
-from recon.surgery import convert, extract_task, plan_of
+from recon.surgery import convert
+from recon.value import fans_in
 from recon.verification import verify
 from tests import oracle
 from tests.scripting import script
