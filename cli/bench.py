@@ -14,7 +14,7 @@ from typing import Any
 
 import recon
 from recon import ConflictMap
-from recon.documents import read_document, shown
+from recon.documents import json_values, read_document, shown
 from recon.errors import MapFileError, PlanError, UsageError
 from recon.files import make_folder, write_text
 from recon.layers import find_layers
@@ -22,7 +22,7 @@ from recon.matching import Match, match
 from recon.methods import FeatureMethod
 from recon.planning import choose
 from recon.problem import Problem
-from recon.runs import RUN_FILE, SINGLE_TASK, Run, json_values, versions
+from recon.runs import RUN_FILE, SINGLE_TASK, Run, versions
 from recon.selectors import Selection
 from recon_cli import workbench
 from recon_cli.bench_settings import BenchSettings, device_of

@@ -13,11 +13,12 @@ from torch import nn
 
 import recon
 from recon import problems
+from recon.documents import json_values
 from recon.evaluation import directions
 from recon.files import write_text
 from recon.pictures import before_after, heatmap
 from recon.problem import Problem
-from recon.runs import SINGLE_TASK, Run, json_values
+from recon.runs import SINGLE_TASK, Run
 from recon_cli import workbench
 from recon_cli.demo_story import Outcome, Results, Story
 from recon_cli.optimizers import make_optimizer, make_scheduler

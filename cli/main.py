@@ -14,8 +14,8 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from importlib.metadata import version
 from pathlib import Path
 
+from recon.documents import json_values
 from recon.errors import ReconError, UnknownNameError, UsageError, readable
-from recon.runs import json_values
 from recon.user_code import user_frame
 from recon_cli import ranks
 from recon_cli.parsing import Parser

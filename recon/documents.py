@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from reprlib import Repr
 from typing import Any, NoReturn
@@ -30,6 +30,15 @@ _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 _short = Repr()
 _short.maxstring = _short.maxother = 80
 _short.maxdict = _short.maxlist = _short.maxlevel = 4
+
+
+def json_values(value: Any) -> Any:
+    """The same nest of dicts and lists with NaN and infinities, which JSON does not have, as None."""
+    if isinstance(value, Mapping):
+        return {str(key): json_values(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [json_values(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def shown(value: Any) -> str:
