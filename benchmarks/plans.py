@@ -40,7 +40,7 @@ from recon.runs import SINGLE_TASK
 from recon.selectors import Selection
 from recon.tables import short_number, text_table, with_ratio
 from recon.timing import step_seconds
-from recon_cli import workbench
+from recon_cli import run_costs, workbench
 from recon_cli.backbones import with_backbone
 from recon_cli.optimizers import make_optimizer, make_scheduler
 from recon_cli.recipe import Recipe
@@ -198,7 +198,7 @@ class Bench:
         """Seconds of a joint training step of each variant's first plan, in turn."""
         example = workbench.few_samples(self.batch[0])[0]
         models = {v.label: v.model(self.problem, 0, example) for v in self.variants if v.label != SINGLE_TASK}
-        steps = {label: workbench.TrainingStep(self.problem, model, self.batch) for label, model in models.items()}
+        steps = {label: run_costs.TrainingStep(self.problem, model, self.batch) for label, model in models.items()}
         return step_seconds(steps, rounds)
 
     def table(self, entry: Mapping[str, Any]) -> str:
@@ -247,12 +247,12 @@ def train(study: Study, variant: Variant, seed: int) -> dict[str, Any]:
     inputs, _ = workbench.first_batch(problem, loader, torch.device("cpu"))
     model = variant.model(problem, seed, workbench.few_samples(inputs)[0])
     if variant.label == SINGLE_TASK:
-        costs = workbench.single_task_costs(model, problem.task_names, inputs)
+        costs = run_costs.single_task_costs(model, problem.task_names, inputs)
         results: dict[str, Any] = {}
         for task in problem.task_names:
             results |= fit(study, problem, variant.model(problem, seed, None), seed, [task])
     else:
-        costs = workbench.costs_per_sample(model, inputs)
+        costs = run_costs.costs_per_sample(model, inputs)
         results = fit(study, problem, model, seed, problem.task_names)
     made = variant.choices[seed] if variant.choices else None
     plan = {"layers": list(made.plan.layers) if made else [], "covered": made.covered if made else 0.0}

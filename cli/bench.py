@@ -1,12 +1,10 @@
-"""What `recon bench` does: one profile, then every run that is missing, and the training steps timed. Imports torch."""
+"""Bench: one profile, then every run that is missing, and the training steps timed. Imports torch."""
 
 from __future__ import annotations
 
 import json
-import re
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import redirect_stderr
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -14,43 +12,28 @@ from typing import Any
 
 import recon
 from recon import ConflictMap
-from recon.documents import read_document, shown
+from recon.documents import json_values, read_document, shown
 from recon.errors import MapFileError, PlanError, UsageError
-from recon.files import make_folder, write_text
+from recon.files import write_text
 from recon.layers import find_layers
 from recon.matching import Match, match
 from recon.methods import FeatureMethod
 from recon.planning import choose
 from recon.problem import Problem
-from recon.runs import RUN_FILE, SINGLE_TASK, Run, json_values, versions
+from recon.resume import checkpoint_beside
+from recon.runs import SINGLE_TASK, Run, versions
 from recon.selectors import Selection
 from recon_cli import workbench
+from recon_cli.bench_job import Job, folder_name, train, weight
 from recon_cli.bench_settings import BenchSettings, device_of
-from recon_cli.best import Evaluations
-from recon_cli.counting import Counting
 from recon_cli.optimizers import make_optimizer
-from recon_cli.resuming import checkpoint_beside
-from recon_cli.study import Variant, in_turn_or_parallel, say, time_steps
-from recon_cli.training import Training
+from recon_cli.run_folder import epoch_line
+from recon_cli.study import Variant, in_turn_or_parallel, time_steps
+from recon_cli.training import silent
 
-MAP_FILE, RESULTS_FILE, LOG_FILE = "map.json", "results.json", "training.log"
+MAP_FILE, RESULTS_FILE = "map.json", "results.json"
 FORMAT, VERSION = "recon bench", 1
 _TRANSFERRED = "--map of another data set"
-
-
-@dataclass(frozen=True)
-class Job:
-    """One training of the bench; it can be pickled."""
-
-    settings: BenchSettings
-    variant: Variant
-    seed: int
-    folder: Path
-
-    def finished(self) -> Run | None:
-        """The run in its folder, if that is done."""
-        run = Run.load(self.folder) if (self.folder / RUN_FILE).exists() else None
-        return run if run is not None and run.finished else None
 
 
 @dataclass(frozen=True)
@@ -86,11 +69,13 @@ class Bench:
         top_k: how many layers are branched; half of the shared ones if None.
         max_macs: the budget of the budgeted plan.
         controls: which methods train the random and the budgeted plan: `joint`, `all` or `none`.
-        given: the map from the command line and its fingerprint: in place of the profile where it was made on the same
+        given: a map and its fingerprint: in place of the profile where it was made on the same
             problem, else beside it, as Recon*.
         rename: of the given map's layers.
         workers: how many trainings run at the same time.
         rounds: how often each training step is timed.
+        tell: is given a line of text whenever something is done.
+        progress: whether a bar on stderr shows how far an epoch of the profile is.
     """
 
     settings: BenchSettings
@@ -104,6 +89,8 @@ class Bench:
     rename: Mapping[str, str]
     workers: int
     rounds: int
+    tell: Callable[[str], None] = silent
+    progress: bool = False
 
     @cached_property
     def problem(self) -> Problem:
@@ -130,7 +117,7 @@ class Bench:
         runs = self._train(variants)
         seconds = earlier.get("seconds_per_step", {})
         if {variant.label for variant in variants} - seconds.keys():
-            say("Timing the training steps of all, in turn")
+            self.tell("Timing the training steps of all, in turn")
             warm_up = min(3, self.rounds // 3)
             seconds = time_steps(self.problem, variants, device_of(self.settings), self.rounds, warm_up)
         return BenchRuns(cmap, top_k, variants, notes, runs, seconds)
@@ -166,7 +153,7 @@ class Bench:
         if not path.exists():
             return {}
         found = read_document(
-            path, UsageError, "It is not a results file of `recon bench`, or a damaged one. Choose another --out."
+            path, UsageError, "It is not a results file of `recon bench`, or a damaged one. Choose another folder."
         )
         found.check_format(FORMAT, VERSION)
         had = found.get("settings", dict)
@@ -182,7 +169,7 @@ class Bench:
         if other:
             raise UsageError(
                 f"{self.folder} holds a bench of other settings: {'; '.join(other)}. Go on with those, or choose "
-                "another --out."
+                "another folder."
             )
         seconds: dict[str, float] = {}
         if "seconds_per_step" in found:
@@ -196,8 +183,7 @@ class Bench:
         layers = len(find_layers(model))
         if (self.top_k or 0) > layers:
             raise UsageError(
-                f"--top-k {self.top_k}: {type(model).__name__} has {layers} layers, fewer of which are shared. Take a "
-                "smaller K."
+                f"K={self.top_k}: {type(model).__name__} has {layers} layers, and shares fewer. Take a smaller K."
             )
         if self.given is not None:
             self._match_given(model)
@@ -223,7 +209,7 @@ class Bench:
 
     def _profile(self, checkpoint: Path) -> ConflictMap:
         settings, problem = self.settings, self.problem
-        say(f"Profiling {problem.name}: {settings.profile_epochs} epoch(s) of joint training")
+        self.tell(f"Profiling {problem.name}: {settings.profile_epochs} epoch(s) of joint training")
         model = workbench.make_model(problem, 0).to(device_of(settings))
         loader, _ = workbench.make_loaders(problem, 0)
         return recon.profile(
@@ -234,8 +220,8 @@ class Bench:
             epochs=settings.profile_epochs,
             threshold=settings.threshold,
             made_by={"problem": problem.name, "backbone": type(model).__name__, "seed": 0, "device": settings.device},
-            on_epoch=lambda epoch: workbench.show_epoch(epoch, settings.profile_epochs),
-            progress=workbench.shows_progress(),
+            on_epoch=lambda epoch: self.tell(epoch_line(epoch, settings.profile_epochs)),
+            progress=self.progress,
             checkpoint=checkpoint,
             resume=True,
             settings=settings.as_dict(),
@@ -279,55 +265,16 @@ class Bench:
         ]
         missing = [job for job in jobs if job.finished() is None]
         if len(missing) < len(jobs):
-            say(f"{len(jobs) - len(missing)} of {len(jobs)} runs are finished already")
+            self.tell(f"{len(jobs) - len(missing)} of {len(jobs)} runs are finished already")
         # The long ones first: the last to be begun should not be the last to end.
-        missing.sort(key=lambda job: (job.seed, -_weight(job.variant, len(self.problem.tasks))))
+        missing.sort(key=lambda job: (job.seed, -weight(job.variant, len(self.problem.tasks))))
         start = time.perf_counter()
         for number, (job, run) in enumerate(in_turn_or_parallel(train, missing, self.workers), start=1):
             minutes = (time.perf_counter() - start) / 60
-            say(f"Trained {number} of {len(missing)} ({minutes:.1f} min): {run.label}, seed {job.seed}")
+            self.tell(f"Trained {number} of {len(missing)} ({minutes:.1f} min): {run.label}, seed {job.seed}")
         done: dict[str, list[Run]] = {variant.label: [] for variant in variants}
         for job in jobs:
             finished = job.finished()
             assert finished is not None
             done[job.variant.label].append(finished)
         return done
-
-
-def _weight(variant: Variant, tasks: int) -> float:
-    """Roughly how many joint steps one of its steps takes."""
-    if variant.is_single_task:
-        return tasks
-    return (1 + bool(variant.plans)) * (1 if variant.method == "joint" else 1.5)
-
-
-def train(job: Job) -> Run:
-    """Train one run, or go on with it; what it says goes to its log."""
-    settings, variant = job.settings, job.variant
-    training = Training(
-        problem=settings.problem(),
-        folder=job.folder,
-        epochs=settings.epochs,
-        seed=job.seed,
-        recipe=settings.recipe,
-        device=device_of(settings),
-        method=variant.method,
-        train_samples=settings.train_samples,
-        evaluations=Evaluations(every=settings.epochs, keep_best=False),
-        resume=True,
-        home=settings.as_dict()["PROBLEM"],
-        plan=variant.plans[job.seed] if variant.plans else None,
-        surgery=variant.surgery,
-        counting=Counting(settings.threshold, settings.count_every) if variant.counted else None,
-    )
-    make_folder(job.folder)
-    with (job.folder / LOG_FILE).open("a", encoding="utf-8") as log, redirect_stderr(log):
-        run = training.run()
-    for checkpoint in training.checkpoints:
-        checkpoint.unlink(missing_ok=True)
-    return run
-
-
-def folder_name(label: str) -> str:
-    """A run's label as the name of a folder."""
-    return re.sub(r"[^\w.=-]+", "-", label.replace("*", "-transferred")).strip("-")

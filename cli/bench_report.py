@@ -13,8 +13,9 @@ from recon.pictures import before_after
 from recon.problems import paper
 from recon.runs import Run
 from recon_cli import bench_cosines, workbench
-from recon_cli.bench import RESULTS_FILE, Bench, BenchRuns, folder_name
+from recon_cli.bench import RESULTS_FILE, Bench, BenchRuns
 from recon_cli.bench_cosines import Cosines
+from recon_cli.bench_job import folder_name
 from recon_cli.bench_table import Row, make_rows, paper_table, results_table, rows_data
 from recon_cli.parsing import Report
 from recon_cli.study import Variant

@@ -25,7 +25,7 @@ class BenchSettings:
     """One problem and how its runs are trained; plain values, which workers can be given.
 
     Args:
-        problem_name: as on the command line.
+        problem_name: as `recon.problems.get` takes it.
         data_root: where its data are.
         train_samples: how many training samples to make do with; all if None.
         pretrained: weights to start from, of a problem that takes them.

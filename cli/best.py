@@ -40,7 +40,7 @@ class Evaluations:
         """
         known = [f"{task}.{metric}" for task, metrics in directions.items() for metric in metrics]
         if self.best_by is not None and self.best_by not in known:
-            raise UnknownNameError("metric", self.best_by, known, "--best-by takes TASK.METRIC.")
+            raise UnknownNameError("metric", self.best_by, known, "The best epoch is told by TASK.METRIC.")
 
     def due(self, number: int, epochs: int) -> bool:
         """Whether the model is evaluated after this epoch."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,26 +13,26 @@ from torch import nn
 
 import recon
 from recon import problems
+from recon.documents import json_values
 from recon.evaluation import directions
 from recon.files import write_text
 from recon.map_picture import heatmap
 from recon.pictures import before_after
 from recon.problem import Problem
-from recon.runs import SINGLE_TASK, Run, json_values
+from recon.runs import SINGLE_TASK, Run
 from recon_cli import workbench
 from recon_cli.demo_story import Outcome, Results, Story
 from recon_cli.optimizers import make_optimizer, make_scheduler
-from recon_cli.parsing import Report
 from recon_cli.recipe import Recipe
 from recon_cli.study import (
     Variant,
     in_turn_or_parallel,
     mean_table,
     one_thread,
-    say,
     time_steps,
     variant_costs,
 )
+from recon_cli.training import silent
 
 PROBLEM = "digits"
 _PROFILE_EPOCHS = 3
@@ -49,6 +49,7 @@ class Demo:
         top_k: how many layers are branched.
         device: where the models run.
         workers: how many trainings run at the same time.
+        tell: is given a line of text whenever something is done.
     """
 
     folder: Path
@@ -57,14 +58,15 @@ class Demo:
     top_k: int
     device: torch.device
     workers: int
+    tell: Callable[[str], None] = silent
 
     @property
     def surgery(self) -> str:
         """What the tables call Recon's plan."""
         return f"Recon K={self.top_k}"
 
-    def run(self) -> Report:
-        """Profile, train, time, print."""
+    def run(self) -> Story:
+        """Profile, train, time; what was found is in the folder too."""
         with one_thread():
             start = time.perf_counter()
             cmap = self._profile()
@@ -80,10 +82,10 @@ class Demo:
             minutes = (time.perf_counter() - start) / 60
             story = Story(self.seeds, self.epochs, self.surgery, cmap, plan, runs, outcomes, before, after, minutes)
         write_text(self.folder / "results.json", json.dumps(json_values(story.data()), indent=1) + "\n")
-        return Report(story.text(self.folder), story.data())
+        return story
 
     def _profile(self) -> recon.ConflictMap:
-        say(f"Profiling {PROBLEM}: {_PROFILE_EPOCHS} epochs of joint training")
+        self.tell(f"Profiling {PROBLEM}: {_PROFILE_EPOCHS} epochs of joint training")
         problem = problems.get(PROBLEM)
         model = workbench.make_model(problem, 0).to(self.device)
         train, _ = workbench.make_loaders(problem, 0, self.device)
@@ -121,7 +123,7 @@ class Demo:
         for number, (job, outcome) in enumerate(in_turn_or_parallel(self.train, jobs, self.workers), start=1):
             variant, seed = job
             done[variant.label, seed] = outcome
-            say(f"Trained {number} of {len(jobs)}: {variant.label}, seed {seed}")
+            self.tell(f"Trained {number} of {len(jobs)}: {variant.label}, seed {seed}")
         return {variant.label: [done[variant.label, seed] for seed in range(self.seeds)] for variant in variants}
 
     def train(self, job: tuple[Variant, int]) -> Outcome:
@@ -168,7 +170,7 @@ class Demo:
 
     def _runs(self, variants: Sequence[Variant], outcomes: Mapping[str, Sequence[Outcome]]) -> dict[str, Run]:
         """Each variant's mean results and its costs."""
-        say("Timing the training steps of all, in turn")
+        self.tell("Timing the training steps of all, in turn")
         problem = problems.get(PROBLEM)
         seconds = time_steps(problem, variants, self.device)
         return {

@@ -13,15 +13,18 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from importlib.metadata import version
 
+from recon import launch
+from recon.documents import json_values
 from recon.errors import ReconError, UnknownNameError, UsageError, readable
-from recon.runs import json_values
 from recon.user_code import user_frame
-from recon_cli import ranks
 from recon_cli.parsing import Parser
 from recon_cli.terminal import StdoutError, flush, for_terminals, show, tell
 
 VERBS = ("profile", "plan", "convert", "train", "evaluate", "compare", "map", "problems", "methods", "bench", "demo")
 """Each is a module `verb_<name>` with `add_parser(verbs)`, which calls `recon_cli.parsing.add_verb`."""
+
+SHARED_VERBS = ("profile", "train")
+"""The verbs that several processes can do together."""
 
 DONE, FAILED, WRONG_USAGE = 0, 1, 2
 
@@ -38,13 +41,13 @@ def _run(argv: list[str]) -> int:
         args = _parse(argv)
         if args is None:
             return DONE
-        if ranks.number() and args.verb not in ranks.SHARED_VERBS:
+        if launch.number() and args.verb not in SHARED_VERBS:
             return DONE  # number 0 says that it takes one process; where another one failed first, it would be stopped
-        ranks.check_verb(args.verb)
+        _check_verb(args.verb)
         # Results alone go to stdout, whatever a problem's code prints; of several processes, one speaks.
-        with _silenced() if ranks.number() else redirect_stdout(sys.stderr):
+        with _silenced() if launch.number() else redirect_stdout(sys.stderr):
             report = args.run(args)
-        if ranks.number() == 0:
+        if launch.number() == 0:
             show(json.dumps(json_values(report.data), indent=1) if args.json else report.text)
     except (Exception, KeyboardInterrupt, SystemExit) as error:
         return _fail(error, as_json="--json" in argv, debug="--debug" in argv)
@@ -64,6 +67,15 @@ def _parse(argv: list[str]) -> argparse.Namespace | None:
         near = difflib.get_close_matches(option.partition("=")[0], args.parser.option_names(), n=1)
         args.parser.error(f"unrecognized argument {option!r}" + (f" (did you mean {near[0]!r}?)" if near else ""))
     return args
+
+
+def _check_verb(verb: str) -> None:
+    """Refuse a verb that each process would do all over again."""
+    if launch.count() > 1 and verb not in SHARED_VERBS:
+        raise UsageError(
+            f"`recon {verb}` runs in one process, but {launch.count()} were started. Run it without torchrun; "
+            f"{' and '.join(SHARED_VERBS)} can use several."
+        )
 
 
 @contextmanager
@@ -90,8 +102,8 @@ def _fail(error: BaseException, *, as_json: bool, debug: bool) -> int:
     if debug:
         traceback.print_exception(error)
     message = _message(error)
-    if ranks.number():
-        tell(f"[rank {ranks.number()}] error: {message}")
+    if launch.number():
+        tell(f"[rank {launch.number()}] error: {message}")
     elif as_json and not isinstance(error, StdoutError):
         try:
             show(json.dumps({"error": {"type": type(error).__name__, "message": message}}, indent=1))

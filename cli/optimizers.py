@@ -48,7 +48,7 @@ def make_optimizer(problem: Problem, model: nn.Module, recipe: Recipe) -> Optimi
         if name not in optimizer.defaults:
             raise UsageError(
                 f"The optimizer of {problem.name!r} is {type(optimizer).__name__}, which has no {name}. Choose "
-                "one that has, such as --optimizer sgd, or leave the option out."
+                f"one that has, such as sgd, or leave {name} out."
             )
         for settings in [optimizer.defaults, *optimizer.param_groups]:
             settings[name] = value
@@ -61,10 +61,11 @@ def make_scheduler(
     """What makes the scheduler of an optimizer, stepped after every optimizer step; None where there is none.
 
     Raises:
-        UsageError: a warm-up that leaves no steps, or goes beyond a milestone.
+        UsageError: settings that do not go together, or a warm-up that leaves no steps, or goes beyond a milestone.
         ProblemError: the schedule needs the number of steps, but the train loader has no length.
     """
     recipe = recipe or Recipe()
+    recipe.check(epochs)
     if not depends_on_length(problem, recipe):
         if recipe.warm_up is not None and isinstance(loader, Sized):
             _warm_up_steps(recipe, epochs * _steps_per_epoch(problem, loader, recipe))
@@ -90,7 +91,7 @@ def _steps_per_epoch(problem: Problem, loader: Iterable[Batch], recipe: Recipe) 
     if not isinstance(loader, Sized):
         raise ProblemError(
             f"The learning rate's schedule needs the number of steps, but the train loader of {problem.name!r} has no "
-            "length. Give it a __len__, or choose --schedule constant."
+            "length. Give it a __len__, or choose the schedule constant."
         )
     return -(-len(loader) // recipe.accumulate)
 
@@ -99,7 +100,7 @@ def _warm_up_steps(recipe: Recipe, total: int) -> int:
     asked = recipe.warm_up or 0
     steps = asked if isinstance(asked, int) else max(1, round(asked * total))
     if steps >= total:
-        raise UsageError(f"--warm-up {asked} takes all of the {total} steps. Choose fewer, or a part such as 0.05.")
+        raise UsageError(f"A warm-up of {asked} takes all of the {total} steps. Choose fewer, or a part such as 0.05.")
     return steps
 
 
@@ -113,7 +114,7 @@ def _main_schedule(problem: Problem, recipe: Recipe, per_epoch: int, total: int,
         milestones = [epoch * per_epoch - rise for epoch in recipe.milestones]
         if milestones[0] <= 0:
             raise UsageError(
-                f"--warm-up takes {rise} steps, but the first of the --milestones comes after {milestones[0] + rise}. "
+                f"The warm-up takes {rise} steps, but the first of the milestones comes after {milestones[0] + rise}. "
                 "Warm up for fewer steps."
             )
         return partial(MultiStepLR, milestones=milestones, gamma=0.1 if recipe.gamma is None else recipe.gamma)

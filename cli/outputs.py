@@ -10,26 +10,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from recon import launch
 from recon.errors import UsageError
 from recon.files import cannot_write, kind_of, make_folder, mode_of, remove_partial, target_of, written_alone
 from recon.locks import LOCK
 from recon.replacing import finish_replacing, is_plumbing, sweep
-from recon_cli import ranks
-
-MODEL_FILES = ("run.json", "plan.json", "weights.safetensors")
-CHECKPOINT_FILE = "training.checkpoint"
-METRICS_FILE = "metrics.jsonl"
-PICTURE_FILE = "weights.png"
-BEST = "best"
-"""The folder in a run's that holds the model of its best epoch."""
-RUN_FILES = (
-    *MODEL_FILES,
-    *(f"{BEST}/{name}" for name in MODEL_FILES),
-    *(PICTURE_FILE, "conflicts.json", "cosines.json"),
-)
-"""What goes when another model takes the place of a run's."""
-RUN_MARKS = (*MODEL_FILES, CHECKPOINT_FILE, METRICS_FILE)
-"""What the folder of a run has, be it interrupted early."""
+from recon_cli.run_folder import CHECKPOINT_FILE, METRICS_FILE, MODEL_FILES
 
 _SIGNS = {
     "run.json": b'"recon run"',
@@ -113,7 +99,7 @@ def claimed_file(path: Path, mark: bytes) -> Iterator[bool]:
     check_file(path, mark)
     target = target_of(path)
     with _claimed(path, target.parent, target.with_name(f".{target.name}{LOCK}")) as killed:
-        if ranks.number() == 0:
+        if launch.number() == 0:
             remove_partial(target)
         yield _is_older(target, killed)
 
@@ -124,11 +110,11 @@ def claimed_folder(folder: Path, marks: Sequence[str] = MODEL_FILES) -> Iterator
 
     Gives whether the last one was killed before it had replaced what is in there.
     """
-    if ranks.number() == 0 and mode_of(folder) is not None:
+    if launch.number() == 0 and mode_of(folder) is not None:
         finish_replacing(folder)
     check_folder(folder, marks)
     with _claimed(folder, folder, folder / LOCK) as killed:
-        if ranks.number() == 0:
+        if launch.number() == 0:
             sweep(folder)
         yield _is_older(folder / marks[0], killed)
 
@@ -136,7 +122,7 @@ def claimed_folder(folder: Path, marks: Sequence[str] = MODEL_FILES) -> Iterator
 @contextmanager
 def _claimed(path: Path, folder: Path, lock: Path) -> Iterator[float | None]:
     """Of several processes, the first one writes."""
-    if ranks.number():
+    if launch.number():
         yield None
         return
     made = [f for f in (folder, *folder.parents) if not f.exists()]

@@ -12,14 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from recon import models
 from recon.errors import UsageError
 
 if TYPE_CHECKING:
     Verbs = argparse._SubParsersAction["Parser"]
 
-PROBLEM = "a built-in problem (see `recon problems`), path/to/file.py:function or package.module:function"
-BACKBONE = f"one that fits of {', '.join(models.__all__)}, or path/to/file.py:function"
 METHOD = (
     "a gradient method (see `recon methods`), with options as in cagrad:c=0.5; a weighting and an aggregator as in "
     "uw+pcgrad; your own as path/to/file.py:function or package.module:function"
@@ -77,40 +74,6 @@ def add_verb(verbs: Verbs, name: str, run: Run, summary: str, examples: str, det
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     parser.set_defaults(run=run, parser=parser)
     return parser
-
-
-def add_problem(parser: Parser) -> None:
-    """What `recon_cli.backbones.problem_of` reads: PROBLEM, the options that some take, and another network for it."""
-    parser.add_argument("problem", metavar="PROBLEM", help=PROBLEM)
-    parser.add_argument(
-        "--data-root", type=any_path, metavar="DIR", help="where the problem's data set is, if it needs one"
-    )
-    parser.add_argument(
-        "--train-samples",
-        type=positive_integer,
-        metavar="N",
-        help="make do with N training samples (default: all), if the problem can",
-    )
-    parser.add_argument("--backbone", metavar="NAME", help=f"another network than the problem's: {BACKBONE}")
-    parser.add_argument(
-        "--pretrained",
-        type=any_path,
-        metavar="FILE",
-        help="ImageNet weights of torchvision's (.pth) for the problem's backbone, if it takes them",
-    )
-
-
-def problem_options(args: argparse.Namespace) -> dict[str, Any]:
-    """What `recon.problems.get` takes beside the problem's name."""
-    return {"data_root": args.data_root, "train_samples": args.train_samples, "pretrained": args.pretrained}
-
-
-def problem_arguments(args: argparse.Namespace) -> list[str]:
-    """The arguments that name the same problem with the same options to another verb."""
-    options = {**problem_options(args), "backbone": args.backbone}
-    given = [(option, value) for option, value in options.items() if value is not None]
-    flags = [word for option, value in given for word in (f"--{option.replace('_', '-')}", str(value))]
-    return [args.problem, *flags]
 
 
 def add_training_options(parser: Parser) -> None:

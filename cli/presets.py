@@ -15,7 +15,7 @@ class Preset:
     """The size of a run.
 
     Args:
-        name: what `--preset` calls it.
+        name: of the preset.
         methods: gradient methods, each with and without Recon.
         seeds: how often everything is trained.
         epochs: of every training; the problem's own if None.

@@ -1,20 +1,12 @@
-"""Recipe: optimizer, schedule, clipping, accumulation and precision, as the command line names them."""
+"""Recipe: optimizer, schedule, clipping, accumulation and precision of a training. Nothing here imports torch."""
 
 from __future__ import annotations
 
-import argparse
 from dataclasses import dataclass, fields
 from itertools import pairwise
 from typing import Any, Literal
 
-from recon_cli.parsing import (
-    Parser,
-    non_negative_number,
-    part_below_one,
-    positive_integer,
-    positive_number,
-    steps_or_part,
-)
+from recon.errors import UsageError
 
 OPTIMIZERS = ("sgd", "adam", "adamw")
 SCHEDULES = ("constant", "step", "cosine", "one-cycle")
@@ -51,59 +43,24 @@ class Recipe:
     amp: Literal["bf16", "fp16"] | None = None
 
     def settings(self) -> dict[str, Any]:
-        """The options by name, as plain values."""
+        """What a training's record keeps of it: plain values, by the options of `recon train`."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         values["milestones"] = list(self.milestones)
         return {f"--{name.replace('_', '-')}": value for name, value in values.items()}
 
+    def check(self, epochs: int) -> None:
+        """See that the settings go together, in a training of so many epochs.
 
-def add_recipe_options(parser: Parser) -> None:
-    """The options that a recipe is made of, but for `--lr`."""
-    group = parser.add_argument_group("how it is trained (default: the problem's own optimizer and schedule)")
-    group.add_argument("--optimizer", choices=OPTIMIZERS, help="torch.optim's, with its defaults")
-    group.add_argument("--momentum", type=part_below_one, metavar="M", help="of SGD")
-    group.add_argument("--weight-decay", type=non_negative_number, metavar="W", help="of any of them")
-    group.add_argument("--schedule", choices=SCHEDULES, help="of the learning rate, from step to step")
-    group.add_argument(
-        "--milestones",
-        type=positive_integer,
-        nargs="+",
-        metavar="EPOCH",
-        help="of --schedule step: multiply the learning rate after these epochs",
-    )
-    group.add_argument("--gamma", type=positive_number, help="of --schedule step: by this (default: 0.1)")
-    group.add_argument(
-        "--warm-up",
-        type=steps_or_part,
-        metavar="STEPS",
-        help="let the learning rate rise over so many steps at first, or over a part of all steps, such as 0.05",
-    )
-    group.add_argument("--clip", type=positive_number, metavar="NORM", help="scale longer updates down to this norm")
-    group.add_argument(
-        "--accumulate",
-        type=positive_integer,
-        default=1,
-        metavar="N",
-        help="take a step for every N batches, with the mean of their updates (default: 1)",
-    )
-    group.add_argument("--amp", choices=("bf16", "fp16"), help="precision of the forward; fp16 on GPUs only")
-
-
-def recipe_of(args: argparse.Namespace, epochs: int) -> Recipe:
-    """The recipe on the command line.
-
-    Raises:
-        CommandLineError: options that do not go together.
-    """
-    steps, milestones = args.schedule == "step", args.milestones or []
-    if (milestones or args.gamma is not None) and not steps:
-        args.parser.error("--milestones and --gamma go with --schedule step")
-    if steps and not milestones:
-        args.parser.error("--schedule step needs --milestones, such as --milestones 10 15")
-    if any(later <= earlier for earlier, later in pairwise([0, *milestones, epochs])):
-        listed = " ".join(map(str, milestones))
-        args.parser.error(f"--milestones {listed} must rise, and lie within the {epochs} epochs")
-    if args.momentum is not None and args.optimizer in ("adam", "adamw"):
-        args.parser.error(f"--momentum is of SGD, so it does not go with --optimizer {args.optimizer}")
-    values = {field.name: getattr(args, field.name) for field in fields(Recipe)}
-    return Recipe(**{**values, "milestones": tuple(milestones)})
+        Raises:
+            UsageError: they do not.
+        """
+        steps = self.schedule == "step"
+        if (self.milestones or self.gamma is not None) and not steps:
+            raise UsageError("milestones and gamma go with the schedule step.")
+        if steps and not self.milestones:
+            raise UsageError("The schedule step needs milestones, such as 10 and 15.")
+        if any(later <= earlier for earlier, later in pairwise([0, *self.milestones, epochs])):
+            listed = " ".join(map(str, self.milestones))
+            raise UsageError(f"The milestones {listed} must rise, and lie within the {epochs} epochs.")
+        if self.momentum is not None and self.optimizer in ("adam", "adamw"):
+            raise UsageError(f"momentum is of SGD, so it does not go with the optimizer {self.optimizer}.")

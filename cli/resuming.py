@@ -10,19 +10,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from recon import launch
 from recon.errors import CheckpointError, GradientError, ReconError, UsageError
 from recon.resume import refuse_existing
-from recon_cli import ranks
 from recon_cli.terminal import log_handler, tell
 
 
 class TrainingStoppedError(ReconError):
     """The user stopped the training; the message says what is left of it."""
-
-
-def checkpoint_beside(out: Path) -> Path:
-    """Where the checkpoint of a training is kept whose result goes to `out`."""
-    return out.with_name(f"{out.name}.checkpoint")
 
 
 def check_resume(args: argparse.Namespace) -> None:
@@ -31,7 +26,7 @@ def check_resume(args: argparse.Namespace) -> None:
     Raises:
         UsageError: there are several processes.
     """
-    if args.resume and ranks.count() > 1:
+    if args.resume and launch.count() > 1:
         raise UsageError("--resume goes on from a checkpoint, which several processes do not keep. Leave it out.")
 
 
@@ -84,7 +79,7 @@ def command_line(args: argparse.Namespace) -> list[str]:
 def _way_on(args: argparse.Namespace, checkpoints: Sequence[Path], error: BaseException) -> str:
     kept = [checkpoint for checkpoint in checkpoints if checkpoint.exists()]
     if not kept:
-        return "" if ranks.count() > 1 else "No step was complete, so nothing was saved."
+        return "" if launch.count() > 1 else "No step was complete, so nothing was saved."
     if isinstance(error, GradientError):  # it would come again
         return f"{kept[-1]} keeps the training up to there. To start over with other settings, delete it."
     return f"{kept[-1]} keeps the training. Go on with:\n  {shlex.join([*command_line(args), '--resume'])}"

@@ -1,22 +1,41 @@
-"""RunFolder: what is kept of one model while it trains. Imports torch."""
+"""RunFolder: what is kept of one model while it trains, and in which files. Torch is imported late."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-
-from torch import nn
+from typing import TYPE_CHECKING
 
 import recon
+from recon import launch
 from recon.batches import Batch
 from recon.problem import Task
-from recon.random_states import global_states_kept
 from recon.replacing import replacing
 from recon.runs import Run
-from recon_cli import ranks, workbench
+from recon.tables import metric_text
 from recon_cli.best import Evaluations
-from recon_cli.outputs import BEST, METRICS_FILE, MODEL_FILES, RUN_FILES
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from recon.batches import Batch
+    from recon.problem import Task
+
+MODEL_FILES = ("run.json", "plan.json", "weights.safetensors")
+CHECKPOINT_FILE = "training.checkpoint"
+METRICS_FILE = "metrics.jsonl"
+PICTURE_FILE = "weights.png"
+BEST = "best"
+"""The folder in a run's that holds the model of its best epoch."""
+RUN_FILES = (
+    *MODEL_FILES,
+    *(f"{BEST}/{name}" for name in MODEL_FILES),
+    *(PICTURE_FILE, "conflicts.json", "cosines.json"),
+)
+"""What goes when another model takes the place of a run's."""
+RUN_MARKS = (*MODEL_FILES, CHECKPOINT_FILE, METRICS_FILE)
+"""What the folder of a run has, be it interrupted early."""
 
 
 @dataclass
@@ -35,6 +54,7 @@ class RunFolder:
         tasks: those that the model is trained for.
         test: the batches to evaluate on.
         evaluations: when, and what is best.
+        tell: is given a line of text after every epoch.
     """
 
     folder: Path
@@ -44,22 +64,26 @@ class RunFolder:
     tasks: Sequence[Task]
     test: Iterable[Batch]
     evaluations: Evaluations
+    tell: Callable[[str], None]
 
     def end_epoch(self, epoch: recon.Epoch) -> None:
         """Keep the epoch's model, and tell of it; the results go into the epoch's record."""
         self._note(epoch)
-        if ranks.number() == 0:
+        if launch.number() == 0:
             self._keep_last(epoch.number)
         if self.evaluations.due(epoch.number, self.run.epochs):
+            from recon.random_states import global_states_kept  # late: it imports torch
+
             # Looking at the test data must not change what the training draws.
             with global_states_kept():
                 epoch.results = recon.evaluate(self.model, self.test, self.tasks, across_ranks=False)
             self._note(epoch)
-            if ranks.number() == 0:
+            if launch.number() == 0:
                 if self.evaluations.keep_best:
                     self._keep_best(epoch.number)
                 self.run.save(self.home)
-        workbench.show_epoch(epoch, self.run.epochs, f"{self.tasks[0].name}: " if self.run.is_single_task else "")
+        alone = f"{self.tasks[0].name}: " if self.run.is_single_task else ""
+        self.tell(f"{alone}{epoch_line(epoch, self.run.epochs)}")
 
     def finish(self, history: recon.History) -> None:
         """Note what the training says of itself."""
@@ -95,3 +119,16 @@ class RunFolder:
     def _is_mine(self, record: dict[str, object]) -> bool:
         losses = record["losses"]
         return not self.run.is_single_task or (isinstance(losses, dict) and self.tasks[0].name in losses)
+
+
+def epoch_line(epoch: recon.Epoch, epochs: int) -> str:
+    """What is said of an epoch, one of `epochs`, when it is done."""
+    losses = ", ".join(f"{task} {loss:.4f}" for task, loss in epoch.losses.items())
+    results = ", ".join(
+        f"{task} {name} {metric_text(value)}"
+        for task, metrics in epoch.results.items()
+        for name, value in metrics.items()
+    )
+    skipped = f", {epoch.skipped} skipped" if epoch.skipped else ""
+    text = f"epoch {epoch.number}/{epochs}: loss {losses} ({epoch.steps} steps{skipped}, {epoch.seconds:.1f} s)"
+    return f"{text}; test {results}" if results else text

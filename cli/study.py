@@ -1,13 +1,9 @@
-"""What `recon demo` and `recon bench` share: variants of one problem, trained several at a time, timed in turn.
-
-Imports torch.
-"""
+"""Variants of one problem, trained several at a time, timed in turn. Imports torch."""
 
 from __future__ import annotations
 
 import os
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
@@ -26,10 +22,9 @@ from recon.problem import Problem
 from recon.runs import SINGLE_TASK
 from recon.stepper import task_losses
 from recon.timing import step_seconds
-from recon_cli import workbench
+from recon_cli import run_costs, workbench
 from recon_cli.optimizers import make_optimizer
 from recon_cli.recipe import Recipe
-from recon_cli.terminal import tell
 
 Job = TypeVar("Job")
 Outcome = TypeVar("Outcome")
@@ -131,8 +126,8 @@ def variant_costs(problem: Problem, variant: Variant, device: torch.device) -> C
     inputs = _batch(problem, device)[0]
     model = variant.model(problem, 0, device)
     if variant.is_single_task:
-        return workbench.single_task_costs(model, problem.task_names, inputs)
-    return workbench.costs_per_sample(model, inputs)
+        return run_costs.single_task_costs(model, problem.task_names, inputs)
+    return run_costs.costs_per_sample(model, inputs)
 
 
 def time_steps(
@@ -182,8 +177,3 @@ def _batch(problem: Problem, device: torch.device) -> Batch:
 def mean_table(tables: Sequence[Mapping[str, float]]) -> dict[str, float]:
     """The mean of several tables with the same keys."""
     return {key: fmean(table[key] for table in tables) for key in tables[0]}
-
-
-def say(text: str) -> None:
-    """One line on stderr, with the time."""
-    tell(f"{time.strftime('%H:%M:%S')} {text}")

@@ -21,7 +21,7 @@ def check_tensorboard() -> None:
         UsageError: there is none.
     """
     if importlib.util.find_spec("tensorboard") is None:
-        raise UsageError("--tensorboard needs the package tensorboard: pip install tensorboard.")
+        raise UsageError("TensorBoard's events need the package tensorboard: pip install tensorboard.")
 
 
 class Events:

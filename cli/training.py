@@ -1,8 +1,8 @@
-"""What `recon train` does once the command line is understood. Imports torch."""
+"""Training: any method on a plain or a branched model, or one model for each task. Imports torch."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -11,26 +11,30 @@ import torch
 from torch import nn
 
 import recon
+from recon import launch
 from recon.batch_stream import RankBatches
 from recon.branch_plan import plan_of
 from recon.evaluation import directions
 from recon.problem import Loss, Problem, Task
 from recon.runs import RUN_FILE, SINGLE_TASK, Run
-from recon_cli import ranks, workbench
+from recon_cli import run_costs, saved_models, workbench
 from recon_cli.best import Evaluations
 from recon_cli.counting import ConflictCounter, Counting
 from recon_cli.optimizers import depends_on_length, make_optimizer, make_scheduler
-from recon_cli.outputs import BEST, CHECKPOINT_FILE, METRICS_FILE, RUN_MARKS
 from recon_cli.recipe import Recipe
-from recon_cli.run_folder import RunFolder
+from recon_cli.run_folder import BEST, CHECKPOINT_FILE, METRICS_FILE, RUN_MARKS, RunFolder
 from recon_cli.tensorboard import Events
 
 EVENTS = "tensorboard"
 
 
+def silent(text: str) -> None:
+    """What is done with a line of text that nobody reads."""
+
+
 @dataclass(frozen=True)
 class Training:
-    """One training command.
+    """One training, and where its run goes.
 
     Args:
         problem: the problem.
@@ -49,6 +53,8 @@ class Training:
         plan: what a fresh model is branched by; not at all if None.
         surgery: how the plan's layers were chosen.
         counting: how conflicts are counted while one model learns all tasks; they are not if None.
+        tell: is given a line of text after every epoch.
+        progress: whether a bar on stderr shows how far an epoch is.
     """
 
     problem: Problem
@@ -67,13 +73,15 @@ class Training:
     plan: recon.BranchPlan | None = None
     surgery: str = ""
     counting: Counting | None = None
+    tell: Callable[[str], None] = silent
+    progress: bool = False
 
     @property
     def folders(self) -> dict[str, Path]:
         """Where the models go, by what is trained."""
         if self.method != SINGLE_TASK:
             return {self.method: self.folder}
-        return {task: workbench.task_folder(self.folder, task) for task in self.problem.task_names}
+        return {task: saved_models.task_folder(self.folder, task) for task in self.problem.task_names}
 
     @property
     def checkpoints(self) -> list[Path]:
@@ -115,12 +123,12 @@ class Training:
         run = self._new_run(f"{self.method} + {surgery}" if surgery else self.method)
         run.surgery, run.branched_layers = surgery, layers
         run.backbone = self.problem.backbone or (origin.backbone if origin else "")
-        costs = workbench.costs_per_sample(model, self._example_inputs())
+        costs = run_costs.costs_per_sample(model, self._example_inputs())
         run.parameters, run.macs = costs.parameters, costs.macs
         run.results = self._fit(run, model, self.problem.tasks, self.folder)
         self._finish(run)
         best = self.evaluations.best(run.history, run.higher_is_better)
-        if best is not None and self.evaluations.keep_best and ranks.number() == 0:
+        if best is not None and self.evaluations.keep_best and launch.number() == 0:
             replace(run, results=best["results"]).save(self.folder / BEST)
         return run
 
@@ -129,9 +137,9 @@ class Training:
         run = self._new_run(SINGLE_TASK)
         run.backbone = self.problem.backbone
         model, _ = self._start()
-        costs = workbench.single_task_costs(model, run.tasks, self._example_inputs())
+        costs = run_costs.single_task_costs(model, run.tasks, self._example_inputs())
         run.parameters, run.macs = costs.parameters, costs.macs
-        if ranks.number() == 0 and not any((self.folder / mark).exists() for mark in RUN_MARKS):
+        if launch.number() == 0 and not any((self.folder / mark).exists() for mark in RUN_MARKS):
             run.save(self.folder)  # the folder must be known as a run's before a task's folder lies in it
         results: dict[str, Mapping[str, float]] = {}
         for task in self.problem.tasks:
@@ -146,7 +154,7 @@ class Training:
             if self.plan is not None:
                 model = recon.convert(model, self.plan, workbench.few_samples(self._example_inputs())[0])
             return model, None
-        model, origin = workbench.load_model(self.problem, self.source, self.seed)
+        model, origin = saved_models.load_model(self.problem, self.source, self.seed)
         return model.to(self.device), origin
 
     def _example_inputs(self) -> object:
@@ -157,7 +165,7 @@ class Training:
         """A record; a resumed training's has the epochs that were done."""
         done: list[dict[str, Any]] = []
         if self.resume and any(checkpoint.exists() for checkpoint in self.checkpoints):
-            earlier = workbench.read_record(self.problem, self.folder)
+            earlier = saved_models.read_record(self.problem, self.folder)
             # An older run's, which this one has not replaced yet, tells nothing of it.
             if earlier is not None and not earlier.finished and earlier.settings == self.settings():
                 done = earlier.history
@@ -180,11 +188,11 @@ class Training:
         train, test = workbench.make_loaders(problem, self.seed, self.device)
         workbench.seed_everything(self.seed)
         losses: dict[str, Loss] = {task.name: task.loss for task in tasks}
-        keeper = RunFolder(folder, run, self.folder, model, tasks, test, self.evaluations)
+        keeper = RunFolder(folder, run, self.folder, model, tasks, test, self.evaluations, self.tell)
         counter = None
         if self.counting is not None and not run.is_single_task:
             counter = ConflictCounter(model, self.problem.task_names, self.counting)
-        several = ranks.count() > 1
+        several = launch.count() > 1
         fixed = {"--epochs": self.epochs} if depends_on_length(problem, self.recipe) else {}
         history = recon.train(
             model,
@@ -200,19 +208,19 @@ class Training:
             profiler=counter,
             recorder=recon.Recorder(folder / METRICS_FILE, [Events(folder / EVENTS)] if self.tensorboard else []),
             on_epoch=keeper.end_epoch,
-            progress=workbench.shows_progress(),
+            progress=self.progress,
             checkpoint=None if several else folder / CHECKPOINT_FILE,
             resume=self.resume,
             settings={"problem": problem.name, **self.settings(), **fixed, "device": self.device.type},
         )
         keeper.finish(history)
-        if counter is not None and ranks.number() == 0:
+        if counter is not None and launch.number() == 0:
             counter.save(folder, {"problem": self.problem.name, "method": self.method, "seed": self.seed})
         run.seconds_per_step += history.seconds / max(1, history.steps)
         return history.epochs[-1].results
 
     def _finish(self, run: Run) -> Run:
         run.finished = True
-        if ranks.number() == 0:
+        if launch.number() == 0:
             run.save(self.folder)
         return run

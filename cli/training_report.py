@@ -6,13 +6,13 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from recon import launch
 from recon.recorder import mean_weights, read_records
 from recon.runs import Run
 from recon.tables import metric_text, short_number, text_table
-from recon_cli import ranks
 from recon_cli.best import Record
-from recon_cli.outputs import BEST, METRICS_FILE, PICTURE_FILE
 from recon_cli.parsing import Report
+from recon_cli.run_folder import BEST, METRICS_FILE, PICTURE_FILE
 from recon_cli.training import Training
 
 _CHANGE = 1e-6  # of a weight, relative: less is rounding
@@ -22,7 +22,7 @@ _LARGEST = 100.0  # of a static weight that is worth trying: it multiplies the l
 def report(job: Training, run: Run) -> Report:
     """The results of the last and of the best epochs, what the run costs, and the weights of its tasks."""
     best = _best_records(job, run)
-    weights, picture = ({}, None) if run.is_single_task or ranks.number() else _weights(job, run)
+    weights, picture = ({}, None) if run.is_single_task or launch.number() else _weights(job, run)
     other = "joint" if run.is_single_task else "single"
     option = static_option(weights, run.tasks)
     text = [

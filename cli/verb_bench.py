@@ -9,13 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import recon
-from recon_cli.backbones import problem_of
 from recon_cli.outputs import claimed_folder
 from recon_cli.parsing import (
     METHOD,
     Report,
     add_device_option,
-    add_problem,
     add_verb,
     any_path,
     positive_integer,
@@ -23,6 +21,8 @@ from recon_cli.parsing import (
     threshold,
 )
 from recon_cli.presets import PRESETS
+from recon_cli.problem_options import add_problem, problem_of
+from recon_cli.progress import say, shows_progress
 from recon_cli.renames import add_rename_option, renames
 
 if TYPE_CHECKING:
@@ -151,6 +151,8 @@ def _run(args: argparse.Namespace) -> Report:
         rename=renames(args),
         workers=args.workers or default_workers(device),
         rounds=preset.rounds,
+        tell=say,
+        progress=shows_progress(),
     )
     try:
         return bench_report.report(job, reason)

@@ -12,19 +12,18 @@ from recon.errors import UsageError
 from recon.replacing import replacing
 from recon.runs import Run
 from recon.tables import short_number, text_table
-from recon_cli.backbones import problem_of
 from recon_cli.map_fit import fit_data, fit_line, match_map
-from recon_cli.outputs import CHECKPOINT_FILE, RUN_FILES, claimed_folder
+from recon_cli.outputs import claimed_folder
 from recon_cli.parsing import (
     Report,
     add_device_option,
-    add_problem,
     add_verb,
     any_path,
-    problem_arguments,
     seed,
 )
+from recon_cli.problem_options import add_problem, problem_arguments, problem_of
 from recon_cli.renames import renames
+from recon_cli.run_folder import CHECKPOINT_FILE, RUN_FILES
 from recon_cli.selectors import (
     add_selection_options,
     check_selection,
@@ -116,7 +115,7 @@ def _run(args: argparse.Namespace) -> Report:
     from recon.branch_plan import plan_of
     from recon.cost_model import CostModel  # late: these import torch
     from recon.timing import step_seconds
-    from recon_cli import workbench
+    from recon_cli import run_costs, workbench
 
     device = workbench.choose_device(args.device)
     plain = workbench.make_model(problem, args.seed).to(device)
@@ -130,10 +129,10 @@ def _run(args: argparse.Namespace) -> Report:
     branched = recon.convert(plain, choice.plan, example, mode=args.mode, init=init, copies=args.copies)
     verified = None if args.no_verify else recon.verify(plain, branched, example)
     models = {"plain": plain, "branched": branched}
-    counted = {name: workbench.costs_per_sample(model, batch[0]) for name, model in models.items()}
+    counted = {name: run_costs.costs_per_sample(model, batch[0]) for name, model in models.items()}
     _save(args, problem, branched, plan_of(branched), counted["branched"])
     tell("Timing training steps of both models ...")
-    steps = {name: workbench.TrainingStep(problem, model, batch) for name, model in models.items()}
+    steps = {name: run_costs.TrainingStep(problem, model, batch) for name, model in models.items()}
     seconds = step_seconds(steps, rounds=_ROUNDS)
     table: dict[str, dict[str, float | None]] = {
         name: {

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from recon_cli.outputs import claimed_folder
 from recon_cli.parsing import Report, add_device_option, add_verb, any_path, positive_integer
+from recon_cli.progress import say
 
 if TYPE_CHECKING:
     from recon_cli.parsing import Verbs
@@ -48,4 +49,5 @@ def _run(args: argparse.Namespace) -> Report:
 
     device = workbench.choose_device(args.device)
     workers = args.workers or default_workers(device)
-    return Demo(args.out, args.seeds, args.epochs, args.top_k, device, workers).run()
+    story = Demo(args.out, args.seeds, args.epochs, args.top_k, device, workers, say).run()
+    return Report(story.text(args.out), story.data())

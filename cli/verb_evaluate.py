@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 import recon
 from recon.tables import metrics_table
-from recon_cli.backbones import problem_of
-from recon_cli.parsing import Report, add_device_option, add_problem, add_verb, any_path, seed
+from recon_cli.parsing import Report, add_device_option, add_verb, any_path, seed
+from recon_cli.problem_options import add_problem, problem_of
 
 if TYPE_CHECKING:
     import torch
@@ -48,18 +48,18 @@ def run(args: argparse.Namespace) -> Report:
 
 
 def _evaluate(problem: Problem, folder: Path, seed: int | None, device: torch.device) -> dict[str, dict[str, float]]:
-    from recon_cli import workbench  # late: it imports torch
+    from recon_cli import saved_models, workbench  # late: these import torch
 
-    record = workbench.read_record(problem, folder)
+    record = saved_models.read_record(problem, folder)
     # A problem may split its data by the seed: another one would test on what was trained on.
     seed = (record.seed if record else 0) if seed is None else seed
-    problem = workbench.as_recorded(problem, record, folder)
+    problem = saved_models.as_recorded(problem, record, folder)
     _, test = workbench.make_loaders(problem, seed, device)
     if record is None or not record.is_single_task:
-        model, _ = workbench.load_model(problem, folder, seed)
+        model, _ = saved_models.load_model(problem, folder, seed)
         return recon.evaluate(model.to(device), test, problem.tasks)
     results: dict[str, dict[str, float]] = {}
     for task in problem.tasks:
-        model = recon.load(workbench.task_folder(folder, task.name), workbench.make_model(problem, seed))
+        model = recon.load(saved_models.task_folder(folder, task.name), workbench.make_model(problem, seed))
         results |= recon.evaluate(model.to(device), test, [task])
     return results

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import recon
 from recon.tables import short_number, text_table
-from recon_cli.backbones import problem_of
 from recon_cli.map_fit import fit_data, fit_line, match_map
-from recon_cli.parsing import Report, add_problem, add_verb, problem_arguments, seed
+from recon_cli.parsing import Report, add_verb, seed
 from recon_cli.plan_pictures import add_picture_options, check_pictures, show_pictures
+from recon_cli.problem_options import add_problem, problem_arguments, problem_of
 from recon_cli.renames import renames
 from recon_cli.selectors import (
     add_selection_options,

@@ -10,24 +10,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import recon
-from recon import problems
+from recon import launch, problems
 from recon.errors import MapFileError
-from recon_cli import ranks
-from recon_cli.backbones import backbone_title, problem_of
 from recon_cli.outputs import claimed_file
 from recon_cli.parsing import (
     METHOD,
     Report,
-    add_problem,
     add_training_options,
     add_verb,
     file_path,
     positive_integer,
-    problem_arguments,
     share,
     threshold,
 )
+from recon_cli.problem_options import add_problem, problem_arguments, problem_of
+from recon_cli.progress import shows_progress
 from recon_cli.ranking import ranked_layers, ranking_table, unsure_why
+from recon_cli.run_folder import epoch_line
 from recon_cli.terminal import tell
 
 if TYPE_CHECKING:
@@ -103,8 +102,9 @@ def run(args: argparse.Namespace) -> Report:
 def _run(args: argparse.Namespace, begins: bool) -> Report:
     problem = problem_of(args)
     recon.methods.parse(args.method)
-    from recon_cli import workbench  # late: these import torch
-    from recon_cli.resuming import check_resume, checkpoint_beside, resumable
+    from recon.resume import checkpoint_beside  # late: these import torch
+    from recon_cli import workbench
+    from recon_cli.resuming import check_resume, resumable
 
     check_resume(args)
 
@@ -118,9 +118,9 @@ def _run(args: argparse.Namespace, begins: bool) -> Report:
         return _report(args, problem, finished)
     if finished is not None:
         tell(f"note: the map in {args.out} will be replaced when the new one is finished.")
-    with ranks.joined(device), resumable(args, [checkpoint]):
+    with launch.joined(device), resumable(args, [checkpoint]):
         cmap = _profile(args, problem, device, checkpoint)
-        if ranks.number() == 0:
+        if launch.number() == 0:
             cmap.save(args.out)
     return _report(args, problem, cmap)
 
@@ -128,11 +128,12 @@ def _run(args: argparse.Namespace, begins: bool) -> Report:
 def _profile(args: argparse.Namespace, problem: Problem, device: torch.device, checkpoint: Path) -> ConflictMap:
     from recon.batch_stream import RankBatches  # late: these import torch
     from recon_cli import optimizers, workbench
+    from recon_cli.backbones import backbone_title
     from recon_cli.recipe import Recipe
 
     model = workbench.make_model(problem, args.seed).to(device)
     loader, _ = workbench.make_loaders(problem, args.seed, device)
-    several = ranks.count() > 1
+    several = launch.count() > 1
     subset = {} if args.train_samples is None else {"train_samples": args.train_samples}
     made_by = {
         "problem": problem.name,
@@ -140,7 +141,7 @@ def _profile(args: argparse.Namespace, problem: Problem, device: torch.device, c
         "backbone": backbone_title(problem, model),
         "seed": args.seed,
         "device": device.type,
-        **({"processes": ranks.count()} if several else {}),
+        **({"processes": launch.count()} if several else {}),
         "recon": version("recon-mtl"),
         "python": platform.python_version(),
     }
@@ -164,8 +165,8 @@ def _profile(args: argparse.Namespace, problem: Problem, device: torch.device, c
         top_k=args.top_k,
         memory=args.memory,
         made_by=made_by,
-        on_epoch=lambda epoch: workbench.show_epoch(epoch, args.epochs),
-        progress=workbench.shows_progress(),
+        on_epoch=lambda epoch: tell(epoch_line(epoch, args.epochs)),
+        progress=shows_progress(),
         checkpoint=None if several else checkpoint,
         resume=args.resume,
         settings=settings,
@@ -185,6 +186,7 @@ def _finished_map(path: Path) -> ConflictMap | None:
 def _is_ours(cmap: ConflictMap, args: argparse.Namespace, problem: Problem) -> bool:
     """Whether the finished map is what the command would make, as far as the map says how it was made."""
     from recon_cli import optimizers, workbench  # late: these import torch
+    from recon_cli.backbones import backbone_title
     from recon_cli.recipe import Recipe
 
     model = workbench.make_model(problem, args.seed)
@@ -196,7 +198,7 @@ def _is_ours(cmap: ConflictMap, args: argparse.Namespace, problem: Problem) -> b
         "learning_rate": group.get("initial_lr", group.get("lr")),
         "memory": args.memory if args.memory != "exact" else None,
         "every": args.every if args.every != 1 else None,
-        "processes": ranks.count() if ranks.count() > 1 else None,
+        "processes": launch.count() if launch.count() > 1 else None,
         **{name: getattr(args, name) for name in ("seed", "method", "epochs", "until_stable")},
     }
     same = all(cmap.made_by.get(name) == value for name, value in asked.items())

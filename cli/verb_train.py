@@ -7,24 +7,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import recon
-from recon import problems
+from recon import launch, problems
 from recon.errors import UsageError
 from recon.runs import RUN_FILE, SINGLE_TASK, Run
-from recon_cli import ranks
-from recon_cli.backbones import model_backbone, problem_of, with_backbone
 from recon_cli.best import Evaluations
-from recon_cli.outputs import CHECKPOINT_FILE, RUN_MARKS, claimed_folder
+from recon_cli.outputs import claimed_folder
 from recon_cli.parsing import (
     METHOD,
     Report,
-    add_problem,
     add_training_options,
     add_verb,
     any_path,
     not_empty,
     positive_integer,
 )
-from recon_cli.recipe import add_recipe_options, recipe_of
+from recon_cli.problem_options import add_problem, problem_of
+from recon_cli.progress import shows_progress
+from recon_cli.recipe_options import add_recipe_options, recipe_of
+from recon_cli.run_folder import CHECKPOINT_FILE, RUN_MARKS
 from recon_cli.terminal import tell
 
 if TYPE_CHECKING:
@@ -90,6 +90,8 @@ def run(args: argparse.Namespace) -> Report:
 
 
 def _run(args: argparse.Namespace, begins: bool) -> Report:
+    from recon_cli.backbones import with_backbone  # late: it imports torch
+
     backbone = _backbone(args)
     problem = with_backbone(problem_of(args), backbone)
     recon.methods.parse("joint" if args.method is None else args.method)
@@ -102,18 +104,20 @@ def _run(args: argparse.Namespace, begins: bool) -> Report:
     # Whoever was killed before anything was saved was about to replace the run that is there.
     finished = None if begins else _finished(args, job)
     replaces = (args.out / RUN_FILE).exists() and not args.resume and not any(path.exists() for path in job.checkpoints)
-    if finished is None and ranks.number() == 0 and replaces:
+    if finished is None and launch.number() == 0 and replaces:
         tell(f"note: the run in {args.out} will be replaced.")
     if finished is not None:
         tell(f"{args.out} is finished; there is nothing to resume.")
         return report(job, finished)
-    with ranks.joined(job.device), resumable(args, job.checkpoints, job.left):
+    with launch.joined(job.device), resumable(args, job.checkpoints, job.left):
         trained = job.run()
     return report(job, trained)
 
 
 def _backbone(args: argparse.Namespace) -> str:
     """The backbone that `--model` names; empty if it names a folder, or nothing."""
+    from recon_cli.backbones import model_backbone  # late: it imports torch
+
     backbone = model_backbone(args.model) if args.model else ""
     if backbone and args.backbone:
         args.parser.error(f"--model {args.model} is a backbone, so it does not go with --backbone {args.backbone}")
@@ -147,6 +151,8 @@ def _job(args: argparse.Namespace, problem: Problem, source: Path | None) -> Tra
         tensorboard=args.tensorboard,
         resume=args.resume,
         home=problems.home_of(args.problem),
+        tell=tell,
+        progress=shows_progress(),
     )
 
 

@@ -8,8 +8,9 @@ from statistics import fmean
 from typing import Any
 
 from recon import problems
+from recon.documents import json_values
 from recon.errors import UsageError
-from recon.runs import Run, json_values
+from recon.runs import Run
 from recon.tables import metric_text, short_number, text_table, with_ratio
 
 _MOST_METRICS = 12  # more columns than that do not fit on a line

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -25,6 +25,15 @@ MOST_LINES = 2**30
 _DEPTH = 24
 _MOST = 2**63 - 1  # what numpy and torch can count
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+
+
+def json_values(value: Any) -> Any:
+    """The same nest of dicts and lists with NaN and infinities, which JSON does not have, as None."""
+    if isinstance(value, Mapping):
+        return {str(key): json_values(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [json_values(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def shown(value: Any) -> str:

@@ -14,11 +14,10 @@ import torch
 from torch import Tensor
 
 from recon.distributed import rank
-from recon.documents import Document, read_documents
+from recon.documents import Document, json_values, read_documents
 from recon.errors import CheckpointError
 from recon.files import write_from
 from recon.history import Epoch
-from recon.runs import json_values
 
 logger = logging.getLogger(__name__)
 

@@ -187,6 +187,11 @@ class Interrupts:
         self._pending = True
 
 
+def checkpoint_beside(out: Path) -> Path:
+    """Where the checkpoint of a training is kept whose result goes to the file `out`."""
+    return out.with_name(f"{out.name}.checkpoint")
+
+
 def refuse_existing(path: Path) -> None:
     """A checkpoint that an interrupted training left is not overwritten by another one."""
     if path.exists():

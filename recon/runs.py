@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import platform
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -11,7 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from recon.documents import Document, read_document, shown
+from recon.documents import Document, json_values, read_document, shown
 from recon.errors import CheckpointError
 from recon.files import write_text
 from recon.replacing import finish_replacing
@@ -138,15 +137,6 @@ class Run:
 def versions() -> dict[str, str]:
     """What a run was made with."""
     return {"recon": version("recon-mtl"), "python": platform.python_version(), "torch": version("torch")}
-
-
-def json_values(value: Any) -> Any:
-    """The same nest of dicts and lists with NaN and infinities, which JSON does not have, as None."""
-    if isinstance(value, Mapping):
-        return {str(key): json_values(entry) for key, entry in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [json_values(entry) for entry in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _epoch(entry: Document) -> dict[str, Any]:

@@ -286,7 +286,7 @@ WRONG = {
     "misfit": ("profile own.py:problem --backbone fcn_resnet50 --out new.json", "For this problem there are ResNet18"),
     "twice": ("train own.py:problem --model ViT --backbone ViT --out new", "does not go with --backbone ViT"),
     "evaluate another": ("evaluate own.py:problem --model small --backbone ViT", "small, whose model is SmallResNet"),
-    "train another": ("train own.py:problem --model small --backbone ViT --out new", "Leave --backbone out"),
+    "train another": ("train own.py:problem --model small --backbone ViT --out new", "Leave the backbone out"),
     "train recon's for one's own": (
         "train own.py:problem --model small --backbone own.py:wide --out new", "contradicts small, whose model is Small"
     ),

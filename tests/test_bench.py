@@ -17,7 +17,8 @@ from recon.evaluation import directions
 from recon.problems import digits, paper
 from recon.runs import Run
 from recon.score_table import LayerConflicts, bin_edges
-from recon_cli import bench, bench_cosines
+from recon_cli import bench_cosines
+from recon_cli.bench_job import folder_name
 from recon_cli.bench_settings import first_batches
 from recon_cli.bench_table import Row, paper_table, results_table, spread
 from recon_cli.counting import ConflictCounter, Counting, read_cosines
@@ -55,9 +56,7 @@ def test_the_whole_table(bench_of, ask, files):
     assert "A REDUCED run" in text and "K=4 layers (as asked) of 18" in text and "schedule" in text
 
     # Each run is one that the other verbs know.
-    runs = {
-        label: [Run.load(files / "out" / bench.folder_name(label) / f"seed-{s}") for s in (0, 1)] for label in labels
-    }
+    runs = {label: [Run.load(files / "out" / folder_name(label) / f"seed-{s}") for s in (0, 1)] for label in labels}
     assert all(run.finished and run.label == label for label, of_seeds in runs.items() for run in of_seeds)
     compared = ask("compare out/joint/seed-1 out/joint-Recon-K=4/seed-1 out/single-task/seed-1")
     by_name = {row["name"]: row for row in compared["rows"]}

@@ -469,9 +469,9 @@ def test_the_problem_s_own_schedule_is_the_default_and_takes_a_warm_up():
 
 def test_schedules_that_cannot_be():
     digits = recon.problems.get("digits")
-    with pytest.raises(UsageError, match="--warm-up 40 takes all of the 40 steps"):
+    with pytest.raises(UsageError, match="A warm-up of 40 takes all of the 40 steps"):
         schedule(schedule="cosine", warm_up=40)
-    with pytest.raises(UsageError, match=r"--warm-up takes 10 steps, but the first of the --milestones comes after 10"):
+    with pytest.raises(UsageError, match=r"The warm-up takes 10 steps, but the first of the milestones comes after 10"):
         schedule(schedule="step", milestones=(1, 3), warm_up=10)
     with pytest.raises(ProblemError, match="the train loader of 'digits' has no length"):
         make_scheduler(digits, iter([]), 4, Recipe(schedule="cosine"))
@@ -514,12 +514,12 @@ WRONG = {
     "nothing to accumulate": ("--accumulate 0", "at least 1"),
     "an unknown optimizer": ("--optimizer sdg", "'sgd'"),
     "an unknown schedule": ("--schedule cosin", "'cosine'"),
-    "milestones without a schedule": ("--milestones 1 2", "go with --schedule step"),
-    "gamma without a schedule": ("--schedule cosine --gamma 0.5", "go with --schedule step"),
-    "steps without milestones": ("--schedule step", "needs --milestones"),
+    "milestones without a schedule": ("--milestones 1 2", "go with the schedule step"),
+    "gamma without a schedule": ("--schedule cosine --gamma 0.5", "go with the schedule step"),
+    "steps without milestones": ("--schedule step", "needs milestones"),
     "milestones that fall": ("--schedule step --milestones 2 1", "must rise"),
     "milestones behind the end": ("--schedule step --milestones 1 3", "within the 3 epochs"),
-    "momentum of adam": ("--optimizer adam --momentum 0.9", "--momentum is of SGD"),
+    "momentum of adam": ("--optimizer adam --momentum 0.9", "momentum is of SGD"),
     "momentum of the problem's adam": ("--momentum 0.9", "is Adam, which has no momentum"),
     "too much momentum": ("--optimizer sgd --momentum 1", "below 1"),
     "negative weight decay": ("--weight-decay -1", "at least 0"),

@@ -34,7 +34,7 @@ from recon.runs import RUN_FILE, Run
 from recon.training_file import read_training
 from recon.weights import WEIGHTS_FILE, read_state_dict
 from recon_cli.bench import RESULTS_FILE
-from recon_cli.outputs import METRICS_FILE
+from recon_cli.run_folder import METRICS_FILE
 
 
 class Trap:

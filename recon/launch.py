@@ -1,4 +1,4 @@
-"""Several processes that torchrun started: how they find each other, and which of them speaks."""
+"""Several processes that torchrun started: how many there are, which one this is, and how they find each other."""
 
 from __future__ import annotations
 
@@ -7,13 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from recon.errors import UsageError
-
 if TYPE_CHECKING:
     import torch
-
-SHARED_VERBS = ("profile", "train")
-"""The verbs that several processes can do together."""
 
 
 def count() -> int:
@@ -27,21 +22,8 @@ def number() -> int:
 
 
 def local_number() -> int:
-    """Which of this machine's processes this is, and so which of its GPUs it takes."""
+    """Which of this machine's processes this is, and so which of its GPUs it uses."""
     return int(os.environ.get("LOCAL_RANK", "0"))
-
-
-def check_verb(verb: str) -> None:
-    """Refuse a verb that each process would do all over again.
-
-    Raises:
-        UsageError: see above.
-    """
-    if count() > 1 and verb not in SHARED_VERBS:
-        raise UsageError(
-            f"`recon {verb}` runs in one process, but {count()} were started. Run it without torchrun; "
-            f"{' and '.join(SHARED_VERBS)} can use several."
-        )
 
 
 @contextmanager
@@ -50,7 +32,7 @@ def joined(device: torch.device) -> Iterator[None]:
     if count() == 1:
         yield
         return
-    import torch.distributed as dist
+    import torch.distributed as dist  # late: asking for the count needs no torch
 
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
