@@ -285,7 +285,7 @@ def test_first_batches_keep_their_length_and_order():
         len(first_batches(iter(loader), 2))
 
 
-@pytest.mark.parametrize("table", paper._RESULTS.values(), ids=lambda table: f"table {table.number}")
+@pytest.mark.parametrize("table", paper.all_results().values(), ids=lambda table: f"table {table.number}")
 def test_the_papers_rows_have_its_own_delta_m(table):
     """Checks every figure: Δm from the rows as printed, but for rounding."""
     alone = table.rows["single-task", ""]
@@ -304,7 +304,7 @@ def test_the_papers_rows_have_its_own_delta_m(table):
         assert delta_m == pytest.approx(row.delta_m, abs=0.6 if table.number == 5 else 0.35), (method, surgery)
 
 
-@pytest.mark.parametrize("table", paper._COSINES.values(), ids=lambda table: f"table {table.number}")
+@pytest.mark.parametrize("table", paper.all_cosines().values(), ids=lambda table: f"table {table.number}")
 def test_the_papers_cosines_add_up(table):
     assert table.severe in table.edges
     for row, shares in table.shares.items():
