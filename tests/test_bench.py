@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from statistics import fmean, stdev
 
 import numpy as np
@@ -15,6 +16,7 @@ import torch
 import recon
 from recon.conflict_map import bin_edges
 from recon.evaluation import directions
+from recon.problem import ReducedRun
 from recon.problems import digits, paper
 from recon.runs import Run
 from recon_cli import bench, bench_cosines
@@ -22,6 +24,8 @@ from recon_cli.bench_settings import first_batches
 from recon_cli.bench_table import Row, paper_table, results_table, spread
 from recon_cli.counting import ConflictCounter, Counting, read_cosines
 from recon_cli.main import main
+from recon_cli.presets import paper as paper_preset
+from recon_cli.presets import quick
 from recon_cli.run_folder import RunFolder
 from tests.ranks import PATIENCE
 
@@ -283,6 +287,15 @@ def test_first_batches_keep_their_length_and_order():
     assert first_batches(loader, None) is loader
     with pytest.raises(TypeError):
         len(first_batches(iter(loader), 2))
+
+
+def test_the_presets_ask_the_problem():
+    problem = digits.digits()
+    assert quick(problem).epochs == 3 and paper_preset(problem).methods[-1] == "cagrad"
+    own = replace(problem, quick=ReducedRun(epochs=7, test_batches=None, schedule="cosine"), cagrad_c=0.25)
+    preset = quick(own)
+    assert (preset.epochs, preset.train_batches, preset.test_batches) == (7, 200, None)
+    assert preset.recipe.schedule == "cosine" and paper_preset(own).methods[-1] == "cagrad:c=0.25"
 
 
 @pytest.mark.parametrize("table", paper.all_results().values(), ids=lambda table: f"table {table.number}")
