@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from recon_cli.recipe import Recipe
 
-# CAGrad's c (alpha in Shi et al. 2023, appendix B) on each data set there.
-_CAGRAD = {"multi-fashion-mnist": 0.2, "cityscapes": 0.2, "nyuv2": 0.4, "pascal-context": 0.1, "celeba": 0.1}
+if TYPE_CHECKING:
+    from recon import Problem
 
 
 @dataclass(frozen=True)
@@ -39,24 +40,26 @@ class Preset:
     recipe: Recipe = field(default_factory=Recipe)
 
 
-_QUICK = Preset("quick", ("joint", "pcgrad"), 1, 3, 1, train_batches=200, test_batches=100, count_every=4, rounds=4)
-# A step takes a CPU seconds there.
-_DENSE = replace(_QUICK, epochs=2, train_batches=20, test_batches=20, rounds=3)
-_QUICK_FOR = {
-    # 135 steps of 256 images, half an hour of two cores for all: too few for the paper's stepped learning rate.
-    "multi-fashion-mnist": replace(_QUICK, train_batches=45, test_batches=None, recipe=Recipe(schedule="one-cycle")),
-    **dict.fromkeys(("nyuv2", "cityscapes", "pascal-context", "celeba"), _DENSE),
-}
-
-
-def quick(problem: str) -> Preset:
+def quick(problem: Problem) -> Preset:
     """A reduced run of the problem, of minutes on a CPU."""
-    return _QUICK_FOR.get(problem, _QUICK)
+    run = problem.quick
+    return Preset(
+        "quick",
+        methods=("joint", "pcgrad"),
+        seeds=1,
+        epochs=run.epochs,
+        profile_epochs=1,
+        train_batches=run.train_batches,
+        test_batches=run.test_batches,
+        count_every=4,
+        rounds=run.timing_rounds,
+        recipe=Recipe(schedule=run.schedule),
+    )
 
 
-def paper(problem: str) -> Preset:
+def paper(problem: Problem) -> Preset:
     """The run of the paper: all data, the problem's own epochs and schedule, three seeds (Shi et al. 2023, 5.1)."""
-    cagrad = f"cagrad:c={_CAGRAD[problem]:g}" if problem in _CAGRAD else "cagrad"
+    cagrad = "cagrad" if problem.cagrad_c is None else f"cagrad:c={problem.cagrad_c:g}"
     return Preset("paper", ("joint", "mgda", "pcgrad", "graddrop", cagrad), 3)
 
 

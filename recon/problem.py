@@ -23,11 +23,11 @@ Loss = Callable[[Any, Any], Tensor]
 
 @dataclass(frozen=True)
 class Metric:
-    """A number that says how well a task is done.
+    """A number that says how well the model does a task.
 
     Args:
         name: what the results call it.
-        make: gives a fresh accumulator (torchmetrics: `update(output, target)`, `compute()`).
+        make: makes a fresh accumulator (torchmetrics: `update(output, target)`, `compute()`).
         higher_is_better: the direction in which the metric improves.
     """
 
@@ -57,12 +57,12 @@ class Task:
             )
         metrics = [metric.name for metric in self.metrics]
         if len(set(metrics)) < len(metrics):
-            raise ProblemError(f"Task {self.name!r} needs metrics with different names, but got {metrics}.")
+            raise ProblemError(f"The metrics of task {self.name!r} need different names, but have {metrics}.")
 
 
 @dataclass(frozen=True)
 class Search:
-    """How to look for the layers that a problem branches: the settings of Recon's authors, or of one's own.
+    """How to look for the layers that a problem branches: the settings of Recon's authors, or your own.
 
     Args:
         threshold: S, in (-1, 0], a multiple of 0.01.
@@ -73,6 +73,25 @@ class Search:
     threshold: float
     top_k: int
     epochs: int
+
+
+@dataclass(frozen=True)
+class ReducedRun:
+    """How long `recon bench --preset quick` trains a problem: minutes on a CPU.
+
+    Args:
+        epochs: of every training; the profile has one.
+        train_batches: at most so many of an epoch's batches; all if None.
+        test_batches: at most so many of the test batches; all if None.
+        timing_rounds: how often each training step is timed.
+        schedule: of the learning rate, by its name on the command line, such as "one-cycle"; the problem's own if None.
+    """
+
+    epochs: int = 3
+    train_batches: int | None = 200
+    test_batches: int | None = 100
+    timing_rounds: int = 4
+    schedule: str | None = None
 
 
 def _adam(parameters: Iterable[nn.Parameter]) -> Optimizer:
@@ -86,17 +105,20 @@ class Problem:
     Args:
         name: what the command line and the result files call it.
         tasks: the tasks; the model's output has one entry for each.
-        make_model: gives a freshly initialised model, `model(inputs) -> {task name: output}`.
+        make_model: makes a freshly initialised model, `model(inputs) -> {task name: output}`.
         make_loaders: `seed -> (train loader, test loader)`; each yields `(inputs, {task name: target})`.
-        make_optimizer: gives the optimizer for a list of parameters.
+        make_optimizer: makes the optimizer of these parameters.
         make_scheduler: `(optimizer, optimizer steps of the whole training) -> scheduler`, stepped after every
-            optimizer step; the learning rate stays as it is when not given.
+            optimizer step. Without it, the learning rate stays as it is.
         epochs: how long a normal training runs, unless the user says otherwise.
         description: one line for `recon problems`.
-        example_inputs: gives a few inputs, of any values, without reading the data: costs are counted on them. The
-            first batch of the train loader serves where it is not given.
-        search: which layers Recon's authors branch, and how they find them; None where they have no say.
-        backbone: the name of the network, where it is another than the one that the problem comes with.
+        example_inputs: makes a few inputs, of any values, without reading the data: costs are counted on them. Without
+            it, costs are counted on the first batch of the train loader.
+        search: which layers Recon's authors branch, and how they find them; None where they do not say.
+        backbone: the name of the network, if it is not the one that the problem comes with.
+        quick: how long `recon bench --preset quick` trains.
+        cagrad_c: the c that Recon's authors give CAGrad (their alpha, appendix B), for `recon bench --preset paper`;
+            CAGrad's default if None.
     """
 
     name: str
@@ -110,6 +132,8 @@ class Problem:
     example_inputs: Callable[[], Any] | None = None
     search: Search | None = None
     backbone: str = ""
+    quick: ReducedRun = field(default_factory=ReducedRun)
+    cagrad_c: float | None = None
 
     def __post_init__(self) -> None:
         odd = [task for task in self.tasks if not isinstance(task, Task)]
@@ -119,7 +143,9 @@ class Problem:
             )
         names = [task.name for task in self.tasks]
         if len(names) < 2 or len(set(names)) < len(names):
-            raise ProblemError(f"Problem {self.name!r} needs at least two tasks with different names, but got {names}.")
+            raise ProblemError(
+                f"Problem {self.name!r} needs at least two tasks, with different names, but has {names}."
+            )
 
     @property
     def task_names(self) -> tuple[str, ...]:
@@ -128,5 +154,5 @@ class Problem:
 
     @property
     def losses(self) -> dict[str, Loss]:
-        """`{task name: loss}`, as `recon.profile` and `recon.train` take it."""
+        """`{task name: loss}`, as `recon.profile` and `recon.train` need it."""
         return {task.name: task.loss for task in self.tasks}

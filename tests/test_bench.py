@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from statistics import fmean, stdev
 
 import numpy as np
@@ -14,6 +15,7 @@ import torch
 
 import recon
 from recon.evaluation import directions
+from recon.problem import ReducedRun
 from recon.problems import digits, paper
 from recon.runs import Run
 from recon.score_table import LayerConflicts, bin_edges
@@ -23,6 +25,8 @@ from recon_cli.bench_settings import first_batches
 from recon_cli.bench_table import Row, paper_table, results_table, spread
 from recon_cli.counting import ConflictCounter, Counting, read_cosines
 from recon_cli.main import main
+from recon_cli.presets import paper as paper_preset
+from recon_cli.presets import quick
 from recon_cli.run_folder import RunFolder
 from tests.ranks import PATIENCE
 
@@ -284,7 +288,16 @@ def test_first_batches_keep_their_length_and_order():
         len(first_batches(iter(loader), 2))
 
 
-@pytest.mark.parametrize("table", paper._RESULTS.values(), ids=lambda table: f"table {table.number}")
+def test_the_presets_ask_the_problem():
+    problem = digits.digits()
+    assert quick(problem).epochs == 3 and paper_preset(problem).methods[-1] == "cagrad"
+    own = replace(problem, quick=ReducedRun(epochs=7, test_batches=None, schedule="cosine"), cagrad_c=0.25)
+    preset = quick(own)
+    assert (preset.epochs, preset.train_batches, preset.test_batches) == (7, 200, None)
+    assert preset.recipe.schedule == "cosine" and paper_preset(own).methods[-1] == "cagrad:c=0.25"
+
+
+@pytest.mark.parametrize("table", paper.all_results().values(), ids=lambda table: f"table {table.number}")
 def test_the_papers_rows_have_its_own_delta_m(table):
     """Checks every figure: Δm from the rows as printed, but for rounding."""
     alone = table.rows["single-task", ""]
@@ -303,7 +316,7 @@ def test_the_papers_rows_have_its_own_delta_m(table):
         assert delta_m == pytest.approx(row.delta_m, abs=0.6 if table.number == 5 else 0.35), (method, surgery)
 
 
-@pytest.mark.parametrize("table", paper._COSINES.values(), ids=lambda table: f"table {table.number}")
+@pytest.mark.parametrize("table", paper.all_cosines().values(), ids=lambda table: f"table {table.number}")
 def test_the_papers_cosines_add_up(table):
     assert table.severe in table.edges
     for row, shares in table.shares.items():

@@ -229,7 +229,7 @@ def test_a_damaged_image_is_named_and_nothing_half_written_stays(content, root):
 def test_too_few_or_too_many_samples(root):
     with pytest.raises(UsageError, match="3 training samples are too few"):
         get(NAME, data_root=root, train_samples=3)
-    with pytest.raises(UsageError, match=r"are 11 training samples of celeba, not 12\. Ask for fewer"):
+    with pytest.raises(UsageError, match=r"celeba has 11 training samples, not 12\. Ask for fewer"):
         datasets(root, train_samples=12)
 
 
@@ -276,4 +276,4 @@ def test_weights_of_the_problems_network_do_not_go_with_another(samples, tmp_pat
 
 def test_a_problem_that_takes_no_weights_says_so(capsys):
     assert main(["train", "digits", "--pretrained", "weights.pth", "--out", "run"]) == 2
-    assert "does not take pretrained (--pretrained FILE)" in capsys.readouterr().err
+    assert "does not accept pretrained (--pretrained FILE)" in capsys.readouterr().err

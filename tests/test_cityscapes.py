@@ -65,7 +65,7 @@ def test_the_folders_are_read(below, tmp_path):
     ("field", "content", "message"),
     [
         ("label_7", np.full((16, 32), 7), "from 0 to 6"),
-        ("depth", np.full((16, 32, 1), np.inf), "no numbers"),
+        ("depth", np.full((16, 32, 1), np.inf), "not finite"),
         ("image", np.zeros((16, 32)), r"shape \(16, 32\)"),
     ],
 )
@@ -218,7 +218,7 @@ def test_too_few_or_too_many_samples(tmp_path):
     write_folders(tmp_path)
     with pytest.raises(UsageError, match="batches of 8 samples, so 7 training samples"):
         get(NAME, data_root=tmp_path, train_samples=7)
-    with pytest.raises(UsageError, match="There are 9 training samples of cityscapes, not 10"):
+    with pytest.raises(UsageError, match="cityscapes has 9 training samples, not 10"):
         datasets(tmp_path, train_samples=10)
 
 

@@ -1,8 +1,13 @@
-"""What `make` says where it cannot install; the Pythons are shell scripts, which do what those of such machines do."""
+"""What `make` says where it cannot install, and what is installed.
+
+The Pythons are shell scripts, which do what those of such machines do.
+"""
 
 import os
 import shutil
 import subprocess
+import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -79,3 +84,22 @@ def test_a_half_made_environment_is_made_again(make, tmp_path):
     half.parent.mkdir(parents=True)
     half.symlink_to("/nowhere/python3")
     assert make()[0] == 0 and not half.is_symlink()
+
+
+def test_an_installed_recon_has_all_of_its_files(tmp_path):
+    source, wheels = tmp_path / "source", tmp_path / "wheels"
+    for folder in ("recon", "cli"):
+        shutil.copytree(ROOT / folder, source / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    build = f"from setuptools.build_meta import build_wheel; build_wheel({str(wheels)!r})"
+    subprocess.run([sys.executable, "-c", build], cwd=source, check=True, capture_output=True)
+    installed = tmp_path / "installed"
+    zipfile.ZipFile(next(wheels.iterdir())).extractall(installed)
+
+    files = {path.relative_to(source) for path in source.glob("recon/**/*") if path.is_file()}
+    found = {path.relative_to(installed) for path in installed.glob("recon/**/*") if path.is_file()}
+    assert found == files
+    read = "from recon.problems import paper; print(paper.__file__, paper.results('nyuv2', 'MTAN').number)"
+    run = subprocess.run([sys.executable, "-c", read], cwd=installed, check=True, capture_output=True, text=True)
+    assert run.stdout.split() == [str(installed / "recon" / "problems" / "paper.py"), "5"]

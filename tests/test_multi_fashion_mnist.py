@@ -168,7 +168,7 @@ def test_without_a_data_root_it_says_what_it_needs():
 
 @pytest.mark.parametrize("samples", [1, 255, 301])
 def test_too_few_or_too_many_samples(samples, root):
-    with pytest.raises(UsageError, match=rf"{samples} training samples|300 training samples .* not {samples}"):
+    with pytest.raises(UsageError, match=rf"{samples} training samples|300 training samples, not {samples}"):
         get(NAME, data_root=root, train_samples=samples).make_loaders(0)
 
 
@@ -217,7 +217,7 @@ def test_a_file_that_is_gone_when_it_is_read(root):
 def test_both_sources_have_as_many_images(tmp_path):
     data = sources(120)
     data["MNIST", "train"] = tuple(array[:-1] for array in data["MNIST", "train"])
-    with pytest.raises(ProblemError, match=r"as many images as each other, but have \[149, 150\]"):
+    with pytest.raises(ProblemError, match=r"equally many images, but have \[149, 150\]"):
         datasets(write(tmp_path, data))
 
 

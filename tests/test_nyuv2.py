@@ -134,11 +134,11 @@ def bytes_of(array):
         ("train/image/2.npy", bytes_of(np.array([{}])), r"Cannot read .*train/image/2\.npy"),
         ("train/image/2.npy", bytes_of(np.array(["a"])), "does not hold an array of numbers"),
         ("train/image/2.npy", bytes_of(np.zeros((3, *SIZE))), r"image/2\.npy.*shape \(3, 32, 48\).*\(H, W, 3\)"),
-        ("train/image/2.npy", bytes_of(np.full((*SIZE, 3), 200.0)), "from 200 to 200, those of an image from 0 to 1"),
-        ("train/image/2.npy", bytes_of(np.full((*SIZE, 3), np.nan)), "no numbers"),
+        ("train/image/2.npy", bytes_of(np.full((*SIZE, 3), 200.0)), "from 200 to 200, but an image's go from 0 to 1"),
+        ("train/image/2.npy", bytes_of(np.full((*SIZE, 3), np.nan)), "not finite"),
         ("train/label/0.npy", bytes_of(np.full(SIZE, 13)), r"label/0\.npy: labels must be whole numbers from 0 to 12"),
         ("train/label/0.npy", bytes_of(np.full(SIZE, 0.5)), "whole numbers"),
-        ("train/label/0.npy", bytes_of(np.zeros((*SIZE, 1))), r"labels have \(H, W\)"),
+        ("train/label/0.npy", bytes_of(np.zeros((*SIZE, 1))), r"must be \(H, W\)"),
         ("val/depth/1.npy", bytes_of(np.full((*SIZE, 1), -1.0)), r"val/depth/1\.npy: it has values below 0"),
         ("val/depth/1.npy", bytes_of(np.zeros((8, 48, 1))), r"val/depth/1\.npy has 8x48 pixels, but other.*32x48"),
         ("val/normal/1.npy", bytes_of(np.full((*SIZE, 3), 2.0)), "values above 1"),
@@ -228,8 +228,8 @@ SHAPE = (8, 96, 128)
         ({"seg13": np.full(SHAPE, 13, np.uint8)}, "classes below 13"),
         ({"train": np.array([0.5, 1])}, "lists of frames"),
         ({"test": np.array([], int)}, "lists of frames"),
-        ({"test": np.array([8])}, "frames that are there"),
-        ({"train": np.array([-1, 2])}, "frames that are there"),
+        ({"test": np.array([8])}, "numbers of frames in image"),
+        ({"train": np.array([-1, 2])}, "numbers of frames in image"),
         ({"train": np.array([{}, {}])}, "Object arrays"),
     ],
 )
@@ -270,7 +270,7 @@ def test_some_samples_are_the_same_for_every_seed(root):
     assert len(some) == 2 and all(torch.equal(a, b) for a, b in zip(some, more, strict=False))
     with pytest.raises(UsageError, match="batches of 2 samples, so 1 training samples"):
         get(NAME, data_root=root, train_samples=1)
-    with pytest.raises(UsageError, match="There are 5 training samples of nyuv2, not 6"):
+    with pytest.raises(UsageError, match="nyuv2 has 5 training samples, not 6"):
         datasets(root, train_samples=6)
 
 

@@ -407,7 +407,7 @@ def test_a_damaged_list_is_named(content, message, root):
 def test_too_few_or_too_many_samples(archive):
     with pytest.raises(UsageError, match="1 training samples are too few"):
         get(NAME, data_root=archive, train_samples=1)
-    with pytest.raises(UsageError, match="are 6 training samples of pascal-context, not 7"):
+    with pytest.raises(UsageError, match="pascal-context has 6 training samples, not 7"):
         get(NAME, data_root=archive, train_samples=7).make_loaders(0)
 
 

@@ -285,7 +285,7 @@ def test_recons_own_errors_pass_through_the_users_code(write):
 
 def test_a_function_must_return_a_problem(write):
     path = write("own.py", "def problem():\n    pass\n")
-    with pytest.raises(ProblemError, match=r"must return a recon\.Problem, but it gave NoneType"):
+    with pytest.raises(ProblemError, match=r"must return a recon\.Problem, but it returned NoneType"):
         get(f"{path}:problem")
 
 
@@ -313,22 +313,22 @@ def test_a_function_of_any_options(write):
         (
             "problem",
             {"data_root": "here"},
-            r"problem does not take data_root \(--data-root DIR\)\. It takes no options",
+            r"problem does not accept data_root \(--data-root DIR\)\. It accepts no options",
         ),
         (
             "reads",
             {"data_root": "here", "sise": 3},
-            r"does not take sise\. It takes data_root \(--data-root DIR\), size",
+            r"does not accept sise\. It accepts data_root \(--data-root DIR\), size",
         ),
         ("reads", {}, r"reads needs data_root \(--data-root DIR\)"),
-        ("made", {"train_samples": 3}, r"made does not take train_samples \(--train-samples N\)"),
+        ("made", {"train_samples": 3}, r"made does not accept train_samples \(--train-samples N\)"),
         (
             "digits",
             {"data_root": "here"},
-            r"digits does not take data_root .* It takes train_samples \(--train-samples N\)",
+            r"digits does not accept data_root .* It accepts train_samples \(--train-samples N\)",
         ),
-        ("digits", {"train_samples": 3}, r"batches of 128; 3 of them cannot be had. Take 128 to 20000"),
-        ("digits", {"train_samples": 20_001}, r"20001 of them cannot be had"),
+        ("digits", {"train_samples": 3}, r"batches of 128 samples, so 3 .* too few\. Ask for at least 128"),
+        ("digits", {"train_samples": 20_001}, r"digits has 20000 training samples, not 20001\. Ask for fewer"),
     ],
 )
 def test_options_that_do_not_fit_the_function(name, options, message, write):

@@ -5,7 +5,9 @@ Importing this package does not import torch, so listing the problems is instant
 
 from __future__ import annotations
 
+import ast
 import importlib
+from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,41 +20,15 @@ if TYPE_CHECKING:
 
 __all__ = ["call_function", "descriptions", "get", "home_of", "names"]
 
+_HOME = "recon.problems"
 _BUILT_IN = {
-    "digits": (
-        "recon.problems.digits:digits",
-        "two overlaid handwritten digits, 2 tasks, 12x12 pixels, no download, a small ResNet",
-    ),
-    "multi-fashion-mnist": (
-        "recon.problems.multi_fashion_mnist:multi_fashion_mnist",
-        "a digit and a garment overlaid, 2 tasks, 36x36 pixels, ResNet-18; --data-root: MNIST and FashionMNIST",
-    ),
-    "cityscapes": (
-        "recon.problems.cityscapes:cityscapes",
-        "7-class segmentation and inverse depth of streets, 2 tasks, 128x256 pixels, SegNet; --data-root: Cityscapes",
-    ),
-    "nyuv2": (
-        "recon.problems.nyuv2:nyuv2",
-        "13-class segmentation, depth and normals of rooms, 3 tasks, MTAN; --data-root: NYUv2, as MTAN's folders or "
-        "packed (normals then derived from depth)",
-    ),
-    "adult": (
-        "recon.problems.adult:adult",
-        "income and marital status of 48,842 people, 2 tasks, rows of 94 numbers, MMoE; --data-root: UCI Adult",
-    ),
-    "tox21": (
-        "recon.problems.tox21:tox21",
-        "toxicity of 8,014 molecules, 12 tasks with missing labels, hashed SMILES, an MLP; --data-root: its CSV",
-    ),
-    "celeba": (
-        "recon.problems.celeba:celeba",
-        "attributes of a face, 40 tasks, 64x64 pixels, ResNet-18; --data-root: torchvision's CelebA",
-    ),
-    "pascal-context": (
-        "recon.problems.pascal_context:pascal_context",
-        "classes, parts, saliency, normals and edges, 5 tasks, 512x512 pixels, MobileNetV2; --data-root: PASCAL_MT",
-    ),
+    module.replace("_", "-"): module
+    for module in (
+        *("digits", "multi_fashion_mnist", "cityscapes", "nyuv2"),
+        *("adult", "tox21", "celeba", "pascal_context"),
+    )
 }
+"""A module of `_HOME` for each name: it has a function of its own name, and a `DESCRIPTION`."""
 
 _HOW_TO_NAME_ONE = (
     "A problem of your own is named path/to/file.py:function or package.module:function, "
@@ -67,7 +43,17 @@ def names() -> list[str]:
 
 def descriptions() -> dict[str, str]:
     """`{name: one line}` for every built-in problem."""
-    return {name: line for name, (_, line) in _BUILT_IN.items()}
+    return {name: _description(module) for name, module in _BUILT_IN.items()}
+
+
+def _description(module: str) -> str:
+    """The module's `DESCRIPTION`, read from its text: importing it would import torch."""
+    text = files(_HOME).joinpath(f"{module}.py").read_text(encoding="utf-8")
+    constants = {
+        ast.unparse(line.targets[0]): line.value for line in ast.parse(text).body if isinstance(line, ast.Assign)
+    }
+    description: str = ast.literal_eval(constants["DESCRIPTION"])
+    return description
 
 
 def get(spec: str, **options: Any) -> Problem:
@@ -77,21 +63,20 @@ def get(spec: str, **options: Any) -> Problem:
 
     Args:
         spec: a built-in name, `package.module:function`, or `path/to/file.py:function`; the function returns a
-            `recon.Problem`. (A `recon.Problem` in its place is as good.)
-        options: what the function is called with; one that is None counts as not given. The command line gives
+            `recon.Problem`. (Instead of the function, it can be a `recon.Problem`.)
+        options: keyword arguments for the function; one that is None counts as not given. The command line passes
             `data_root`, the folder that holds the problem's data set, `train_samples`, how many training samples to
-            make do with, and `pretrained`, a file of weights for its backbone. A function takes those that it has a
-            use for.
+            use, and `pretrained`, a file of weights for its backbone. A function has those that it needs.
 
     Raises:
         UnknownNameError: there is no such problem, file, module or function; names the nearest ones.
-        UsageError: `spec` has none of the three forms, or the function does not take these options, or needs others.
+        UsageError: `spec` has none of the three forms, or the function does not accept these options, or needs others.
         ProblemError: the user's code raised an exception (which is chained), or returned something else.
     """
     options = {name: value for name, value in options.items() if value is not None}
     if spec in _BUILT_IN:
-        target, _, name = _BUILT_IN[spec][0].partition(":")
-        make = getattr(importlib.import_module(target), name)
+        module = _BUILT_IN[spec]
+        make = getattr(importlib.import_module(f"{_HOME}.{module}"), module)
         check_options(spec, make, options)
         return make(**options)
     if ":" not in spec:
@@ -104,7 +89,7 @@ def get(spec: str, **options: Any) -> Problem:
     from recon.problem import Problem  # late: it imports torch
 
     if not isinstance(made, Problem):
-        raise ProblemError(f"{spec} must return a recon.Problem, but it gave {type(made).__name__}.")
+        raise ProblemError(f"{spec} must return a recon.Problem, but it returned {type(made).__name__}.")
     return made
 
 
@@ -115,17 +100,7 @@ def home_of(spec: str) -> str:
 
 
 def call_function(spec: str, **options: Any) -> Any:
-    """What a user's function returns; see `get` for how files are imported.
-
-    Args:
-        spec: `package.module:function` or `path/to/file.py:function`.
-        options: what the function is called with.
-
-    Raises:
-        UnknownNameError: there is no such file, module or function; names the nearest ones.
-        UsageError: the function does not take these options, or needs others.
-        ProblemError: the user's code raised an exception (which is chained).
-    """
+    """What the user's function `package.module:function` or `path/to/file.py:function` returns; see `get`."""
     target, _, function = spec.rpartition(":")  # the last colon: a Windows path has one of its own
     module = import_target(target)
     if not hasattr(module, function):

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from functools import cache
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
-from recon.batches import Batch
 from recon.models import MMoE
 from recon.problem import Problem
-from recon.problems import descriptions
+from recon.problems._options import check_available, check_train_samples
 from recon.problems.binary import accuracy, auc, binary_task
 from recon.problems.csv_table import CsvTable, read_csv
-from recon.problems.loading import TensorBatches, in_order, shuffled
+from recon.problems.loading import Splits, TensorBatches, loaders_of
 from recon.problems.roots import open_root, require_files
-from recon.problems.subsets import check_available, check_train_samples
+
+DESCRIPTION = "income and marital status of 48,842 people, 2 tasks, rows of 94 numbers, MMoE; --data-root: UCI Adult"
 
 NAME = "adult"
 TRAIN, TEST = "adult.data", "adult.test"
@@ -45,7 +43,7 @@ CATEGORIES = {
 }
 MARITAL = "Married-civ-spouse Divorced Never-married Separated Widowed Married-spouse-absent Married-AF-spouse".split()
 FEATURES = len(NUMBERS) + sum(len(listed.split()) for listed in CATEGORIES.values())
-# What each task asks: a column, what it may hold, and which of these counts as yes.
+# For each task: its column, the values that it may have, and the value that counts as yes.
 TASKS = {
     "income": ("income", ["<=50K", ">50K"], ">50K"),
     "marital_status": ("marital-status", MARITAL, "Never-married"),
@@ -65,10 +63,10 @@ def adult(data_root: str | Path | None = None, train_samples: int | None = None)
     Census-Income (KDD) data; here they are asked of UCI Adult (Kohavi, KDD 1996; 32,561 people to train on, 16,281
     to test). The network is MMoE; `PLE` and `SharedBottom` of `recon.models` fit as well.
 
-    Both answers are left out of the inputs, and so is `relationship`: wives and husbands are married, so that it gives
-    most of the second answer away. (Public code for the KDD data leaves out the two labels alone and keeps household
-    columns of this kind; its AUCs near 0.99 for marital status do not compare.) `fnlwgt`, a weight of the survey, is
-    left out too.
+    The inputs leave out both answers, and also `relationship`: wives and husbands are married, so that it gives most of
+    the second answer away. (Public code for the KDD data leaves out the two labels alone and keeps household columns of
+    this kind; do not compare with its AUCs near 0.99 for marital status.) They leave out `fnlwgt` too, a weight of the
+    survey.
 
     Inputs are `(N, 94)`, float32: five numbers, with mean 0 and variance 1 over the training data, and one column for
     each category that adult.names lists, `?` included where there are unknown values. Targets are `(N,)`, float32,
@@ -87,29 +85,23 @@ def adult(data_root: str | Path | None = None, train_samples: int | None = None)
     check_train_samples(NAME, train_samples, BATCH)
     folder = root if (root / TRAIN).is_file() else root / NAME
     require_files(NAME, root, [folder / TRAIN, folder / TEST], _EXPECTED)
-    data = cache(lambda: _data(folder, train_samples))  # a run asks for loaders several times
-
-    def make_loaders(seed: int) -> tuple[Iterable[Batch], Iterable[Batch]]:
-        train, test = data()
-        return shuffled(train, BATCH, seed), in_order(test, 1000)
 
     return Problem(
         name=NAME,
         tasks=[binary_task(name, auc(), accuracy()) for name in TASKS],
         make_model=lambda: MMoE(dict.fromkeys(TASKS, 1), FEATURES),
-        make_loaders=make_loaders,
+        make_loaders=loaders_of(lambda: _data(folder, train_samples), BATCH, test_batch_size=1000),
         make_optimizer=lambda parameters: torch.optim.Adam(parameters, lr=1e-3),
         make_scheduler=CosineAnnealingLR,
         epochs=20,
-        description=descriptions()[NAME],
+        description=DESCRIPTION,
         example_inputs=lambda: torch.zeros(8, FEATURES),
     )
 
 
-def _data(folder: Path, train_samples: int | None) -> tuple[TensorBatches, TensorBatches]:
+def _data(folder: Path, train_samples: int | None) -> Splits:
     tables = [read_csv(folder / name, COLUMNS, header=False, comment="|") for name in (TRAIN, TEST)]
-    available = len(tables[0])
-    check_available(NAME, available, train_samples)
+    check_available(NAME, len(tables[0]), train_samples)
     train, test = (np.concatenate([_numbers(table), _one_hot(table)], axis=1) for table in tables)
     train = train[:train_samples]
     _standardise(train[:, : len(NUMBERS)], test[:, : len(NUMBERS)])
@@ -117,7 +109,7 @@ def _data(folder: Path, train_samples: int | None) -> tuple[TensorBatches, Tenso
 
 
 def _standardise(train: np.ndarray, test: np.ndarray) -> None:
-    """Both in place, by the mean and the deviation of the first."""
+    """Change both in place, by the mean and the deviation of the first."""
     mean, deviation = train.mean(axis=0), train.std(axis=0)
     for numbers in (train, test):
         numbers -= mean

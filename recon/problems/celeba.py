@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,24 +12,25 @@ import torch.nn.functional as F
 from torch.optim import Adam, Optimizer
 from torch.optim.lr_scheduler import MultiStepLR
 
-from recon.batches import Batch
 from recon.models import ResNet18
 from recon.models.pretrained import load_pretrained
-from recon.problem import Metric, Problem, Search, Task
-from recon.problems import descriptions
+from recon.problem import Metric, Problem, ReducedRun, Search, Task
+from recon.problems._options import check_available, check_train_samples
 from recon.problems.celeba_files import ATTRIBUTES, IMAGES, LABELS, PARTITION, SIDE, read_images, read_labels
 from recon.problems.images import normalised
-from recon.problems.loading import TensorBatches, in_order, shuffled
+from recon.problems.loading import Splits, TensorBatches, loaders_of
 from recon.problems.roots import open_root, require_files
-from recon.problems.subsets import check_available, check_train_samples
 
 if TYPE_CHECKING:  # importing torchmetrics takes longer than importing torch
     from torchmetrics import Metric as MetricState
+
+DESCRIPTION = "attributes of a face, 40 tasks, 64x64 pixels, ResNet-18; --data-root: torchvision's CelebA"
 
 NAME = "celeba"
 FOLDER = "celeba"
 BATCH = 256
 EPOCHS = 5
+QUICK = ReducedRun(epochs=2, train_batches=20, test_batches=20, timing_rounds=3)  # a step needs seconds of a CPU
 
 _EXPECTED = (
     f"Expected are {FOLDER}/{IMAGES}/*.jpg, {FOLDER}/{LABELS} and {FOLDER}/{PARTITION}, as "
@@ -49,14 +48,15 @@ def celeba(
     NeurIPS 2018, section 5.2): images of 64x64 pixels, a ResNet-18 whose pooled features go straight to a two-way
     classifier for each attribute, and the error averaged over the attributes. Optimizer and schedule are those of Recon
     (Shi et al., ICLR 2023): Adam at 5e-5, five epochs, half the rate from the fourth on. The batches of 256 and the
-    five epochs of profiling are choices made here.
+    five epochs of profiling are this library's choice.
 
-    Inputs are `(N, 3, 64, 64)`, float32, normalised as ImageNet's; targets are `(N,)`, 1 for yes. Trained on are the
-    162,770 images of the training partition, tested the 19,962 of the test partition. A seed shuffles the batches.
+    Inputs are `(N, 3, 64, 64)`, float32, normalised as ImageNet's; targets are `(N,)`, 1 for yes. The training set is
+    the 162,770 images of the training partition, the test set the 19,962 of the test partition. A seed shuffles the
+    batches.
 
     Args:
         data_root: the folder that holds `celeba`, as torchvision lays it out.
-        train_samples: train on the first so many images only. All if not given.
+        train_samples: train on only the first so many images. All if not given.
         pretrained: a file of torchvision's ResNet-18 weights, from which all but the heads start.
 
     Raises:
@@ -68,7 +68,6 @@ def celeba(
     root = open_root(NAME, data_root, _EXPECTED)
     check_train_samples(NAME, train_samples, BATCH)
     require_files(NAME, root, [f"{FOLDER}/{name}" for name in (IMAGES, LABELS, PARTITION)], _EXPECTED)
-    data = cache(lambda: _data(root / FOLDER, train_samples))  # a run asks for loaders several times
 
     def make_model() -> ResNet18:
         model = ResNet18(dict.fromkeys(ATTRIBUTES, 2), in_channels=3, features=None)
@@ -76,21 +75,19 @@ def celeba(
             load_pretrained(model, pretrained, "resnet18", unused=("fc.",), fresh=("heads.",))
         return model
 
-    def make_loaders(seed: int) -> tuple[Iterable[Batch], Iterable[Batch]]:
-        train, test = data()
-        return shuffled(train, BATCH, seed), in_order(test, 1000)
-
     return Problem(
         name=NAME,
         tasks=[Task(name, F.cross_entropy, [Metric("error", _error, higher_is_better=False)]) for name in ATTRIBUTES],
         make_model=make_model,
-        make_loaders=make_loaders,
+        make_loaders=loaders_of(lambda: _data(root / FOLDER, train_samples), BATCH, test_batch_size=1000),
         make_optimizer=lambda parameters: Adam(parameters, lr=5e-5),
         make_scheduler=_scheduler,
         epochs=EPOCHS,
-        description=descriptions()[NAME],
+        description=DESCRIPTION,
         example_inputs=lambda: torch.zeros(8, 3, SIDE, SIDE),
         search=Search(threshold=-0.05, top_k=25, epochs=5),
+        quick=QUICK,
+        cagrad_c=0.1,
     )
 
 
@@ -104,7 +101,7 @@ def _error() -> MetricState:
     return 1 - MulticlassAccuracy(2, average="micro")
 
 
-def _data(folder: Path, train_samples: int | None) -> tuple[TensorBatches, TensorBatches]:
+def _data(folder: Path, train_samples: int | None) -> Splits:
     labels = read_labels(folder)
     check_available(NAME, len(labels["train"][0]), train_samples)
     return _split(folder, "train", *labels["train"], train_samples), _split(folder, "test", *labels["test"], None)

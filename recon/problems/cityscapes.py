@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from functools import cache
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch.optim import Adam
 
-from recon.batches import Batch
 from recon.models import SegNet
-from recon.problem import Problem, Search
-from recon.problems import dense, descriptions, npy_folders
-from recon.problems.loading import TensorBatches, in_order, shuffled
+from recon.problem import Problem, ReducedRun, Search
+from recon.problems import dense, npy_folders
+from recon.problems._options import check_train_samples
+from recon.problems.loading import Splits, TensorBatches, loaders_of
 from recon.problems.roots import open_root, require_files
-from recon.problems.subsets import check_train_samples
+
+DESCRIPTION = (
+    "7-class segmentation and inverse depth of streets, 2 tasks, 128x256 pixels, SegNet; --data-root: Cityscapes"
+)
 
 NAME = "cityscapes"
 CLASSES = 7
 BATCH = 8
+QUICK = ReducedRun(epochs=2, train_batches=20, test_batches=20, timing_rounds=3)  # a step needs seconds of a CPU
 SIZE = (128, 256)
-SPLITS = ("train", "val")
 CHANNELS = {"segmentation": CLASSES, "inverse_depth": 1}
 FIELDS = {"image": npy_folders.image, "label_7": npy_folders.labels(CLASSES), "depth": npy_folders.depth}
 
@@ -34,17 +36,15 @@ _EXPECTED = (
     "unpack."
 )
 
-Splits = tuple[TensorBatches, TensorBatches]
-
 
 def cityscapes(data_root: str | Path | None = None, train_samples: int | None = None) -> Problem:
     """7-class segmentation and inverse depth of Cityscapes: 2,975 frames for training, 500 for testing.
 
     The data set is Cordts et al.'s (CVPR 2016), whose test labels are not published: its validation frames are the test
     set. The two tasks are Liu, Johns and Davison's (CVPR 2019): its seven categories of labels, and inverse depth, from
-    the disparity, which is 0 far away and so knows no largest depth. Network, optimizer and schedule are those with
-    which Recon (Shi et al., ICLR 2023) trains on it: SegNet, Adam, batches of 8 images of 128x256, a learning rate of
-    5e-5 that falls to a half after half of the training. Images are not augmented, as in MTAN's paper.
+    the disparity, which is 0 far away, where depth itself has no upper bound. Network, optimizer and schedule are those
+    with which Recon (Shi et al., ICLR 2023) trains on it: SegNet, Adam, batches of 8 images of 128x256, a learning rate
+    of 5e-5 that falls to a half after half of the training. Images are not augmented, as in MTAN's paper.
 
     `data_root` holds the data set as preprocessed for MTAN, or as its official archives unpack. Of the latter, images,
     labels and disparities are resized when they are read, once per run; inverse depth then has the unit of the former
@@ -55,7 +55,7 @@ def cityscapes(data_root: str | Path | None = None, train_samples: int | None = 
 
     Args:
         data_root: the folder that holds `cityscapes`, or that folder.
-        train_samples: train on so many frames only, always the same ones, spread over all. All if not given.
+        train_samples: train on only so many frames, always the same ones, spread over all. All if not given.
 
     Raises:
         UsageError: `data_root` is not given, or `train_samples` is below a batch or above what there is (the latter
@@ -65,48 +65,43 @@ def cityscapes(data_root: str | Path | None = None, train_samples: int | None = 
     root = open_root(NAME, data_root, _EXPECTED)
     check_train_samples(NAME, train_samples, BATCH)
     read = _layout(root)
-    data = cache(lambda: read(train_samples))  # a run asks for loaders several times
-
-    def make_loaders(seed: int) -> tuple[Iterable[Batch], Iterable[Batch]]:
-        train, test = data()
-        return shuffled(train, BATCH, seed), in_order(test, BATCH)
 
     return Problem(
         name=NAME,
         tasks=[dense.segmentation("segmentation", CLASSES), dense.depth("inverse_depth")],
         make_model=lambda: SegNet(CHANNELS),
-        make_loaders=make_loaders,
+        make_loaders=loaders_of(lambda: read(train_samples), BATCH, BATCH),
         make_optimizer=lambda parameters: Adam(parameters, lr=5e-5),
         make_scheduler=dense.halved_at_half_time,
         epochs=200,
-        description=descriptions()[NAME],
+        description=DESCRIPTION,
         example_inputs=lambda: torch.zeros(BATCH, 3, *SIZE),
         search=Search(threshold=0.0, top_k=39, epochs=40),
+        quick=QUICK,
+        cagrad_c=0.2,
     )
 
 
 def _layout(root: Path) -> Callable[[int | None], Splits]:
-    """What reads the data there."""
+    """A function that reads `train_samples` samples and the test set of the layout there."""
     folder = root / "cityscapes" if (root / "cityscapes").is_dir() else root
     kinds = ("leftImg8bit", "gtFine", "disparity")
     if any((folder / kind).is_dir() for kind in kinds) and not (folder / "train").is_dir():
-        require_files(NAME, folder, [f"{kind}/{split}" for kind in kinds for split in SPLITS], _EXPECTED)
+        require_files(NAME, folder, [f"{kind}/{split}" for kind in kinds for split in npy_folders.SPLITS], _EXPECTED)
         return lambda train_samples: _read_pictures(folder, train_samples)
-    require_files(NAME, folder, [f"{split}/{field}" for split in SPLITS for field in FIELDS], _EXPECTED)
+    require_files(NAME, folder, npy_folders.folders(FIELDS), _EXPECTED)
     return lambda train_samples: _read_folders(folder, train_samples)
 
 
 def _read_folders(folder: Path, train_samples: int | None) -> Splits:
-    counts = [npy_folders.count_frames(folder / split, FIELDS) for split in SPLITS]
-    train = npy_folders.read_frames(folder / "train", FIELDS, dense.chosen(NAME, counts[0], train_samples))
-    test = npy_folders.read_frames(folder / "val", FIELDS, np.arange(counts[1]))
+    train, test = npy_folders.read_splits(NAME, folder, FIELDS, train_samples)
     return _batches(*train.values()), _batches(*test.values())
 
 
 def _read_pictures(folder: Path, train_samples: int | None) -> Splits:
     from recon.problems.cityscapes_files import find_frames, read_frames  # late: it imports torchvision
 
-    train, test = (find_frames(folder, split) for split in SPLITS)
+    train, test = (find_frames(folder, split) for split in npy_folders.SPLITS)
     train = [train[index] for index in dense.chosen(NAME, len(train), train_samples)]
     return _batches(**read_frames(train, SIZE)), _batches(**read_frames(test, SIZE))
 

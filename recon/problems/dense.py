@@ -14,8 +14,8 @@ from torch.optim.lr_scheduler import MultiStepLR
 
 from recon.problem import Task
 from recon.problems import dense_metrics as metrics
+from recon.problems._options import check_available
 from recon.problems.loading import TensorBatches
-from recon.problems.subsets import check_available
 
 IGNORE = 255
 """The label of pixels that belong to no class."""
@@ -38,7 +38,7 @@ def normals(name: str) -> Task:
 
 
 # The losses of Liu, Johns and Davison (CVPR 2019), section 4.1: means over the pixels whose target is known. A batch
-# without any has the loss 0.
+# without such pixels has the loss 0.
 
 
 def segmentation_loss(output: Tensor, target: Tensor) -> Tensor:
@@ -61,8 +61,8 @@ def _masked_mean(values: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask, values, 0).sum() / mask.sum().clamp(min=1)
 
 
-# The data. They stay in memory as bytes and half floats, read once: reading each pass from disk, as many small files,
-# would take longer than a training step, and the largest of these data sets takes 2.4 GB this way.
+# The data. They are read once and stay in memory as bytes and half floats, 2.4 GB for the largest of these data sets:
+# reading many small files for every batch would take longer than a training step.
 
 
 def batches(images: np.ndarray, targets: Mapping[str, np.ndarray]) -> TensorBatches:
@@ -85,11 +85,7 @@ def _unpacked(target: Tensor) -> Tensor:
 
 
 def chosen(name: str, available: int, train_samples: int | None) -> np.ndarray:
-    """The indices of the training samples to make do with, spread over all: neighbours often show the same place.
-
-    Raises:
-        UsageError: there are fewer.
-    """
+    """The indices of `train_samples` samples, spread over all: neighbours often show the same place."""
     check_available(name, available, train_samples)
     # RandomState: its stream is frozen across numpy's versions (NEP 19).
     return np.random.RandomState(0).permutation(available)[:train_samples]

@@ -13,13 +13,15 @@ from sklearn.model_selection import train_test_split
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from recon.batches import Batch
-from recon.errors import UsageError
 from recon.models import SmallResNet
 from recon.problem import Problem, Task
-from recon.problems import descriptions
-from recon.problems.loading import TensorBatches, in_order, shuffled
+from recon.problems._options import check_available, check_train_samples
+from recon.problems.loading import Splits, TensorBatches, in_order, shuffled
 from recon.problems.metrics import accuracy
 
+DESCRIPTION = "two overlaid handwritten digits, 2 tasks, 12x12 pixels, no download, a small ResNet"
+
+NAME = "digits"
 TASKS = ("top_left", "bottom_right")
 CLASSES = 10
 TRAIN_PAIRS, TEST_PAIRS = 20_000, 4_000
@@ -41,18 +43,15 @@ def digits(train_samples: int | None = None) -> Problem:
     batches.
 
     Args:
-        train_samples: train on the first so many pairs only; they are in random order. All if not given.
+        train_samples: train on only the first so many pairs, which are in random order. All if not given.
 
     Raises:
         UsageError: `train_samples` is below a batch or above what there is.
     """
-    if train_samples is not None and not BATCH <= train_samples <= TRAIN_PAIRS:
-        raise UsageError(
-            f"digits has {TRAIN_PAIRS} training samples, in batches of {BATCH}; {train_samples} of them cannot be had. "
-            f"Take {BATCH} to {TRAIN_PAIRS}."
-        )
+    check_train_samples(NAME, train_samples, BATCH)
+    check_available(NAME, TRAIN_PAIRS, train_samples)
     return Problem(
-        name="digits",
+        name=NAME,
         tasks=[Task(name, F.cross_entropy, [accuracy(CLASSES)]) for name in TASKS],
         make_model=lambda: SmallResNet(dict.fromkeys(TASKS, CLASSES)),
         make_loaders=partial(_loaders, train_samples=train_samples),
@@ -60,7 +59,7 @@ def digits(train_samples: int | None = None) -> Problem:
         # At a constant rate, one epoch's accuracy can lie points away from the next one's.
         make_scheduler=CosineAnnealingLR,
         epochs=6,
-        description=descriptions()["digits"],
+        description=DESCRIPTION,
         example_inputs=lambda: torch.zeros(8, 1, CANVAS, CANVAS),
     )
 
@@ -72,7 +71,7 @@ def _loaders(seed: int, train_samples: int | None) -> tuple[Iterable[Batch], Ite
     return shuffled(train, BATCH, seed), in_order(test, 1000)
 
 
-def _data() -> tuple[TensorBatches, TensorBatches]:
+def _data() -> Splits:
     images, labels = load_digits(return_X_y=True)
     split = train_test_split(images.reshape(-1, DIGIT, DIGIT), labels, test_size=0.2, stratify=labels, random_state=0)
     train_images, test_images, train_labels, test_labels = split

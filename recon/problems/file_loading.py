@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from recon.errors import ProblemError
 
 Key = tuple[int, bool]
-"""Which sample, and whether it is to be mirrored."""
+"""Which sample, and whether to mirror it."""
 
 _WORTH_A_WORKER = 8  # batches: a worker takes as long to start
 
@@ -20,8 +20,8 @@ _WORTH_A_WORKER = 8  # batches: a worker takes as long to start
 class Mirrored(Sampler[Key]):
     """Every sample once, in random order, half of them mirrored.
 
-    All chance is drawn from one generator in the main process, so that neither the number of workers nor an
-    interruption changes what is trained on.
+    One generator in the main process draws everything, so that neither the number of workers nor an interruption
+    changes the batches.
     """
 
     def __init__(self, samples: Sized, generator: torch.Generator) -> None:
@@ -37,14 +37,11 @@ class Mirrored(Sampler[Key]):
 
 
 class FileLoader(DataLoader):
-    """Batches of a data set that is asked for `Key`s: mirrored and in random order to train, as they are to test.
+    """Batches of a data set whose samples are found by `Key`: `collate` makes one of a list of samples.
 
-    Args:
-        dataset: `dataset[key]` is one sample.
-        batch_size: how many make a batch. In training, a smaller one at the end is dropped.
-        collate: makes a batch of a list of samples.
-        seed: of the order and the mirroring; None for the samples as they are.
-        workers: how many processes read; when not given, as many as there are processors, or none for few batches.
+    With a seed, which is for training, the order is random, half of the samples are mirrored, and a smaller batch at
+    the end is dropped; with None, the samples come in order and as they are. `workers` processes read them: by default
+    as many as there are processors, or none for few batches.
     """
 
     def __init__(
@@ -66,9 +63,7 @@ class FileLoader(DataLoader):
             drop_last=seed is not None,
             collate_fn=collate,
             generator=generator,
-            num_workers=min(os.cpu_count() or 1, count // (_WORTH_A_WORKER * batch_size))
-            if workers is None
-            else workers,
+            num_workers=workers,
             pin_memory=torch.cuda.is_available(),
         )
 
@@ -82,5 +77,5 @@ class FileLoader(DataLoader):
 
 
 def _processors() -> int:
-    """How many this process may use, where the system tells: a container can have fewer than the machine."""
+    """How many this process may use, where the system says so: a container can have fewer than the machine."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, S
 from recon.errors import ProblemError
 
 RESIDENT = 1 / 4
-"""The part of a GPU's free memory that a data set may take."""
+"""The part of a GPU's free memory that a data set may fill."""
 
 
 class TensorBatches(Dataset[tuple[Tensor, dict[str, Tensor]]]):
@@ -23,7 +24,7 @@ class TensorBatches(Dataset[tuple[Tensor, dict[str, Tensor]]]):
     Args:
         inputs: `(N, ...)`.
         targets: `{task name: (N, ...)}`.
-        transform: what makes a batch of inputs of what is stored: floats of bytes, say, which take a quarter of the
+        transform: makes a batch of inputs from what is stored: floats from bytes, say, which need a quarter of the
             memory.
         target_transform: the same for each task's batch of targets.
 
@@ -41,7 +42,7 @@ class TensorBatches(Dataset[tuple[Tensor, dict[str, Tensor]]]):
         for task, target in targets.items():
             if len(target) != len(inputs):
                 raise ProblemError(
-                    f"Task {task!r} has {len(target)} targets for {len(inputs)} inputs; expected one each."
+                    f"Task {task!r} has {len(target)} targets for {len(inputs)} inputs; it must have one for each."
                 )
         self.inputs = inputs
         self.targets = dict(targets)
@@ -52,7 +53,7 @@ class TensorBatches(Dataset[tuple[Tensor, dict[str, Tensor]]]):
         return len(self.inputs)
 
     def __getitem__(self, indices: list[int]) -> tuple[Tensor, dict[str, Tensor]]:
-        # Made once, where a list would be copied to the device for every tensor.
+        # A list would be copied to the device for every tensor; this is copied once.
         chosen = torch.as_tensor(indices).to(self.inputs.device, non_blocking=True)
         inputs = self.inputs[chosen]
         inputs = inputs if self.transform is None else self.transform(inputs)
@@ -63,7 +64,7 @@ class TensorBatches(Dataset[tuple[Tensor, dict[str, Tensor]]]):
 
     @property
     def nbytes(self) -> int:
-        """Bytes that the tensors take."""
+        """Bytes of all tensors."""
         return sum(tensor.nbytes for tensor in (self.inputs, *self.targets.values()))
 
     def to(self, device: torch.device | str) -> TensorBatches:
@@ -73,32 +74,51 @@ class TensorBatches(Dataset[tuple[Tensor, dict[str, Tensor]]]):
         return self
 
 
-def shuffled(dataset: TensorBatches, batch_size: int, seed: int) -> DataLoader[tuple[Tensor, dict[str, Tensor]]]:
+Loader = DataLoader[tuple[Tensor, dict[str, Tensor]]]
+
+Splits = tuple[TensorBatches, TensorBatches]
+"""What a problem trains on, and what it tests on."""
+
+
+def loaders_of(
+    read: Callable[[], Splits], batch_size: int, test_batch_size: int
+) -> Callable[[int], tuple[Loader, Loader]]:
+    """A problem's `make_loaders`, which calls `read` once: a run asks for loaders several times."""
+    data = cache(read)
+
+    def make_loaders(seed: int) -> tuple[Loader, Loader]:
+        train, test = data()
+        return shuffled(train, batch_size, seed), in_order(test, test_batch_size)
+
+    return make_loaders
+
+
+def shuffled(dataset: TensorBatches, batch_size: int, seed: int) -> Loader:
     """Shuffled batches of equal size; the last, smaller one is dropped.
 
-    Every pass has a new order, and the same seed replays the same sequence of passes. All of the loader's
-    chance is in `loader.generator`: restoring its state between two passes resumes the sequence.
+    Every pass has a new order, and the same seed replays the same sequence of passes. All random numbers come from
+    `loader.generator`: restoring its state between two passes resumes the sequence.
     """
     generator = torch.Generator().manual_seed(seed)
     return _loader(dataset, RandomSampler(dataset, generator=generator), batch_size, generator, drop_last=True)
 
 
-def in_order(dataset: TensorBatches, batch_size: int) -> DataLoader[tuple[Tensor, dict[str, Tensor]]]:
+def in_order(dataset: TensorBatches, batch_size: int) -> Loader:
     """Every sample once, in order."""
     return _loader(dataset, SequentialSampler(dataset), batch_size, torch.Generator(), drop_last=False)
 
 
 def prepare(loader: object, device: torch.device) -> None:
-    """Have a data loader feed a GPU without waiting for copies; the order of its batches stays.
+    """Make a data loader feed a GPU without waiting for copies; the order of its batches stays.
 
-    `TensorBatches` that fit (`RESIDENT`) are moved there, once and for all. Other ones, and whatever workers load, come
-    in pinned memory. Loaders of another kind, and other devices than GPUs, are left as they are.
+    `TensorBatches` that fit (`RESIDENT`) move there for good. Others, and whatever workers load, come in pinned memory.
+    Loaders of another kind stay as they are, and so do all of them on other devices than GPUs.
     """
     free = free_memory(device)
     if free is None or not isinstance(loader, DataLoader):
         return
     data = loader.dataset
-    if loader.num_workers:  # other processes, which cannot read what lies on the GPU
+    if loader.num_workers:  # other processes, which cannot read the GPU's memory
         loader.pin_memory = True
     elif isinstance(data, TensorBatches):
         if data.inputs.device.type == device.type or data.nbytes <= RESIDENT * free:
@@ -113,12 +133,8 @@ def free_memory(device: torch.device) -> int | None:
 
 
 def _loader(
-    dataset: TensorBatches,
-    sampler: Sampler[int],
-    batch_size: int,
-    generator: torch.Generator,
-    drop_last: bool,
-) -> DataLoader[tuple[Tensor, dict[str, Tensor]]]:
+    dataset: TensorBatches, sampler: Sampler[int], batch_size: int, generator: torch.Generator, drop_last: bool
+) -> Loader:
     # Without a generator of its own, each pass of a DataLoader draws from torch's global one, and a run that
     # evaluates would train differently from one that does not.
     batches = BatchSampler(sampler, batch_size, drop_last)

@@ -3,27 +3,31 @@
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Callable, Iterable
-from functools import cache
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch.optim import Adam
 
-from recon.batches import Batch
 from recon.errors import ProblemError
 from recon.models import MTAN
-from recon.problem import Problem, Search
-from recon.problems import dense, descriptions, npy_folders
-from recon.problems.loading import TensorBatches, in_order, shuffled
+from recon.problem import Problem, ReducedRun, Search
+from recon.problems import dense, npy_folders
+from recon.problems._options import check_train_samples
+from recon.problems.loading import Splits, TensorBatches, loaders_of
 from recon.problems.roots import open_root, require_files
-from recon.problems.subsets import check_train_samples
 from recon.problems.surface_normals import normals_from_depth
+
+DESCRIPTION = (
+    "13-class segmentation, depth and normals of rooms, 3 tasks, MTAN; --data-root: NYUv2, as MTAN's folders or packed "
+    "(normals then derived from depth)"
+)
 
 NAME = "nyuv2"
 CLASSES = 13
 BATCH = 2
+QUICK = ReducedRun(epochs=2, train_batches=20, test_batches=20, timing_rounds=3)  # a step needs seconds of a CPU
 CHANNELS = {"segmentation": CLASSES, "depth": 1, "normals": 3}
 PACKED = "nyuv2_96x128.npz"
 _MOST_BYTES = 2**31  # unpacked; its 1,449 frames take 140 MB
@@ -43,8 +47,6 @@ _EXPECTED = (
     "https://cs.nyu.edu/~fergus/datasets/nyu_depth_v2.html."
 )
 
-Splits = tuple[TensorBatches, TensorBatches]
-
 
 def nyuv2(data_root: str | Path | None = None, train_samples: int | None = None) -> Problem:
     """13-class segmentation, depth and surface normals of NYUv2's labelled frames: 795 for training, 654 for testing.
@@ -58,15 +60,15 @@ def nyuv2(data_root: str | Path | None = None, train_samples: int | None = None)
 
     - The data set as preprocessed for MTAN, at 288x384 pixels, with the normals of Eigen and Fergus (ICCV 2015).
     - A packed file, at 96x128 pixels, without normals. They are then DERIVED FROM ITS DEPTH and the camera's
-      intrinsics (`recon.problems.surface_normals`), so that depth and normals are less different tasks there, and
-      angles compare with no published ones.
+      intrinsics (`recon.problems.surface_normals`), so that depth and normals differ less as tasks there. Do not
+      compare the angles with published ones.
 
     Inputs are `(N, 3, H, W)`, float32 from 0 to 1; targets are class indices `(N, H, W)` with 255 for no class, depths
     in metres `(N, 1, H, W)` with 0 for not known, and unit vectors `(N, 3, H, W)` with 0 for not known.
 
     Args:
         data_root: the folder that holds `nyuv2`, or that folder.
-        train_samples: train on so many frames only, always the same ones, spread over all. All if not given.
+        train_samples: train on only so many frames, always the same ones, spread over all. All if not given.
 
     Raises:
         UsageError: `data_root` is not given, or `train_samples` is below a batch or above what there is (the latter
@@ -76,39 +78,34 @@ def nyuv2(data_root: str | Path | None = None, train_samples: int | None = None)
     root = open_root(NAME, data_root, _EXPECTED)
     check_train_samples(NAME, train_samples, BATCH)
     read, size = _layout(root)
-    data = cache(lambda: read(train_samples))  # a run asks for loaders several times
-
-    def make_loaders(seed: int) -> tuple[Iterable[Batch], Iterable[Batch]]:
-        train, test = data()
-        return shuffled(train, BATCH, seed), in_order(test, BATCH)
 
     return Problem(
         name=NAME,
         tasks=[dense.segmentation("segmentation", CLASSES), dense.depth("depth"), dense.normals("normals")],
         make_model=lambda: MTAN(CHANNELS),
-        make_loaders=make_loaders,
+        make_loaders=loaders_of(lambda: read(train_samples), BATCH, BATCH),
         make_optimizer=lambda parameters: Adam(parameters, lr=1e-4),
         make_scheduler=dense.halved_at_half_time,
         epochs=200,
-        description=descriptions()[NAME],
+        description=DESCRIPTION,
         example_inputs=lambda: torch.zeros(BATCH, 3, *size),
         search=Search(threshold=-0.02, top_k=22, epochs=50),
+        quick=QUICK,
+        cagrad_c=0.4,
     )
 
 
 def _layout(root: Path) -> tuple[Callable[[int | None], Splits], tuple[int, int]]:
-    """What reads the data there, and their height and width."""
+    """A function that reads `train_samples` samples and the test set of the layout there; the frames' size."""
     folder = root / "nyuv2" if (root / "nyuv2").is_dir() else root
     if (folder / PACKED).is_file() and not (folder / "train").is_dir():
         return lambda train_samples: _read_packed(folder / PACKED, train_samples), (96, 128)
-    require_files(NAME, folder, [f"{split}/{field}" for split in ("train", "val") for field in FIELDS], _EXPECTED)
+    require_files(NAME, folder, npy_folders.folders(FIELDS), _EXPECTED)
     return lambda train_samples: _read_folders(folder, train_samples), (288, 384)
 
 
 def _read_folders(folder: Path, train_samples: int | None) -> Splits:
-    counts = [npy_folders.count_frames(folder / split, FIELDS) for split in ("train", "val")]
-    train = npy_folders.read_frames(folder / "train", FIELDS, dense.chosen(NAME, counts[0], train_samples))
-    test = npy_folders.read_frames(folder / "val", FIELDS, np.arange(counts[1]))
+    train, test = npy_folders.read_splits(NAME, folder, FIELDS, train_samples)
     return _batches(**train), _batches(**test)
 
 
@@ -129,11 +126,11 @@ def _read_packed(path: Path, train_samples: int | None) -> Splits:
 
 
 def _check_size(path: Path) -> None:
-    """Compressed arrays may be a thousand times as large in memory as on the disk."""
+    # Compressed arrays may be a thousand times as large in memory as on the disk.
     with zipfile.ZipFile(path) as archive:
         size = sum(part.file_size for part in archive.infolist())
     if size > _MOST_BYTES:
-        raise ValueError(f"unpacked, it has {size} bytes, but {_MOST_BYTES} at most are read")
+        raise ValueError(f"unpacked, it has {size} bytes, but must have at most {_MOST_BYTES}")
 
 
 def _unpack(arrays: dict[str, np.ndarray], indices: np.ndarray) -> TensorBatches:
@@ -156,7 +153,7 @@ def _check_packed(
         (seg13.dtype != np.uint8 or seg13.shape != frames, "seg13 must be (N, H, W) bytes"),
         (((seg13 >= CLASSES) & (seg13 != dense.IGNORE)).any(), f"seg13 must have classes below {CLASSES}, or 255"),
         (indices.dtype.kind not in "iu" or not len(test), "train and test must be lists of frames"),
-        ((indices < 0).any() or (indices >= len(image)).any(), "train and test must name frames that are there"),
+        ((indices < 0).any() or (indices >= len(image)).any(), "train and test must be numbers of frames in image"),
     ):
         if wrong:
-            raise ProblemError(f"{path} holds something else than expected: {expected}.")
+            raise ProblemError(f"{path} does not hold what it should: {expected}.")

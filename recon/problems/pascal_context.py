@@ -17,17 +17,20 @@ from torch.optim.lr_scheduler import MultiStepLR
 from recon.batches import Batch
 from recon.models import MobileNetV2RASPP
 from recon.models.pretrained import load_pretrained
-from recon.problem import Loss, Metric, Problem, Search, Task
-from recon.problems import descriptions
+from recon.problem import Loss, Metric, Problem, ReducedRun, Search, Task
+from recon.problems._options import check_available, check_train_samples
 from recon.problems.dense import IGNORE, segmentation_loss
 from recon.problems.dense_metrics import mean_angle, mean_iou
 from recon.problems.file_loading import FileLoader
 from recon.problems.pascal_mt import CLASSES, FOLDERS, SPLITS, PascalMT, collate, read_names
 from recon.problems.roots import open_root, require_files
-from recon.problems.subsets import check_available, check_train_samples
 
 if TYPE_CHECKING:  # importing torchmetrics takes longer than importing torch
     from torchmetrics import Metric as MetricState
+
+DESCRIPTION = (
+    "classes, parts, saliency, normals and edges, 5 tasks, 512x512 pixels, MobileNetV2; --data-root: PASCAL_MT"
+)
 
 NAME = "pascal-context"
 FOLDER = "PASCAL_MT"
@@ -35,6 +38,7 @@ PART_CLASSES = 7
 SIZE = 512
 BATCH = 6
 EPOCHS = 130
+QUICK = ReducedRun(epochs=2, train_batches=20, test_batches=20, timing_rounds=3)  # a step needs seconds of a CPU
 
 _EXPECTED = (
     f"Expected are {', '.join(f'{FOLDER}/{path}' for path in (*FOLDERS, *SPLITS.values()))}, as the archive of ASTMT "
@@ -57,16 +61,16 @@ def pascal_context(
     al., ICLR 2023): MobileNetV2 with R-ASPP, Adam at 1e-4, batches of 6, 130 epochs, a tenth of the rate after 70 and
     again after 100.
 
-    Inputs are `(N, 3, 512, 512)`, float32, normalised as ImageNet's; smaller images are padded, and half of those
-    trained on mirrored. See `recon.problems.pascal_mt` for the targets. Images without a human have no parts: they do
+    Inputs are `(N, 3, 512, 512)`, float32, normalised as ImageNet's; smaller images are padded, and in training half
+    of them are mirrored. See `recon.problems.pascal_mt` for the targets. Images without a human have no parts: they do
     not count in that task, and a batch of nothing else lacks it.
 
-    Edges are judged pixel by pixel, and the number does not compare with the literature's odsF; see
+    Edges are judged pixel by pixel: do not compare the number with the literature's odsF. See
     `recon.problems.pascal_metrics`, also for saliency's.
 
     Args:
         data_root: the folder that holds `PASCAL_MT`, as ASTMT's archive lays it out.
-        train_samples: train on the first so many images only. All if not given.
+        train_samples: train on only the first so many images. All if not given.
         pretrained: a file of torchvision's MobileNetV2 weights, from which the trunk starts.
 
     Raises:
@@ -92,9 +96,11 @@ def pascal_context(
         make_optimizer=lambda parameters: Adam(parameters, lr=1e-4),
         make_scheduler=_scheduler,
         epochs=EPOCHS,
-        description=descriptions()[NAME],
+        description=DESCRIPTION,
         example_inputs=lambda: torch.zeros(2, 3, SIZE, SIZE),
         search=Search(threshold=-0.02, top_k=85, epochs=40),
+        quick=QUICK,
+        cagrad_c=0.1,
     )
 
 
@@ -138,8 +144,8 @@ def balanced_cross_entropy(output: Tensor, target: Tensor, positive_weight: floa
     Args:
         output: logits `(N, 1, H, W)`.
         target: `(N, H, W)` of 0, 1 and `IGNORE`.
-        positive_weight: of ones, from 0 to 1; zeros have what is left to 1. The share of zeros in the batch if not
-            given (Xie and Tu, "Holistically-Nested Edge Detection", ICCV 2015, eq. 2).
+        positive_weight: of ones, from 0 to 1; zeros have 1 minus this. The share of zeros in the batch if not given
+            (Xie and Tu, "Holistically-Nested Edge Detection", ICCV 2015, eq. 2).
     """
     logits = output[:, 0].to(torch.promote_types(output.dtype, torch.float32))  # so many pixels overflow half precision
     known, ones = target != IGNORE, (target == 1).to(logits.dtype)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -12,15 +10,15 @@ from sklearn.feature_extraction.text import HashingVectorizer
 from torch import Tensor
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
-from recon.batches import Batch
 from recon.models import SharedBottom
 from recon.problem import Problem
-from recon.problems import descriptions
+from recon.problems._options import check_available, check_train_samples
 from recon.problems.binary import LabelledBatches, auc, binary_task
 from recon.problems.csv_table import CsvTable, read_csv
-from recon.problems.loading import in_order, shuffled
+from recon.problems.loading import Splits, loaders_of
 from recon.problems.roots import open_root, require_files
-from recon.problems.subsets import check_available, check_train_samples
+
+DESCRIPTION = "toxicity of 8,014 molecules, 12 tasks with missing labels, hashed SMILES, an MLP; --data-root: its CSV"
 
 NAME = "tox21"
 FILE = "tox21.csv"
@@ -30,7 +28,7 @@ TASKS = (
 )
 SMILES = "smiles"
 LABELS = {"": np.nan, "0": 0, "1": 1, "0.0": 0, "1.0": 1}
-FEATURES, LONGEST = 2048, 3  # what n-grams are hashed to, and the largest n
+FEATURES, LONGEST = 2048, 3  # columns that n-grams are hashed to, and the largest n
 TEST_PART = 0.2
 BATCH = 128
 
@@ -47,11 +45,11 @@ def tox21(data_root: str | Path | None = None, train_samples: int | None = None)
     The data are those of the challenge (Huang et al., Frontiers in Environmental Science 3, 2016) as MoleculeNet has
     them (Wu et al., Chemical Science 9, 2018). A fifth of the molecules, drawn at random once for all seeds, is the
     test set; a molecule that occurs twice does so on one side. (The scaffold splits of the literature are harder, and
-    need a chemistry package to make; AUCs of the two do not compare.)
+    need a chemistry package; do not compare AUCs of the two.)
 
-    A molecule is what its SMILES string looks like: the logarithms of 1 + the counts of its substrings of one to three
-    characters, hashed to 2,048 columns. The network is an MLP with batch norms and much dropout; each task has a linear
-    head.
+    A molecule's inputs are made from its SMILES string: the logarithms of 1 + the counts of its substrings of one to
+    three characters, hashed to 2,048 columns. The network is an MLP with batch norms and much dropout; each task has a
+    linear head.
 
     Inputs are `(N, 2048)`, float32; targets are `(N,)`, float32: 1 for toxic, 0 for not, NaN for not measured. A batch
     leaves out the tasks for which it has no label. Outputs are logits `(N, 1)`. Few molecules are toxic (3 to 16 % of
@@ -59,7 +57,7 @@ def tox21(data_root: str | Path | None = None, train_samples: int | None = None)
 
     Args:
         data_root: the folder that holds `tox21/tox21.csv`, or the file itself.
-        train_samples: train on so many molecules only; they are in random order. All if not given.
+        train_samples: train on only so many molecules, in random order. All if not given.
 
     Raises:
         UsageError: `data_root` is not given, or `train_samples` is below a batch or above what there is (the latter
@@ -70,21 +68,16 @@ def tox21(data_root: str | Path | None = None, train_samples: int | None = None)
     check_train_samples(NAME, train_samples, BATCH)
     path = root / FILE if (root / FILE).is_file() else root / NAME / FILE
     require_files(NAME, root, [path], _EXPECTED)
-    data = cache(lambda: _data(path, train_samples))  # a run asks for loaders several times
-
-    def make_loaders(seed: int) -> tuple[Iterable[Batch], Iterable[Batch]]:
-        train, test = data()
-        return shuffled(train, BATCH, seed), in_order(test, 1000)
 
     return Problem(
         name=NAME,
         tasks=[binary_task(name, auc()) for name in TASKS],
         make_model=_model,
-        make_loaders=make_loaders,
+        make_loaders=loaders_of(lambda: _data(path, train_samples), BATCH, test_batch_size=1000),
         make_optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=1e-3, weight_decay=1e-2),
         make_scheduler=CosineAnnealingLR,
         epochs=20,
-        description=descriptions()[NAME],
+        description=DESCRIPTION,
         example_inputs=lambda: torch.zeros(8, FEATURES),
     )
 
@@ -93,7 +86,7 @@ def _model() -> SharedBottom:
     return SharedBottom(dict.fromkeys(TASKS, 1), FEATURES, bottom=(256, 128), dropout=0.5, input_dropout=0.2, norm=True)
 
 
-def _data(path: Path, train_samples: int | None) -> tuple[LabelledBatches, LabelledBatches]:
+def _data(path: Path, train_samples: int | None) -> Splits:
     table = read_csv(path, (*TASKS, SMILES), header=True)
     smiles = table.columns[SMILES]
     table.require(SMILES, smiles != "", "the molecule's formula")
