@@ -21,6 +21,7 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/mypy benchmarks examples
+	$(BIN)/lint-imports
 
 bench: $(READY)
 	$(BIN)/python benchmarks/profile_step.py

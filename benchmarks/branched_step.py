@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam, Optimizer
 
 import recon
-from recon.timing import step_seconds
+from recon.support.timing import step_seconds
 
 TASKS = ("task0", "task1")
 OPTIMIZERS: dict[str, Callable[[nn.Module], Optimizer]] = {

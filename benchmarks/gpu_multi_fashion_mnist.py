@@ -31,11 +31,11 @@ from torch import nn
 
 import recon
 from recon import problems
-from recon.files import write_text
-from recon.precision import Amp
-from recon.problem import Problem
-from recon.tables import text_table
-from recon_cli import workbench
+from recon.experiments import inputs as workbench
+from recon.problems.problem import Problem
+from recon.support.files.whole import write_text
+from recon.support.tables import text_table
+from recon.training.precision import Amp
 
 PAPER_EPOCHS, TOP_K = 120, 25
 MAP = Path(__file__).parents[1] / "artifacts" / "multi-fashion-mnist-resnet18.json"

@@ -25,11 +25,11 @@ from sklearn.model_selection import train_test_split
 
 import recon
 from recon import problems
-from recon.batches import Batch
-from recon.problem import Problem
-from recon_cli import workbench
-from recon_cli.optimizers import make_optimizer, make_scheduler
-from recon_cli.recipe import Recipe
+from recon.experiments import inputs as workbench
+from recon.experiments.optimizers import make_optimizer, make_scheduler
+from recon.experiments.recipe import Recipe
+from recon.problems.problem import Problem
+from recon.support.network.forward import Batch
 
 STRENGTHS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)  # scikit-learn's C
 

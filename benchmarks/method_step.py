@@ -17,7 +17,7 @@ from profile_step import Case, Step, held_megabytes, resnet_case
 
 import recon
 from recon.methods import FeatureMethod, Weighting
-from recon.timing import step_seconds
+from recon.support.timing import step_seconds
 
 TASKS = 2
 TIME_BARS = {"pcgrad": 1.85, "cagrad": 1.85, "mgda": 1.85, "graddrop": 2.2, "gradnorm": 1.85}

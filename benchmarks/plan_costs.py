@@ -18,8 +18,8 @@ import torch
 from networks import ResNet18
 
 import recon
-from recon.cost_model import CostModel
-from recon.partition import Partition
+from recon.branching.partition import Partition
+from recon.plans.costing.cost_model import CostModel
 
 PLANS = 200
 

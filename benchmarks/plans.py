@@ -31,19 +31,20 @@ from torch import nn
 
 import recon
 from recon import ConflictMap, problems
-from recon.evaluation import directions
-from recon.files import write_text
-from recon.matching import match
-from recon.planning import Choice, choose
-from recon.problem import Problem
-from recon.runs import SINGLE_TASK
-from recon.selectors import Selection
-from recon.tables import short_number, text_table, with_ratio
-from recon.timing import step_seconds
-from recon_cli import run_costs, workbench
-from recon_cli.backbones import with_backbone
-from recon_cli.optimizers import make_optimizer, make_scheduler
-from recon_cli.recipe import Recipe
+from recon.experiments import costs as run_costs
+from recon.experiments import inputs as workbench
+from recon.experiments.backbones import with_backbone
+from recon.experiments.optimizers import make_optimizer, make_scheduler
+from recon.experiments.recipe import Recipe
+from recon.experiments.run import SINGLE_TASK
+from recon.plans.matching import match
+from recon.plans.planning import Choice, choose
+from recon.plans.selection import Selection
+from recon.problems.problem import Problem
+from recon.support.files.whole import write_text
+from recon.support.tables import short_number, text_table, with_ratio
+from recon.support.timing import step_seconds
+from recon.training.evaluation import directions
 
 PAPER = 25 / 41  # of the shared layers of ResNet-18 are branched
 DOUBLE = 1.95  # times the multiply-adds
@@ -157,7 +158,7 @@ class Bench:
     @cached_property
     def variants(self) -> list[Variant]:
         """What is compared."""
-        from recon.cost_model import CostModel
+        from recon.plans.costing.cost_model import CostModel
 
         tasks, seeds = self.problem.task_names, range(self.seeds)
         model = workbench.make_model(self.problem, 0)

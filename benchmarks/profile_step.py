@@ -23,10 +23,10 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 import recon
-from recon.gradients import task_jacobian
+from recon.methods.gradients.jacobian import task_jacobian
+from recon.methods.gradients.reach import find_reach
 from recon.problems import get
-from recon.reach import find_reach
-from recon.timing import step_seconds
+from recon.support.timing import step_seconds
 
 Step = Callable[[], None]
 MANY = 40

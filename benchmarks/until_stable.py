@@ -16,8 +16,8 @@ import torch
 
 import recon
 from recon import ConflictMap, problems
-from recon.problem import Problem
-from recon.stability import StableRanking
+from recon.problems.problem import Problem
+from recon.profiling.stability import StableRanking
 
 
 class Watch:

@@ -13,15 +13,15 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from importlib.metadata import version
 
-from recon import launch
-from recon.documents import json_values
 from recon.errors import ReconError, UnknownNameError, UsageError, readable
-from recon.user_code import user_frame
-from recon_cli.parsing import Parser
+from recon.support import launch
+from recon.support.files.documents import json_values
+from recon.support.user_code import user_frame
+from recon_cli.parser import Parser
 from recon_cli.terminal import StdoutError, flush, for_terminals, show, tell
 
 VERBS = ("profile", "plan", "convert", "train", "evaluate", "compare", "map", "problems", "methods", "bench", "demo")
-"""Each is a module `verb_<name>` with `add_parser(verbs)`, which calls `recon_cli.parsing.add_verb`."""
+"""Each is a module `verb_<name>` with `add_parser(verbs)`, which calls `recon_cli.parser.add_verb`."""
 
 SHARED_VERBS = ("profile", "train")
 """The verbs that several processes can do together."""
@@ -94,7 +94,7 @@ def _root_parser() -> Parser:
     parser.add_argument("--version", action="version", version=f"recon {version('recon-mtl')}")
     verbs = parser.add_subparsers(title="verbs", dest="verb", metavar="VERB", required=True)
     for verb in VERBS:
-        importlib.import_module(f"recon_cli.verb_{verb}").add_parser(verbs)
+        importlib.import_module(f"recon_cli.verbs.{verb}").add_parser(verbs)
     return parser
 
 

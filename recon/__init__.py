@@ -5,31 +5,20 @@ The public names are imported on first use: `import recon` is instant, torch com
 
 from __future__ import annotations
 
-import importlib
-import sys
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from recon.support.lazy import lazy_face
+
 if TYPE_CHECKING:
-    from recon import errors, methods
-    from recon.batches import inputs
-    from recon.branch_plan import BranchPlan
-    from recon.checkpoint import load, save
-    from recon.conflict_map import ConflictMap
-    from recon.costs import Costs, costs
-    from recon.evaluation import delta_m, evaluate
-    from recon.extract import extract_task
-    from recon.history import Epoch, History
-    from recon.lowering import lower
-    from recon.planning import plan
-    from recon.problem import Metric, Problem, Search, Task
-    from recon.profiler import Profiler
-    from recon.recorder import Recorder
-    from recon.surgery import convert
-    from recon.trainer import train
-    from recon.updates import backward
-    from recon.verification import Verification, verify
-    from recon.warm_up import profile
+    from recon import branching, errors, experiments, maps, methods, models, plans, problems, profiling, training
+    from recon.branching import BranchPlan, Verification, convert, extract_task, load, lower, save, verify
+    from recon.maps import ConflictMap
+    from recon.methods import backward
+    from recon.plans import Costs, costs, plan
+    from recon.problems.problem import Metric, Problem, Search, Task
+    from recon.profiling import Profiler, profile
+    from recon.support.network.forward import inputs
+    from recon.training import Epoch, History, Recorder, delta_m, evaluate, train
 
 __all__ = [
     "BranchPlan",
@@ -45,77 +34,77 @@ __all__ = [
     "Task",
     "Verification",
     "backward",
+    "branching",
     "convert",
     "costs",
     "delta_m",
     "errors",
     "evaluate",
+    "experiments",
     "extract_task",
     "inputs",
     "load",
     "lower",
+    "maps",
     "methods",
+    "models",
     "plan",
+    "plans",
+    "problems",
     "profile",
+    "profiling",
     "save",
     "train",
+    "training",
     "verify",
 ]
 
-_HOME = {
-    "BranchPlan": "branch_plan",
-    "ConflictMap": "conflict_map",
-    "Costs": "costs",
-    "Epoch": "history",
-    "History": "history",
-    "Metric": "problem",
-    "Problem": "problem",
-    "Profiler": "profiler",
-    "Recorder": "recorder",
-    "Search": "problem",
-    "Task": "problem",
-    "Verification": "verification",
-    "backward": "updates",
-    "convert": "surgery",
-    "costs": "costs",
-    "delta_m": "evaluation",
-    "evaluate": "evaluation",
-    "extract_task": "extract",
-    "inputs": "batches",
-    "load": "checkpoint",
-    "lower": "lowering",
-    "plan": "planning",
-    "profile": "warm_up",
-    "save": "checkpoint",
-    "train": "trainer",
-    "verify": "verification",
-}
+_public, __dir__ = lazy_face(
+    __name__,
+    {
+        "BranchPlan": "branching",
+        "ConflictMap": "maps",
+        "Costs": "plans",
+        "Epoch": "training",
+        "History": "training",
+        "Metric": "problems.problem",
+        "Problem": "problems.problem",
+        "Profiler": "profiling",
+        "Recorder": "training",
+        "Search": "problems.problem",
+        "Task": "problems.problem",
+        "Verification": "branching",
+        "backward": "methods",
+        "branching": "branching",
+        "convert": "branching",
+        "costs": "plans",
+        "delta_m": "training",
+        "errors": "errors",
+        "evaluate": "training",
+        "experiments": "experiments",
+        "extract_task": "branching",
+        "inputs": "support.network.forward",
+        "load": "branching",
+        "lower": "branching",
+        "maps": "maps",
+        "methods": "methods",
+        "models": "models",
+        "plan": "plans",
+        "plans": "plans",
+        "problems": "problems",
+        "profile": "profiling",
+        "profiling": "profiling",
+        "save": "branching",
+        "train": "training",
+        "training": "training",
+        "verify": "branching",
+    },
+)
 
 
 def __getattr__(name: str) -> Any:
     if name == "__version__":
-        from importlib.metadata import version
+        from importlib.metadata import version  # late: it takes longer than all the rest of `import recon`
 
         return version("recon-mtl")
-    if name in ("errors", "methods"):
-        return importlib.import_module(f"recon.{name}")
-    if name not in _HOME:
-        raise AttributeError(f"module 'recon' has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"recon.{_HOME[name]}"), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
-
-
-class _Package(ModuleType):
-    """Importing a submodule binds it to its package's attribute: `recon.costs` must stay the function."""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if not (name in _HOME and isinstance(value, ModuleType)):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package
+    return _public(name)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import recon
-from recon.layers import find_layers
+from recon.support.network.layers import find_layers
 from tests import oracle
 
 Losses = Callable[[nn.Module], Mapping[str, Tensor]]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import networkx as nx
 
-from recon.cost_model import PlanCosts
-from recon.partition import Partition, refine
+from recon.branching.partition import Partition, refine
+from recon.plans.costing.cost_model import PlanCosts
 
 TASKS = ("a", "b", "c")
 

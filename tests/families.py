@@ -37,11 +37,11 @@ from torchvision.models.segmentation.fcn import FCNHead
 from torchvision.ops import FrozenBatchNorm2d
 
 import recon
-from recon.batches import Inputs, call
-from recon.branch_plan import plan_of
+from recon.branching.plan import plan_of
 from recon.errors import ReconError
-from recon.layers import find_layers
-from recon.tables import short_number
+from recon.support.network.forward import Inputs, call
+from recon.support.network.layers import find_layers
+from recon.support.tables import short_number
 from tests import oracle, zoo
 
 WIDTH = 8  # of what the backbones give

@@ -19,10 +19,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from recon.batches import call
-from recon.branch_plan import BranchPlan, plan_of
-from recon.fan import TaskFan
-from recon.layers import find_layers
+from recon.branching.fans.fan import TaskFan
+from recon.branching.plan import BranchPlan, plan_of
+from recon.support.network.forward import call
+from recon.support.network.layers import find_layers
 
 _BRANCH = re.compile(r"(?:^|\.)branches\.([a-z](?:\+[a-z])*)(?=\.)")  # tasks are named by a letter in these tests
 

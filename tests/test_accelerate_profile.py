@@ -8,7 +8,7 @@ import torch
 from torch.utils.data import DataLoader
 
 import recon
-from recon.conflict_map import ConflictMap
+from recon.maps.conflict_map import ConflictMap
 from tests.test_profiler_around import losses_of, net
 from tests.test_profiler_zoo import assert_states_close
 

@@ -9,7 +9,7 @@ import torch
 from recon.errors import ProblemError, UsageError
 from recon.models import PLE, SharedBottom
 from recon.problems import descriptions, get
-from recon.problems.adult import CATEGORIES, COLUMNS, FEATURES, MARITAL, NUMBERS
+from recon.problems.sets.adult import CATEGORIES, COLUMNS, FEATURES, MARITAL, NUMBERS
 from recon_cli.main import main
 
 REAL = Path(__file__).parents[2] / "shared" / "data"

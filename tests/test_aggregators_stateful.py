@@ -10,7 +10,7 @@ from torch import Tensor
 
 from recon import methods
 from recon.errors import UsageError
-from recon.methods.graddrop import follow_one_sign
+from recon.methods.aggregators.graddrop import follow_one_sign
 from tests.task_gradients import every_count, every_kind, gradients
 
 TASKS = ("seg", "depth", "normal")

@@ -13,12 +13,12 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils.checkpoint import checkpoint
 
 import recon
-from recon.branch_plan import BranchPlan, Mode, plan_of
+from recon.branching.conversion import convert
+from recon.branching.fans.fan import TaskFan
+from recon.branching.fans.trees import partition_of, value_for
+from recon.branching.plan import BranchPlan, Mode, plan_of
 from recon.errors import FanError
-from recon.fan import TaskFan
-from recon.fan_trees import partition_of, value_for
-from recon.graph import reached_leaves
-from recon.surgery import convert
+from recon.support.network.graph import reached_leaves
 from tests import oracle
 from tests.zoo import TASKS, ZOO, Heads, PlainConv, Residual, conv_bn, image
 

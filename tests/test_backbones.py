@@ -8,11 +8,11 @@ from safetensors.torch import load_file
 from torch import nn
 
 from recon import models
-from recon.conflict_map import ConflictMap
 from recon.errors import UnknownNameError, UsageError
-from recon.problem import Problem, Task
-from recon.runs import Run
-from recon_cli.backbones import backbone_name, with_backbone
+from recon.experiments.backbones import backbone_name, with_backbone
+from recon.experiments.run import Run
+from recon.maps.conflict_map import ConflictMap
+from recon.problems.problem import Problem, Task
 
 PROBLEM = """
 import torch
@@ -20,7 +20,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from recon.models import SmallResNet
-from recon.problem import Problem, Task
+from recon.problems.problem import Problem, Task
 from recon.problems.loading import TensorBatches, in_order, shuffled
 
 

@@ -14,20 +14,21 @@ import pytest
 import torch
 
 import recon
-from recon.evaluation import directions
-from recon.problem import ReducedRun
-from recon.problems import digits, paper
-from recon.runs import Run
-from recon.score_table import LayerConflicts, bin_edges
-from recon_cli import bench_cosines
-from recon_cli.bench_job import folder_name
-from recon_cli.bench_settings import first_batches
-from recon_cli.bench_table import Row, paper_table, results_table, spread
-from recon_cli.counting import ConflictCounter, Counting, read_cosines
+from recon.experiments.bench import cosines as bench_cosines
+from recon.experiments.bench.job import folder_name
+from recon.experiments.bench.presets import paper as paper_preset
+from recon.experiments.bench.presets import quick
+from recon.experiments.bench.settings import first_batches
+from recon.experiments.bench.table import Row, paper_table, results_table, spread
+from recon.experiments.run import Run
+from recon.experiments.training.run_folder import RunFolder
+from recon.maps.score_table import LayerConflicts, bin_edges
+from recon.problems import paper
+from recon.problems.problem import ReducedRun
+from recon.problems.sets import digits
+from recon.profiling.conflict_counter import ConflictCounter, Counting, read_cosines
+from recon.training.evaluation import directions
 from recon_cli.main import main
-from recon_cli.presets import paper as paper_preset
-from recon_cli.presets import quick
-from recon_cli.run_folder import RunFolder
 from tests.ranks import PATIENCE
 
 SIZE = "--train-samples 256 --test-batches 1 --profile-epochs 1 --workers 1"

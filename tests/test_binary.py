@@ -9,8 +9,8 @@ from torch import nn
 
 import recon
 from recon.errors import ProblemError
-from recon.problems.binary import LabelledBatches, accuracy, auc, binary_cross_entropy, binary_task
 from recon.problems.loading import in_order
+from recon.problems.tasks.binary import LabelledBatches, accuracy, auc, binary_cross_entropy, binary_task
 
 NAN = float("nan")
 

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from recon.budget import Budget, Chooser, _steps
-from recon.cost_model import CostModel
+from recon.branching.partition import Partition
 from recon.errors import FanError, PlanError
-from recon.partition import Partition
+from recon.plans.budget import Budget, Chooser, _steps
+from recon.plans.costing.cost_model import CostModel
 from tests.cost_double import TASKS, chain, random_dag
 from tests.zoo import ZOO
 

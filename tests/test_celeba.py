@@ -10,7 +10,8 @@ from torchvision.datasets import CelebA
 from torchvision.models import resnet18
 
 from recon.errors import CheckpointError, ProblemError, UsageError
-from recon.problems import celeba, descriptions, get
+from recon.problems import descriptions, get
+from recon.problems.sets import celeba
 from recon_cli.main import main
 
 NAME = "celeba"

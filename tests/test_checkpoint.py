@@ -8,13 +8,13 @@ import torchvision
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from recon.batches import call
-from recon.branch_plan import BranchPlan, plan_of
-from recon.checkpoint import PLAN_FILE, load, save
+from recon.branching.conversion import convert
+from recon.branching.plan import BranchPlan, plan_of
+from recon.branching.plan_file import FORMAT, VERSION, plan_from_json, plan_to_json
+from recon.branching.saving import PLAN_FILE, load, save
 from recon.errors import CheckpointError, PlanError, UsageError, WriteError
-from recon.plan_file import FORMAT, VERSION, plan_from_json, plan_to_json
-from recon.surgery import convert
-from recon.weights import WEIGHTS_FILE, read_state_dict
+from recon.support.files.weights import WEIGHTS_FILE, read_state_dict
+from recon.support.network.forward import call
 from tests import oracle
 from tests.zoo import TASKS, ZOO, PlainConv, ResidualNet, image
 

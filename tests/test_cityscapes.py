@@ -6,8 +6,8 @@ import torch
 from PIL import Image
 
 from recon.errors import ProblemError, UsageError
-from recon.problem import Search
 from recon.problems import descriptions, get
+from recon.problems.problem import Search
 from recon_cli.main import main
 
 NAME = "cityscapes"

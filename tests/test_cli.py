@@ -13,9 +13,9 @@ import torch
 
 import recon
 import recon_cli
-from recon.runs import Run
+from recon.experiments.inputs import few_samples
+from recon.experiments.run import Run
 from recon_cli.main import VERBS, _parse, main
-from recon_cli.workbench import few_samples
 from tests.ranks import PATIENCE
 
 PROBLEM = """
@@ -24,7 +24,7 @@ from torch import nn
 from torch.nn.functional import mse_loss
 from torchmetrics import MeanAbsoluteError
 
-from recon.problem import Metric, Problem, Task
+from recon.problems.problem import Metric, Problem, Task
 from recon.problems.loading import TensorBatches, in_order, shuffled
 
 
@@ -348,7 +348,7 @@ def test_convert_verifies_unless_told_not_to(command, ask, tmp_path, monkeypatch
     assert found["modes"] == ["evaluation", "training"] and 0 <= found["gradients"] < found["tolerance"] == 1e-5
     code, out, _ = command("convert tiny.py:problem --layers conv --no-verify --out", tmp_path / "b")
     assert code == 0 and "Not verified, as --no-verify asks" in out
-    monkeypatch.setattr("recon.branches.Branched.forward", lambda self, x: self.branch(("up",))(x))
+    monkeypatch.setattr("recon.branching.modules.branched.Branched.forward", lambda self, x: self.branch(("up",))(x))
     code, _, err = command("convert tiny.py:problem --layers conv --out", tmp_path / "c")
     assert code == 1 and "does not compute what it must" in err and not (tmp_path / "c" / "plan.json").exists()
 
@@ -678,7 +678,7 @@ def test_a_loss_that_is_not_finite_fails_while_running(command, tmp_path):
 
 
 def test_an_error_of_our_own_asks_for_the_traceback(command, monkeypatch):
-    monkeypatch.setattr("recon_cli.verb_problems.descriptions", partial(int, "a bug"))
+    monkeypatch.setattr("recon_cli.verbs.problems.descriptions", partial(int, "a bug"))
     code, out, err = command("problems")
     assert (code, out) == (1, "")
     assert "ValueError: invalid literal" in err and "not expected" in err and "--debug" in err

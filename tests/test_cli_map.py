@@ -21,7 +21,7 @@ import torch
 from torch import nn
 from torch.nn.functional import mse_loss
 
-from recon.problem import Problem, Task
+from recon.problems.problem import Problem, Task
 from recon.problems.loading import TensorBatches, in_order, shuffled
 
 TASKS = ("up", "down", "mean")

@@ -18,10 +18,10 @@ from safetensors.torch import load_file
 
 import recon
 from recon.errors import ProblemError, UsageError
-from recon.runs import Run
-from recon_cli.best import Evaluations
-from recon_cli.optimizers import make_optimizer, make_scheduler
-from recon_cli.recipe import Recipe
+from recon.experiments.optimizers import make_optimizer, make_scheduler
+from recon.experiments.recipe import Recipe
+from recon.experiments.run import Run
+from recon.experiments.training.evaluations import Evaluations
 
 PROBLEM = """
 import os, time
@@ -31,7 +31,7 @@ from torch.nn.functional import cross_entropy, mse_loss
 from torchmetrics import MeanAbsoluteError
 
 from recon.models import SmallResNet
-from recon.problem import Metric, Problem, Task
+from recon.problems.problem import Metric, Problem, Task
 from recon.problems.loading import TensorBatches, in_order, shuffled
 
 
@@ -244,7 +244,7 @@ def test_over_an_older_run_all_is_new_or_nothing(files, ask, command, monkeypatc
         raise SafetensorError("I/O error: No space left on device (os error 28)")
 
     with monkeypatch.context() as patch:
-        patch.setattr("recon.weights.save_model", full)
+        patch.setattr("recon.support.files.weights.save_model", full)
         code, _, err = command(f"{line} --out {folder.name}")
     assert code == 1 and "No space left on device. Free some space" in err and "Traceback" not in err
     assert {name: (folder / name).read_bytes() for name in kept} == before
@@ -571,7 +571,7 @@ def test_tensorboard_gets_every_step_and_the_last_ones_only_once(tmp_path, monke
 
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", type(sys)("tensorboard"))
     sys.modules["torch.utils.tensorboard"].SummaryWriter = Writer
-    from recon_cli.tensorboard import Events
+    from recon.experiments.training.tensorboard import Events
 
     tell = Events(tmp_path)
     tell({"epoch": 2, "step": 7, "lr": 0.1, "losses": {"a": 1.5}, "weights": {"a": 0.5}})

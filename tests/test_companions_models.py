@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import recon
-from recon.layers import find_layers
+from recon.support.network.layers import find_layers
 from tests import oracle
 from tests.companions import check_branched, check_profiled_step
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import nn
 
-from recon.branch_plan import BranchPlan
+from recon.branching.conversion import convert
+from recon.branching.extract import extract_task
+from recon.branching.plan import BranchPlan
 from recon.errors import FanError
-from recon.extract import extract_task
-from recon.surgery import convert
 from tests import oracle
 
 TASKS = ("a", "b", "c")
@@ -160,13 +160,13 @@ def test_a_graph_that_takes_no_break_is_refused_behind_the_branch_point_alone():
 def test_the_compiler_is_imported_by_whoever_compiles_and_told_then():
     program = """
 import importlib.util, sys
-import recon.surgery, recon.value
+import recon.branching.conversion, recon.branching.fans.value
 assert "torch._dynamo" not in sys.modules
 importlib.util.find_spec("torch._dynamo")  # asks for it, and no more
 from torch._dynamo import trace_rules
-from recon.compilers import _OURS
+from recon.branching.fans.compilers import _OURS
 assert all(importlib.util.find_spec(f"recon.{name}") for name in _OURS.split())
-assert trace_rules.check_file(recon.value.__file__).skipped
+assert trace_rules.check_file(recon.branching.fans.value.__file__).skipped
 assert not trace_rules.check_file(recon.__file__).skipped
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)

@@ -9,7 +9,7 @@ import recon
 from recon import methods
 from recon.errors import UnknownNameError, UsageError
 from recon.methods import Aggregator, Composition
-from recon.profiler import Profiler
+from recon.profiling.profiler import Profiler
 from tests.test_methods import saved
 from tests.test_updates import SINGLE, gradients_by_task, losses_of, model, shared_rows, x
 

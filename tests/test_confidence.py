@@ -3,7 +3,8 @@ from dataclasses import asdict, replace
 import numpy as np
 import pytest
 
-from recon.confidence import (
+from recon.errors import UsageError
+from recon.maps.confidence import (
     above_mean_probability,
     block_length,
     expected_overlap,
@@ -11,8 +12,7 @@ from recon.confidence import (
     resample,
     top_k_probability,
 )
-from recon.errors import UsageError
-from recon.stability import StableRanking
+from recon.profiling.stability import StableRanking
 
 NORMAL = np.sort(np.random.default_rng(0).standard_normal(200_000))
 

@@ -5,9 +5,9 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from recon.conflict_map import ConflictMap
 from recon.errors import MapFileError, UsageError, WriteError
-from recon.score_table import BINS, LayerConflicts, threshold_bin
+from recon.maps.conflict_map import ConflictMap
+from recon.maps.score_table import BINS, LayerConflicts, threshold_bin
 
 
 def make_map(layers=("conv", "norm", "fc"), tasks=("a", "b"), seed=0, steps=40, threshold=-0.1):

@@ -10,17 +10,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from recon.batches import call
-from recon.branch_plan import BranchPlan
-from recon.branches import Branched
-from recon.cost_model import CostModel
-from recon.costs import costs
-from recon.counting import unfused_kernels
+from recon.branching.conversion import convert
+from recon.branching.fans.trees import partition_of
+from recon.branching.modules.branched import Branched
+from recon.branching.partition import Partition
+from recon.branching.plan import BranchPlan
 from recon.errors import FanError, PlanError, ProblemError, UnknownNameError, UsageError
-from recon.fan_trees import partition_of
-from recon.partition import Partition
-from recon.surgery import convert
-from recon.undisturbed import state_kept
+from recon.plans.costing.cost_model import CostModel
+from recon.plans.costing.counting import unfused_kernels
+from recon.plans.costing.model_costs import costs
+from recon.support.network.forward import call
+from recon.support.network.state import state_kept
 from tests import oracle
 from tests.scripting import script
 from tests.zoo import TASKS, ZOO, PlainConv, image, vector

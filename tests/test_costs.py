@@ -3,11 +3,11 @@ import torch
 import torchvision
 from torch import nn
 
-from recon.branch_plan import BranchPlan
-from recon.costs import costs
+from recon.branching.conversion import convert
+from recon.branching.plan import BranchPlan
 from recon.errors import UsageError
-from recon.layers import find_layers
-from recon.surgery import convert
+from recon.plans.costing.model_costs import costs
+from recon.support.network.layers import find_layers
 from tests import oracle
 from tests.zoo import ZOO
 

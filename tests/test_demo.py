@@ -4,7 +4,7 @@ import re
 import pytest
 
 import recon
-from recon.problems import digits
+from recon.problems.sets import digits
 from recon_cli.main import main
 
 

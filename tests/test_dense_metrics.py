@@ -6,8 +6,8 @@ import pytest
 import torch
 from sklearn.metrics import accuracy_score, jaccard_score
 
-from recon.problems import dense
-from recon.problems import dense_metrics as metrics
+from recon.problems.tasks import dense
+from recon.problems.tasks import dense_metrics as metrics
 
 CLASSES = 5
 
@@ -154,7 +154,7 @@ def test_without_a_known_pixel_there_is_no_error():
 
 def test_problems_are_listed_without_torchmetrics():
     code = (
-        "import sys, recon.problems.dense; from recon_cli.main import main; main(['problems']);"
+        "import sys, recon.problems.tasks.dense; from recon_cli.main import main; main(['problems']);"
         "assert 'torchmetrics' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)

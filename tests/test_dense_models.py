@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import recon
-from recon.layers import find_layers
 from recon.models import MTAN, SegNet
+from recon.support.network.layers import find_layers
 from tests.oracle import assert_no_crosstalk, check, perturb, random_groups, random_plan
 
 TASKS = {"a": 4, "b": 1, "c": 3}

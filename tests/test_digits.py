@@ -7,8 +7,8 @@ import torch
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 import recon
-from recon.layers import find_layers
 from recon.problems import get
+from recon.support.network.layers import find_layers
 
 EPOCHS = 6
 

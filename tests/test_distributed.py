@@ -8,10 +8,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from recon.branch_plan import BranchPlan, Mode, plan_of
+from recon.branching.conversion import convert
+from recon.branching.plan import BranchPlan, Mode, plan_of
 from recon.errors import UsageError
-from recon.layers import find_layers
-from recon.surgery import convert
+from recon.support.network.layers import find_layers
 from tests import oracle
 from tests.ranks import WORLD, Ranks, needs_gloo
 from tests.ranks import ranks as ranks

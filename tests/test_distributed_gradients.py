@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import recon
-from recon.batch_stream import RankBatches
-from recon.distributed import average_, broadcast_model, gather
 from recon.errors import ProblemError, UsageError
-from recon.profiler import Profiler
-from recon.reach import average_losses
+from recon.methods.gradients.reach import average_losses
+from recon.profiling.profiler import Profiler
+from recon.support.processes import average_, broadcast_model, gather
+from recon.training.batch_stream import RankBatches
 from tests.ranks import Ranks, needs_gloo
 from tests.ranks import ranks as ranks
 from tests.test_distributed import branch, loss_of, shards

@@ -7,8 +7,8 @@ import math
 
 import pytest
 
-from recon.documents import Document, parse_document, read_document
 from recon.errors import CheckpointError
+from recon.support.files.documents import Document, parse_document, read_document
 
 REMEDY = "Make it again."
 REFUSED = {

@@ -7,10 +7,10 @@ from torch import nn
 from torchmetrics import MeanAbsoluteError
 from torchmetrics.classification import MulticlassAccuracy
 
-from recon.batches import model_device, to_device, unpack
 from recon.errors import ProblemError, UsageError
-from recon.evaluation import LOSS, delta_m, directions, evaluate
-from recon.problem import Metric, Task
+from recon.problems.problem import Metric, Task
+from recon.support.network.forward import model_device, to_device, unpack
+from recon.training.evaluation import LOSS, delta_m, directions, evaluate
 
 ACCURACY = Metric("accuracy", lambda: MulticlassAccuracy(2, average="micro"))
 ERROR = Metric("error", MeanAbsoluteError, higher_is_better=False)

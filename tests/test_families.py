@@ -9,7 +9,7 @@ from torch.utils._pytree import tree_map
 
 import recon
 from recon.errors import FanError
-from recon.layers import find_layers
+from recon.support.network.layers import find_layers
 from tests import families, oracle
 from tests.families import (
     COARSE,

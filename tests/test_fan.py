@@ -9,15 +9,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from recon.branch_plan import BranchPlan
+from recon.branching.conversion import convert
+from recon.branching.fans.fan import TaskFan, merge
+from recon.branching.fans.serving import serving
+from recon.branching.fans.statement import where
+from recon.branching.fans.trees import partition_of, restrict, value_for, within
+from recon.branching.fans.value import fans_in
+from recon.branching.partition import Partition
+from recon.branching.plan import BranchPlan
 from recon.errors import FanError
-from recon.fan import TaskFan, merge
-from recon.fan_trees import partition_of, restrict, value_for, within
-from recon.partition import Partition
-from recon.serving import serving
-from recon.statement import where
-from recon.surgery import convert
-from recon.value import fans_in
 from tests.oracle import assert_close, perturb, plain_model
 from tests.zoo import ReverseGradient, ScaledProduct
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch.utils.data import Dataset
 
-from recon.batch_stream import BatchStream
 from recon.errors import ProblemError
 from recon.problems.file_loading import FileLoader
+from recon.training.batch_stream import BatchStream
 
 
 class Counted(Dataset):

@@ -13,11 +13,12 @@ import torch
 from torch import nn
 
 import recon
-from recon import files, locks
 from recon.errors import UsageError, WriteError
-from recon.files import remove_partial, write_atomically, write_from, write_text, written_alone
-from recon.recorder import Recorder
-from recon.replacing import finish_replacing, replacing
+from recon.support.files import locks
+from recon.support.files import whole as files
+from recon.support.files.folders import finish_replacing, replacing
+from recon.support.files.whole import remove_partial, write_atomically, write_from, write_text, written_alone
+from recon.training.recorder import Recorder
 from recon_cli.main import main
 
 CALLS = ("mkdir", "open", "write", "fsync", "rename", "replace", "unlink", "rmdir", "chmod")
@@ -137,7 +138,7 @@ def test_a_save_that_was_killed_while_it_moved_its_files_is_finished_by_any_read
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", lambda source, target, do=os.replace: do(source, target))
-        patch.setattr("recon.replacing.os.replace", killed)
+        patch.setattr("recon.support.files.folders.os.replace", killed)
         with pytest.raises(Killed):
             recon.save(branched(2.0), tmp_path)
     assert (tmp_path / ".saved").exists()
@@ -161,7 +162,7 @@ def test_a_model_over_another_one_is_whole_or_the_old_one_stays(tmp_path, monkey
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
     with monkeypatch.context() as patch:
-        patch.setattr("recon.weights.save_model", full)
+        patch.setattr("recon.support.files.weights.save_model", full)
         with pytest.raises(WriteError, match=r"No space left on device\. Free some space"):
             recon.save(second(2.0), tmp_path)
     assert contents(tmp_path) == before
@@ -216,7 +217,7 @@ def odd(tmp_path):
 
 
 def test_what_is_no_regular_file_is_never_replaced(odd, tmp_path, capsys, monkeypatch):
-    from recon.figure_file import save_picture
+    from recon.support.pictures import save_picture
 
     monkeypatch.chdir(tmp_path)
     model = Net()
@@ -353,7 +354,7 @@ def test_what_a_killed_writer_left_is_swept_and_what_a_living_one_writes_is_not(
 
 WRITER = """
 import sys
-from recon.files import written_alone
+from recon.support.files.whole import written_alone
 with written_alone(sys.argv[1]) as killed:
     print("writing", killed, flush=True)
     sys.stdin.readline()

@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from recon.cost_model import CostModel
 from recon.errors import PlanError
-from recon.frontier import frontier, frontier_table
-from recon.frontier_picture import draw_frontier, frontier_figure
-from recon.matching import match
 from recon.models import SmallResNet
-from recon.planning import choose
-from recon.selectors import Selection
+from recon.plans.costing.cost_model import CostModel
+from recon.plans.matching import match
+from recon.plans.pictures.trade_off_picture import draw_frontier, frontier_figure
+from recon.plans.planning import choose
+from recon.plans.selection import Selection
+from recon.plans.trade_off import frontier, frontier_table
 from tests.test_conflict_map import make_map
 
 TASKS = ("a", "b", "c")

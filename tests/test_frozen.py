@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file
 
 import recon
-from recon.recorder import read_records
-from recon.runs import Run
+from recon.experiments.run import Run
+from recon.training.recorder import read_records
 from tests.data.frozen import tiny
 
 FROZEN = Path(__file__).parent / "data" / "frozen"

@@ -23,7 +23,7 @@ def bench(monkeypatch):
     spec.loader.exec_module(module)
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)  # put back afterwards
     # Steps of a quarter of the images: the network is the real one.
-    monkeypatch.setattr("recon.problems.multi_fashion_mnist.BATCH", 64)
+    monkeypatch.setattr("recon.problems.sets.multi_fashion_mnist.BATCH", 64)
     return module
 
 

@@ -6,11 +6,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from recon.errors import GradientError
-from recon.gradients import Workspace, task_jacobian, write_combination, write_own
-from recon.gramians import gramian, layer_gramians
-from recon.graph import reached_leaves
-from recon.layers import find_layers
+from recon.methods.gradients.gramians import gramian, layer_gramians
+from recon.methods.gradients.jacobian import Workspace, task_jacobian, write_combination, write_own
 from recon.problems import get
+from recon.support.network.graph import reached_leaves
+from recon.support.network.layers import find_layers
 
 
 class TwoHeads(nn.Module):

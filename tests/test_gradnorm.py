@@ -13,9 +13,9 @@ from torch.utils.checkpoint import checkpoint
 import recon
 from recon import methods
 from recon.errors import GradientError, UnknownNameError, UsageError
-from recon.importing import import_target
-from recon.layer_norms import layer_norms
-from recon.profiler import Profiler
+from recon.methods.gradients.norms import layer_norms
+from recon.profiling.profiler import Profiler
+from recon.support.importing import import_target
 from tests.test_updates import losses_of, model, x
 
 fixtures = (model, x)

@@ -4,11 +4,19 @@ import networkx as nx
 import numpy as np
 import pytest
 
-from recon.conflict_map import ConflictMap
+from recon.branching.partition import Partition, refine
 from recon.errors import PlanError
-from recon.grouping import _improved, by_conflict, conflict_graph, fewest_conflicts, hierarchy, partitions, separated
-from recon.partition import Partition, refine
-from recon.score_table import BINS, LayerConflicts
+from recon.maps.conflict_map import ConflictMap
+from recon.maps.score_table import BINS, LayerConflicts
+from recon.plans.grouping import (
+    _improved,
+    by_conflict,
+    conflict_graph,
+    fewest_conflicts,
+    hierarchy,
+    partitions,
+    separated,
+)
 from tests.cost_double import chain
 from tests.test_conflict_map import make_map, score_map
 

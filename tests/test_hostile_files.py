@@ -17,24 +17,25 @@ import torch
 from PIL import Image
 
 import recon
-from recon.checkpoint import PLAN_FILE
-from recon.conflict_map import ConflictMap
+from recon.branching.saving import PLAN_FILE
 from recon.errors import CheckpointError, MapFileError, ProblemError, UsageError
+from recon.experiments.bench.bench import RESULTS_FILE
+from recon.experiments.run import RUN_FILE, Run
+from recon.experiments.training.run_folder import METRICS_FILE
+from recon.maps.conflict_map import ConflictMap
+from recon.maps.published import read_published
 from recon.models import SmallResNet
-from recon.problems import celeba_files, npy_folders, nyuv2
-from recon.problems.cityscapes_files import _open
-from recon.problems.csv_table import read_csv
-from recon.problems.idx import read_split
-from recon.problems.images import read_image
-from recon.problems.pareto_mtl import read_pickle
-from recon.problems.pascal_mat import read_human_parts, read_label_map
-from recon.published import read_published
-from recon.recorder import read_records
-from recon.runs import RUN_FILE, Run
-from recon.training_file import read_training
-from recon.weights import WEIGHTS_FILE, read_state_dict
-from recon_cli.bench import RESULTS_FILE
-from recon_cli.run_folder import METRICS_FILE
+from recon.problems.files import celeba_files, npy_folders
+from recon.problems.files.cityscapes_files import _open
+from recon.problems.files.csv_table import read_csv
+from recon.problems.files.idx import read_split
+from recon.problems.files.images import read_image
+from recon.problems.files.pareto_mtl import read_pickle
+from recon.problems.files.pascal_mat import read_human_parts, read_label_map
+from recon.problems.sets import nyuv2
+from recon.support.files.weights import WEIGHTS_FILE, read_state_dict
+from recon.training.checkpoint_file import read_training
+from recon.training.recorder import read_records
 
 
 class Trap:
@@ -131,7 +132,7 @@ def test_the_trap_works(tmp_path):
 
 
 def test_an_idx_file_is_read_up_to_a_bound(tmp_path, monkeypatch):
-    monkeypatch.setattr("recon.problems.idx._MOST_BYTES", 10_000)
+    monkeypatch.setattr("recon.problems.files.idx._MOST_BYTES", 10_000)
     labels = struct.pack(">II", 2049, 10**6) + bytes(10**6)
     (tmp_path / "train-labels-idx1-ubyte.gz").write_bytes(gzip.compress(labels))
     (tmp_path / "train-images-idx3-ubyte").write_bytes(struct.pack(">IIII", 2051, 1, 2, 2) + bytes(4))
@@ -140,7 +141,7 @@ def test_an_idx_file_is_read_up_to_a_bound(tmp_path, monkeypatch):
 
 
 def test_a_mat_file_is_unpacked_up_to_a_bound(tmp_path, monkeypatch):
-    monkeypatch.setattr("recon.problems.pascal_mat._MOST_BYTES", 10_000)
+    monkeypatch.setattr("recon.problems.files.pascal_mat._MOST_BYTES", 10_000)
     packed = zlib.compress(bytes(10**6))
     path = tmp_path / "classes.mat"
     path.write_bytes(bytes(124) + b"\x00\x01IM" + struct.pack("<II", 15, len(packed)) + packed)
@@ -149,7 +150,7 @@ def test_a_mat_file_is_unpacked_up_to_a_bound(tmp_path, monkeypatch):
 
 
 def test_packed_arrays_are_unpacked_up_to_a_bound(tmp_path, monkeypatch):
-    monkeypatch.setattr("recon.problems.nyuv2._MOST_BYTES", 10_000)
+    monkeypatch.setattr("recon.problems.sets.nyuv2._MOST_BYTES", 10_000)
     np.savez_compressed(tmp_path / "packed.npz", image=np.zeros(10**6, np.uint8))
     with pytest.raises(ProblemError, match=r"packed.npz: unpacked, it has \d+ bytes"):
         nyuv2._read_packed(tmp_path / "packed.npz", None)

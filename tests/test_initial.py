@@ -4,10 +4,10 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
-from recon.branch_plan import BranchPlan
-from recon.checkpoint import save
+from recon.branching.conversion import convert
+from recon.branching.plan import BranchPlan
+from recon.branching.saving import save
 from recon.errors import CheckpointError, UsageError
-from recon.surgery import convert
 from tests import oracle
 from tests.zoo import TASKS, ZOO, PlainConv, image, vector
 

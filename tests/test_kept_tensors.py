@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 
 import recon
-from recon.branch_plan import BranchPlan
-from recon.copies import copy_model
+from recon.branching.plan import BranchPlan
+from recon.branching.surgery.copies import copy_model
 from tests import oracle
 from tests.zoo import TASKS
 

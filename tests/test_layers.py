@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from recon.errors import UnknownNameError, UsageError
-from recon.layers import canonical_name, find_layers, places
+from recon.support.network.layers import canonical_name, find_layers, places
 from tests.zoo import ZOO
 
 # What stands before the heads, by name and kind, with the local names of the parameters.

@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
-from recon.batch_stream import BatchStream
-from recon.batches import to_device
+from recon.experiments import inputs as workbench
 from recon.problems import get, loading
 from recon.problems.loading import TensorBatches, in_order, prepare, shuffled
-from recon_cli import workbench
+from recon.support.network.forward import to_device
+from recon.training.batch_stream import BatchStream
 
 META = torch.device("meta")  # stands for a GPU: tensors there have a device, but need no hardware
 

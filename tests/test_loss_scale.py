@@ -7,8 +7,8 @@ from torch import nn
 
 import recon
 from recon.errors import GradientError
-from recon.loss_scale import LossScale
 from recon.methods import Aggregator
+from recon.training.loss_scale import LossScale
 
 CPU = torch.device("cpu")
 

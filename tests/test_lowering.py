@@ -14,11 +14,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from recon.batches import call, inputs
-from recon.branch_plan import BranchPlan
+from recon.branching.conversion import convert
+from recon.branching.lowering import lower
+from recon.branching.plan import BranchPlan
 from recon.errors import PlanError, UsageError
-from recon.lowering import lower
-from recon.surgery import convert
+from recon.support.network.forward import call, inputs
 from tests import oracle
 from tests.zoo import TASKS, ZOO, Entry, Heads, PlainConv, image, sequence, vector
 

@@ -5,9 +5,9 @@ import json
 import numpy as np
 import pytest
 
-from recon.conflict_map import ConflictMap
 from recon.errors import MapFileError
-from recon.map_checks import MOST_LAYERS
+from recon.maps.checks import MOST_LAYERS
+from recon.maps.conflict_map import ConflictMap
 from tests.test_conflict_map import damaged, make_map, score_map, with_series
 
 

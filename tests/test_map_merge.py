@@ -4,8 +4,8 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from recon.conflict_map import ConflictMap
 from recon.errors import MapMismatchError, UsageError
+from recon.maps.conflict_map import ConflictMap
 from tests.test_conflict_map import make_map, score_map, with_series
 
 TASKS = ("a", "b", "c")

@@ -2,8 +2,8 @@ import pytest
 from torch import nn
 
 from recon.errors import MapMismatchError, UnknownNameError, UsageError
-from recon.map_names import renamed
-from recon.matching import match
+from recon.maps.names import renamed
+from recon.plans.matching import match
 from tests.test_conflict_map import make_map, score_map
 
 NAMES = ("conv1", "layer1.0.conv1", "layer1.0.conv2", "layer2.0.conv1", "layer2.0.conv2")

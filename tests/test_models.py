@@ -11,8 +11,8 @@ from torchvision.models import vit_b_16 as torchvision_vit_b_16
 
 import recon
 from recon.errors import UsageError
-from recon.layers import find_layers
 from recon.models import MobileNetV2RASPP, ResNet18, SmallResNet, ViT, deeplabv3_resnet50, fcn_resnet50, vit_b_16
+from recon.support.network.layers import find_layers
 from tests import oracle
 
 PUBLISHED = Path(__file__).parents[2] / "shared" / "data" / "published-maps"

@@ -7,11 +7,11 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
-from recon.branch_plan import BranchPlan
+from recon.branching.conversion import convert
+from recon.branching.extract import extract_task
+from recon.branching.modules.hooks import SplitOutputs, TasksOnly
+from recon.branching.plan import BranchPlan
 from recon.errors import FanError, ReconError, UsageError
-from recon.extract import extract_task
-from recon.hooks import SplitOutputs, TasksOnly
-from recon.surgery import convert
 from tests import oracle
 from tests.zoo import TASKS
 

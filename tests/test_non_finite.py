@@ -165,7 +165,7 @@ def test_a_weight_without_meaning_is_nowhere(method, tmp_path):
     losses = dict.fromkeys(TASKS, F.mse_loss) | {"c": hinge}
     optimizer = torch.optim.SGD(net.parameters(), 1e-3)
     history = recon.train(net, loader, losses, optimizer=optimizer, method=method, recorder=recorder)
-    steps = [line["weights"] for line in recon.recorder.read_records(recorder.path) if "step" in line]
+    steps = [line["weights"] for line in recon.training.recorder.read_records(recorder.path) if "step" in line]
     assert ["c" in weights for weights in steps] == [True, True, False, True]
     mean = sum(weights["c"] for weights in steps if "c" in weights) / 3
     assert history.epochs[0].weights["c"] == pytest.approx(mean) and mean < 1e3

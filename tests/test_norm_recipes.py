@@ -14,10 +14,10 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.optim.swa_utils import AveragedModel, update_bn
 
 import recon
-from recon.branch_plan import BranchPlan
+from recon.branching.conversion import convert
+from recon.branching.extract import extract_task
+from recon.branching.plan import BranchPlan
 from recon.errors import FanError, UsageError
-from recon.extract import extract_task
-from recon.surgery import convert
 from tests import oracle
 from tests.zoo import TASKS, image
 
@@ -164,7 +164,7 @@ def test_sync_batch_norm(mode):
     assert {type(norm).__name__ for norm in norms_of(synced).values()} == {"SyncBatchNorm"}
     assert list(synced.state_dict()) == list(before)
     assert all(torch.equal(value, before[key]) for key, value in synced.state_dict().items())
-    assert not any(type(buffer) is recon.fan.TaskFan for buffer in synced.buffers())
+    assert not any(type(buffer) is recon.branching.fans.fan.TaskFan for buffer in synced.buffers())
 
     def plain():
         return nn.SyncBatchNorm.convert_sync_batchnorm(make())
@@ -230,7 +230,7 @@ def test_norms_frozen_by_assignment(mode):
         oracle.assert_close(outputs[task], plain(inputs)[task], task)
         oracle.assert_close(extract_task(branched, task)(inputs)[task], outputs[task], task)
     assert "body.1.branches.c.running_mean" in branched.state_dict()
-    assert all(type(value) is not recon.fan.TaskFan for value in branched.state_dict().values())
+    assert all(type(value) is not recon.branching.fans.fan.TaskFan for value in branched.state_dict().values())
 
 
 def test_norms_frozen_by_copying():

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from recon.errors import ProblemError, UsageError
-from recon.problem import Search
 from recon.problems import descriptions, get
-from recon.problems.surface_normals import normals_from_depth
+from recon.problems.files.surface_normals import normals_from_depth
+from recon.problems.problem import Search
 from recon_cli.main import main
 
 NAME = "nyuv2"

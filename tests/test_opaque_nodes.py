@@ -11,9 +11,9 @@ import torch._functorch.config
 from torch import Tensor, nn
 
 import recon
-from recon import opaque_nodes
 from recon.errors import UsageError
-from recon.reach import compiled_as_one, find_reach
+from recon.methods.gradients.reach import compiled_as_one, find_reach
+from recon.support.network import opaque_nodes
 
 TASKS = ("a", "b", "c")
 Run = Callable[[Tensor], dict[str, Tensor]]

@@ -10,7 +10,7 @@ import torch
 import recon
 from recon import methods
 from recon.errors import ProblemError, UnknownNameError, UsageError
-from recon.importing import import_target
+from recon.support.importing import import_target
 from tests.test_methods import scratch_registry
 from tests.test_updates import gradients_by_task, losses_of, model, shared_rows, x
 

@@ -5,8 +5,8 @@ import torch
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
-from recon.branch_plan import BranchPlan
-from recon.surgery import convert
+from recon.branching.conversion import convert
+from recon.branching.plan import BranchPlan
 from tests import oracle
 from tests.zoo import TASKS
 

@@ -3,8 +3,8 @@ from itertools import combinations
 
 import pytest
 
+from recon.branching.partition import Partition, group_name, join, refine
 from recon.errors import PlanError
-from recon.partition import Partition, group_name, join, refine
 from tests.oracle import random_groups
 
 TASKS = ("seg", "depth", "normal", "edge", "key")

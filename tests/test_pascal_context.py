@@ -7,10 +7,11 @@ from torch.nn import functional as F
 from torchvision.models import mobilenet_v2
 
 from recon.errors import CheckpointError, ProblemError, UsageError
-from recon.problems import descriptions, get, pascal_context
-from recon.problems.pascal_context import balanced_cross_entropy, normals_loss
-from recon.problems.pascal_metrics import EdgeF, SaliencyIoU
-from recon.problems.pascal_mt import PascalMT, collate, edges
+from recon.problems import descriptions, get
+from recon.problems.files.pascal_mt import PascalMT, collate, edges
+from recon.problems.sets import pascal_context
+from recon.problems.sets.pascal_context import balanced_cross_entropy, normals_loss
+from recon.problems.tasks.pascal_metrics import EdgeF, SaliencyIoU
 from recon_cli.main import main
 
 NAME = "pascal-context"

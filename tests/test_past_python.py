@@ -12,15 +12,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset, default_collate
 
-from recon import value
-from recon.branch_plan import BranchPlan
+from recon.branching.conversion import convert
+from recon.branching.extract import extract_task
+from recon.branching.fans import value
+from recon.branching.fans.fan import TaskFan
+from recon.branching.fans.unmappable import UNREADABLE
+from recon.branching.partition import Partition
+from recon.branching.plan import BranchPlan
 from recon.errors import FanError
-from recon.extract import extract_task
-from recon.fan import TaskFan
-from recon.partition import Partition
-from recon.surgery import convert
-from recon.undisturbed import state_kept
-from recon.unmappable import UNREADABLE
+from recon.support.network.state import state_kept
 from tests import oracle
 
 TASKS = ("a", "b", "c")
@@ -405,7 +405,7 @@ def reads_below_all(net, x):
 @pytest.mark.parametrize("cuda", [True, False], ids=["built with CUDA", "built without"])
 def test_the_memory_that_a_fan_does_not_have_is_refused(monkeypatch, cuda):
     if not cuda:
-        monkeypatch.setattr("recon.value._refuse_reads", None)
+        monkeypatch.setattr("recon.branching.fans.value._refuse_reads", None)
     elif value._refuse_reads is None:
         pytest.skip("this torch was built without CUDA")
     with pytest.raises(FanError, match=r"read past Python at test_past_python.py:\d+, in reads_below_all: .*per-task"):

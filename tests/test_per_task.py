@@ -6,13 +6,13 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import recon
-from recon.batches import call
-from recon.branch_plan import BranchPlan, plan_of
-from recon.checkpoint import load, save
+from recon.branching.conversion import convert
+from recon.branching.extract import extract_task
+from recon.branching.plan import BranchPlan, plan_of
+from recon.branching.saving import load, save
+from recon.branching.surgery.task_view import ByTask
 from recon.errors import PlanError, UsageError
-from recon.extract import extract_task
-from recon.surgery import convert
-from recon.views import ByTask
+from recon.support.network.forward import call
 from tests import oracle
 from tests.scripting import script
 from tests.test_fan import CANNOT_WORK, Statement

@@ -3,9 +3,9 @@ import numpy as np
 import pytest
 
 from recon.errors import UsageError
-from recon.map_picture import heatmap
-from recon.pictures import before_after, weights_over_steps
-from recon.timing import step_seconds
+from recon.experiments.pictures import before_after, weights_over_steps
+from recon.maps.picture import heatmap
+from recon.support.timing import step_seconds
 from tests.test_conflict_map import make_map
 
 

@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import nn
 
-from recon.cost_model import CostModel
+from recon.branching.partition import Partition
 from recon.errors import UsageError
 from recon.models import ResNet18, SmallResNet
-from recon.network_layout import network_layout
-from recon.network_picture import draw_network, network_figure
-from recon.partition import Partition
+from recon.plans.costing.cost_model import CostModel
+from recon.plans.pictures.network_layout import network_layout
+from recon.plans.pictures.network_picture import draw_network, network_figure
 
 FORTY = tuple(f"attribute_{number}" for number in range(40))
 LATE = ("blocks.2.conv1", "blocks.2.bn1")
@@ -170,7 +170,7 @@ def test_a_model_that_cannot_be_traced_is_drawn_without_multiply_adds(monkeypatc
     def refuse(*args, **options):
         raise RuntimeError("no trace")
 
-    monkeypatch.setattr("recon.cost_model.trace", refuse)
+    monkeypatch.setattr("recon.plans.costing.cost_model.trace", refuse)
     costs = costs_of(SmallResNet({"a": 4, "b": 4}), ("a", "b"))
     assert not costs.traced
     drawn = marks(network_figure(costs, per_task(LATE, ("a", "b")), "untraced"))

@@ -7,15 +7,15 @@ import torch
 from torch import nn
 
 import recon
-from recon.branch_plan import BranchPlan
-from recon.checkpoint import load_plan
-from recon.conflict_map import ConflictMap
+from recon.branching.partition import Partition
+from recon.branching.plan import BranchPlan
+from recon.branching.saving import load_plan
 from recon.errors import CheckpointError, MapMismatchError, PlanError, UnknownNameError, UsageError
-from recon.matching import match
-from recon.partition import Partition
-from recon.planning import choose
-from recon.score_table import LayerConflicts
-from recon.selectors import Selection
+from recon.maps.conflict_map import ConflictMap
+from recon.maps.score_table import LayerConflicts
+from recon.plans.matching import match
+from recon.plans.planning import choose
+from recon.plans.selection import Selection
 from tests.test_conflict_map import make_map, score_map
 from tests.test_grouping import pair_map
 

@@ -8,19 +8,19 @@ import numpy as np
 import pytest
 import torch
 
-import recon.problems.digits as digits_module
+import recon.problems.sets.digits as digits_module
 from recon.errors import ProblemError, ReconError, UnknownNameError, UsageError
-from recon.evaluation import directions, evaluate
-from recon.problem import Metric, Problem, Task
 from recon.problems import descriptions, get, names
 from recon.problems.loading import TensorBatches, in_order, shuffled
+from recon.problems.problem import Metric, Problem, Task
+from recon.training.evaluation import directions, evaluate
 from recon_cli.main import main
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "own_problem.py"
 
 OWN = """
 import torch
-from recon.problem import Problem, Task
+from recon.problems.problem import Problem, Task
 
 def problem():
     tasks = [Task(name, torch.nn.functional.mse_loss) for name in ("a", "b")]
@@ -340,7 +340,7 @@ def test_options_that_do_not_fit_the_function(name, options, message, write):
 READS = """
 import torch
 from pathlib import Path
-from recon.problem import Problem, Task
+from recon.problems.problem import Problem, Task
 
 class Net(torch.nn.Module):
     def __init__(self):

@@ -8,8 +8,8 @@ from torch import nn
 
 import recon
 from recon.errors import CheckpointError, GradientError, ProblemError, UsageError
-from recon.profiler import Profiler
-from recon.tally import Tally
+from recon.profiling.profiler import Profiler
+from recon.profiling.tally import Tally
 from tests.test_gradients import TwoHeads, autograd_cosines, losses_of
 
 TASKS = ("a", "b")

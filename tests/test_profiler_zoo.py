@@ -13,12 +13,12 @@ from torch.utils._pytree import tree_map
 
 import recon
 from recon import methods
-from recon.batches import call
-from recon.branch_plan import Mode
-from recon.conflict_map import ConflictMap
+from recon.branching.plan import Mode
 from recon.errors import UsageError
-from recon.layers import find_layers
-from recon.score_table import LayerConflicts
+from recon.maps.conflict_map import ConflictMap
+from recon.maps.score_table import LayerConflicts
+from recon.support.network.forward import call
+from recon.support.network.layers import find_layers
 from tests import oracle
 from tests.zoo import TASKS, ZOO
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 import recon
-from recon.conflict_map import ConflictMap
 from recon.errors import MapFileError, UsageError
-from recon.published import read_published
+from recon.maps.conflict_map import ConflictMap
+from recon.maps.published import read_published
 
 PUBLISHED = Path(__file__).parents[2] / "shared" / "data" / "published-maps"
 SCORES = {"bn1": 90, "layer1.0.bn1": 70, "layer1.0.conv1": 70, "conv1": 5}

@@ -5,8 +5,8 @@ import torch
 
 import recon
 from recon.errors import CheckpointError, UsageError
-from recon.history import Epoch
-from recon.recorder import Recorder, Step, mean_weights, read_records
+from recon.training.history import Epoch
+from recon.training.recorder import Recorder, Step, mean_weights, read_records
 from tests.test_gradients import TwoHeads
 from tests.test_profiler import LOSSES, batches, sgd
 

@@ -1,7 +1,7 @@
 import pytest
 from torch import nn
 
-from recon.references import redirect_references, replace_references
+from recon.support.network.references import redirect_references, replace_references
 
 OLD, NEW, OTHER = nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 2)
 

@@ -588,7 +588,7 @@ import torch
 from torch import nn
 from torch.nn.functional import mse_loss
 
-from recon.problem import Metric, Problem, Task
+from recon.problems.problem import Metric, Problem, Task
 from recon.problems.loading import TensorBatches, shuffled
 
 

@@ -1,7 +1,7 @@
 import pytest
 
 from recon.errors import ProblemError, UsageError
-from recon.problems.roots import open_root, require_files
+from recon.problems.files.roots import open_root, require_files
 
 
 def test_no_root_and_no_such_root(tmp_path):

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 import recon
 from recon import methods
+from recon.branching.modules.rotations import attach_rotations
 from recon.errors import GradientError, UnknownNameError, UsageError
 from recon.models import SmallResNet
-from recon.rotations import attach_rotations
 
 TASKS = ("seg", "depth", "normal")
 

@@ -5,11 +5,11 @@ from dataclasses import replace
 
 import pytest
 
-from recon.comparison import compare
 from recon.errors import CheckpointError, UsageError
-from recon.evaluation import delta_m
-from recon.runs import RUN_FILE, SINGLE_TASK, Run
-from recon.tables import short_number, text_table
+from recon.experiments.comparison import compare
+from recon.experiments.run import RUN_FILE, SINGLE_TASK, Run
+from recon.support.tables import short_number, text_table
+from recon.training.evaluation import delta_m
 
 DIRECTIONS = {"seg": {"accuracy": True}, "depth": {"error": False, "accuracy": True}}
 

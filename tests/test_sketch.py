@@ -7,8 +7,8 @@ from torch import nn
 
 import recon
 from recon.errors import UsageError
-from recon.profiler import Profiler
-from recon.sketch import SIZE, GradientSketch, sketch_gramians
+from recon.profiling.profiler import Profiler
+from recon.profiling.sketch import SIZE, GradientSketch, sketch_gramians
 from tests.test_gradients import TwoHeads, losses_of
 
 
@@ -140,7 +140,7 @@ def test_gradients_of_the_digits_model():
             twin = copy.deepcopy(model)
             F.cross_entropy(twin(x)[task], targets[task]).backward()
             gradients.append({name: p.grad for name, p in twin.named_parameters()})
-        for layer in recon.layers.find_layers(model):
+        for layer in recon.support.network.layers.find_layers(model):
             rows = [[g[f"{layer.name}.{name}"] for name in layer.parameters] for g in gradients]
             if not any(g is None for row in rows for g in row):
                 flat = [torch.cat([g.flatten() for g in row]).double() for row in rows]

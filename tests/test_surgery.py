@@ -7,15 +7,15 @@ import pytest
 import torch
 from torch import nn
 
-from recon.batches import call
-from recon.branch_plan import BranchPlan, plan_of
+from recon.branching.conversion import convert
+from recon.branching.extract import extract_task
+from recon.branching.fans.trees import partition_of
+from recon.branching.fans.value import fans_in
+from recon.branching.partition import Partition
+from recon.branching.plan import BranchPlan, plan_of
+from recon.branching.verification import verify
 from recon.errors import FanError, PlanError, UnknownNameError, UsageError
-from recon.extract import extract_task
-from recon.fan_trees import partition_of
-from recon.partition import Partition
-from recon.surgery import convert
-from recon.value import fans_in
-from recon.verification import verify
+from recon.support.network.forward import call
 from tests import oracle
 from tests.scripting import script
 from tests.zoo import TASKS, ZOO, Entry, PlainConv, ResidualNet, SomeTasksOnly, image, vector

@@ -8,10 +8,10 @@ import sys
 
 import pytest
 
-from recon.conflict_map import ConflictMap
+from recon.branching.partition import Partition
 from recon.errors import PlanError, ReconError, UnknownNameError, cut, printable, readable
-from recon.partition import Partition
-from recon.tables import text_table
+from recon.maps.conflict_map import ConflictMap
+from recon.support.tables import text_table
 from recon_cli.main import main
 from recon_cli.terminal import for_terminals, tell
 from tests.test_conflict_map import make_map

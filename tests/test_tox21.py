@@ -7,7 +7,7 @@ import torch
 
 from recon.errors import ProblemError, UsageError
 from recon.problems import descriptions, get
-from recon.problems.tox21 import FEATURES, TASKS
+from recon.problems.sets.tox21 import FEATURES, TASKS
 from recon_cli.main import main
 
 REAL = Path(__file__).parents[2] / "shared" / "data"

@@ -209,7 +209,7 @@ def test_training_without_a_checkpoint_leaves_the_random_states_and_signals_alon
     def untouched(*args):
         raise AssertionError("not asked for")
 
-    monkeypatch.setattr("recon.batch_stream.global_states", untouched)
+    monkeypatch.setattr("recon.training.batch_stream.global_states", untouched)
     monkeypatch.setattr("signal.signal", untouched)
     recon.train(model, list(batches(2)), LOSSES, optimizer=sgd(model))
 
@@ -376,7 +376,7 @@ def test_accumulation_goes_on_after_an_interruption_as_if_nothing_had_happened(t
 
 
 def test_the_bar_shows_throughput_and_losses(model, monkeypatch, capsys):
-    monkeypatch.setattr("recon.trainer._BAR_SECONDS", 0.0)
+    monkeypatch.setattr("recon.training.trainer._BAR_SECONDS", 0.0)
     data = [(x, targets) for x, targets in batches(4)]
 
     def slow(out, target):

@@ -1,6 +1,6 @@
 import pytest
 
-from recon_cli.training_report import static_option
+from recon_cli.texts.training import static_option
 
 
 @pytest.mark.parametrize(

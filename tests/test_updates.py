@@ -8,8 +8,8 @@ from torch.optim.lr_scheduler import StepLR
 import recon
 from recon.errors import GradientError, UsageError
 from recon.methods import Aggregator
-from recon.profiler import Profiler
-from recon.updates import backward
+from recon.methods.updates.step import backward
+from recon.profiling.profiler import Profiler
 from tests.test_gradients import TwoHeads, losses_of
 
 FAMILY = {name: recon.methods.entry(name).family for name in recon.methods.names()}

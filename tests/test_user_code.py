@@ -8,8 +8,8 @@ import torch
 
 import recon
 import recon_cli
-from recon.statement import where, where_raised
-from recon.user_code import is_users, user_frame, user_line
+from recon.branching.fans.statement import where, where_raised
+from recon.support.user_code import is_users, user_frame, user_line
 
 RECON, CLI = recon.__path__[0], recon_cli.__path__[0]
 

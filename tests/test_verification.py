@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch import nn
 
-from recon.branch_plan import BranchPlan
-from recon.branched_statistics import BranchedStatistics
-from recon.branches import Branched
+from recon.branching.conversion import convert
+from recon.branching.fans.fan import merge
+from recon.branching.modules.branched import Branched
+from recon.branching.modules.statistics import BranchedStatistics
+from recon.branching.plan import BranchPlan
+from recon.branching.verification import verify
 from recon.errors import PlanError, UsageError, VerificationError
-from recon.fan import merge
-from recon.surgery import convert
-from recon.verification import verify
 from tests import oracle
 from tests.test_surgery import seed_of
 from tests.zoo import TASKS, ZOO, PlainConv, image, vector
@@ -140,7 +140,7 @@ def test_frozen_models_have_no_gradients_to_compare():
 
 def test_convert_verifies_on_demand(caplog, monkeypatch):
     model, plan = PlainConv().double(), BranchPlan.per_task(["body.1.0"], TASKS)
-    with caplog.at_level(logging.INFO, "recon.surgery"):
+    with caplog.at_level(logging.INFO, "recon.branching.conversion"):
         branched = convert(model, plan, image(4), verify=True)
     assert "Verified in evaluation and training mode against the original" in caplog.text
     with pytest.raises(UsageError, match="convert needs example_inputs"):

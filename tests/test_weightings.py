@@ -12,7 +12,7 @@ import torchjd.scalarization
 import recon
 from recon import methods
 from recon.errors import UnknownNameError, UsageError
-from recon.profiler import Profiler
+from recon.profiling.profiler import Profiler
 from tests.test_methods import TASKS, WEIGHTINGS, saved
 from tests.test_updates import gradients_by_task, losses_of, model, x
 

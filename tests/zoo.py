@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 from torch.utils.checkpoint import checkpoint
 
-from recon.batches import Inputs, inputs
+from recon.support.network.forward import Inputs, inputs
 
 TASKS = ("a", "b", "c")
 

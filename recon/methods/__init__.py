@@ -2,32 +2,33 @@
 
 # The order of the imports is the order of the registry.
 # isort: off
-from recon.methods.aggregator import Aggregator, GramianAggregator
-from recon.methods.feature_method import FeatureMethod
-from recon.methods.base import Method
-from recon.methods.weighting import Weighting
+from recon.methods.bases.aggregator import Aggregator, GramianAggregator
+from recon.methods.bases.feature_method import FeatureMethod
+from recon.methods.bases.method import Method
+from recon.methods.bases.weighting import Weighting
 from recon.methods.composition import Composition
 from recon.methods.registry import MethodEntry, entry, get, names, register
 from recon.methods.parsing import parse
 from recon.methods.torchjd_adapter import wrap
-from recon.methods.weightings import DWA, UW, Joint
-from recon.methods.gradnorm import GradNorm, NormWeighting
-from recon.methods.random_weighting import RLW
-from recon.methods.scalarizations import GLS, IMTLL, STCH
-from recon.methods.famo import FAMO
-from recon.methods.pcgrad import PCGrad
-from recon.methods.cagrad import CAGrad
-from recon.methods.mgda import MGDA
-from recon.methods.gradvac import GradVac
-from recon.methods.graddrop import GradDrop
-from recon.methods.equal_footing import IMTLG, ConFIG
-from recon.methods.fairness import FairGrad, NashMTL
-from recon.methods.aligned_mtl import AlignedMTL
-from recon.methods.dual_cone import DualProj, UPGrad
-from recon.methods.tracked_weights import MoDo, SDMGrad
-from recon.methods.excess_mtl import ExcessMTL
-from recon.methods.pe_ltr import PELTR
+from recon.methods.weightings.basic import DWA, UW, Joint
+from recon.methods.weightings.gradnorm import GradNorm, NormWeighting
+from recon.methods.weightings.random_weighting import RLW
+from recon.methods.weightings.scalarizations import GLS, IMTLL, STCH
+from recon.methods.weightings.famo import FAMO
+from recon.methods.aggregators.pcgrad import PCGrad
+from recon.methods.aggregators.cagrad import CAGrad
+from recon.methods.aggregators.mgda import MGDA
+from recon.methods.aggregators.gradvac import GradVac
+from recon.methods.aggregators.graddrop import GradDrop
+from recon.methods.aggregators.equal_footing import IMTLG, ConFIG
+from recon.methods.aggregators.fairness import FairGrad, NashMTL
+from recon.methods.aggregators.aligned_mtl import AlignedMTL
+from recon.methods.aggregators.dual_cone import DualProj, UPGrad
+from recon.methods.aggregators.tracked_weights import MoDo, SDMGrad
+from recon.methods.aggregators.excess_mtl import ExcessMTL
+from recon.methods.aggregators.pe_ltr import PELTR
 from recon.methods.rotograd import RotoGrad
+from recon.methods.updates.step import backward
 # isort: on
 
 __all__ = [
@@ -65,6 +66,7 @@ __all__ = [
     "SDMGrad",
     "UPGrad",
     "Weighting",
+    "backward",
     "entry",
     "get",
     "names",

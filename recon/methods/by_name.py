@@ -8,7 +8,7 @@ from weakref import WeakKeyDictionary
 from torch import nn
 
 from recon.errors import UsageError
-from recon.methods.base import Method
+from recon.methods.bases.method import Method
 from recon.methods.parsing import parse
 from recon.methods.registry import edition
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from recon.errors import UsageError
-from recon.methods.aggregator import Aggregator, GramianAggregator
-from recon.methods.base import Method
-from recon.methods.weighting import Weighting
+from recon.methods.bases.aggregator import Aggregator, GramianAggregator
+from recon.methods.bases.method import Method
+from recon.methods.bases.weighting import Weighting
 
 
 class Composition(Aggregator):

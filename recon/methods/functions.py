@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from recon.errors import UsageError
-from recon.methods.aggregator import Aggregator, GramianAggregator
-from recon.methods.base import Method, check_rows
-from recon.methods.loss_weights import LossWeights
+from recon.methods.bases.aggregator import Aggregator, GramianAggregator
+from recon.methods.bases.loss_weights import LossWeights
+from recon.methods.bases.method import Method, check_rows
 
 
 class _OfFunction(Method):

@@ -6,10 +6,10 @@ import re
 from typing import Any
 
 from recon.errors import UnknownNameError, UsageError
-from recon.importing import definitions_of, import_target
-from recon.methods.base import Method
+from recon.methods.bases.method import Method
 from recon.methods.composition import compose
 from recon.methods.registry import Known, MethodEntry, describe, find, make, names
+from recon.support.importing import definitions_of, import_target
 
 _JOINT = re.compile(r"\+(?=\s*(?:[^\W\d]|[./~\\]))")  # the plus of uw+pcgrad, not those of 1e+2 and normalize=loss+
 # Options have a '=' where the name of a function has none; a Windows path has a colon of its own.

@@ -9,12 +9,12 @@ from numbers import Integral, Real
 from typing import Any, TypeVar
 
 from recon.errors import UnknownNameError, UsageError
-from recon.methods.aggregator import Aggregator
-from recon.methods.base import Method
+from recon.methods.bases.aggregator import Aggregator
+from recon.methods.bases.feature_method import FeatureMethod
+from recon.methods.bases.method import Method
+from recon.methods.bases.weighting import Weighting
 from recon.methods.composition import compose
-from recon.methods.feature_method import FeatureMethod
 from recon.methods.functions import method_class
-from recon.methods.weighting import Weighting
 
 D = TypeVar("D", bound=Callable[..., Any])
 

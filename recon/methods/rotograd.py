@@ -11,16 +11,16 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Adam
 
-from recon.branch_point import leaves_behind, shared_leaves
-from recon.distributed import world_size
+from recon.branching.modules.branch_point import leaves_behind, shared_leaves
+from recon.branching.modules.rotations import Feature, Rotations, attach_rotations, by_feature
 from recon.errors import NonFiniteError, UnknownNameError, UsageError, shortened
-from recon.gradients import add_gradient
-from recon.graph import leaves_before
-from recon.layers import unwrapped
-from recon.methods.base import WHAT_TO_LOOK_AT, check_rows
-from recon.methods.feature_method import FeatureMethod
+from recon.methods.bases.feature_method import FeatureMethod
+from recon.methods.bases.method import WHAT_TO_LOOK_AT, check_rows
+from recon.methods.gradients.jacobian import add_gradient
 from recon.methods.registry import register
-from recon.rotations import Feature, Rotations, attach_rotations, by_feature
+from recon.support.network.graph import leaves_before
+from recon.support.network.layers import unwrapped
+from recon.support.processes import world_size
 
 
 @register(

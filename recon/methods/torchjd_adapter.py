@@ -12,10 +12,10 @@ from torchjd import aggregation, scalarization
 from torchjd.linalg import PSDMatrix
 
 from recon.errors import UsageError
-from recon.methods._state import RandomStream
-from recon.methods.aggregator import Aggregator, GramianAggregator
-from recon.methods.base import Method
-from recon.methods.weighting import Weighting
+from recon.methods.bases.aggregator import Aggregator, GramianAggregator
+from recon.methods.bases.method import Method
+from recon.methods.bases.state import RandomStream
+from recon.methods.bases.weighting import Weighting
 
 _HOME = "_recon_method"
 _PLAIN = (bool, int, float, str, Tensor, torch.dtype, torch.device, type(None))

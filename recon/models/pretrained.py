@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from recon.errors import CheckpointError, shortened
-from recon.weights import read_state_dict
+from recon.support.files.weights import read_state_dict
 
 
 def load_pretrained(

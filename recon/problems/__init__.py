@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from recon.errors import ProblemError, UnknownNameError, UsageError
-from recon.importing import call, functions_of, import_target
-from recon.problems._options import check_options
+from recon.problems.options import check_options
+from recon.support.importing import call, functions_of, import_target
 
 if TYPE_CHECKING:
-    from recon.problem import Problem
+    from recon.problems.problem import Problem
 
 __all__ = ["call_function", "descriptions", "get", "home_of", "names"]
 
@@ -86,7 +86,7 @@ def get(spec: str, **options: Any) -> Problem:
         raise UsageError(f"Problem {spec!r} does not end in ':function'. {_HOW_TO_NAME_ONE}")
     made = call_function(spec, **options)
 
-    from recon.problem import Problem  # late: it imports torch
+    from recon.problems.problem import Problem  # late: it imports torch
 
     if not isinstance(made, Problem):
         raise ProblemError(f"{spec} must return a recon.Problem, but it returned {type(made).__name__}.")

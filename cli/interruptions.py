@@ -1,0 +1,98 @@
+"""Long trainings on the command line: what is said when one ends early, or goes on. Imports torch."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import shlex
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from recon.errors import CheckpointError, GradientError, ReconError, UsageError
+from recon.support import launch
+from recon.training.checkpoints import refuse_existing
+from recon_cli.terminal import log_handler, tell
+
+
+class TrainingStoppedError(ReconError):
+    """The user stopped the training; the message says what is left of it."""
+
+
+def check_resume(args: argparse.Namespace) -> None:
+    """Refuse `--resume` where there can be no checkpoint.
+
+    Raises:
+        UsageError: there are several processes.
+    """
+    if args.resume and launch.count() > 1:
+        raise UsageError("--resume goes on from a checkpoint, which several processes do not keep. Leave it out.")
+
+
+@contextmanager
+def resumable(
+    args: argparse.Namespace, checkpoints: Sequence[Path], left: Callable[[], str] = lambda: ""
+) -> Iterator[None]:
+    """Trainings that are kept in `checkpoints`: whatever ends one, the user learns how to go on.
+
+    Args:
+        args: the command's.
+        checkpoints: one a training, in their order; deleted when all are done.
+        left: tells what an interruption leaves besides, as a sentence.
+
+    Raises:
+        UsageError: there is a checkpoint, and no `--resume`.
+        TrainingStoppedError: the user pressed Ctrl-C.
+    """
+    if not args.resume:
+        for checkpoint in checkpoints:
+            refuse_existing(checkpoint)
+    with _resuming_on_stderr():
+        try:
+            yield
+        except KeyboardInterrupt as error:
+            raise TrainingStoppedError(f"Interrupted. {left()}{_way_on(args, checkpoints, error)}".strip()) from error
+        except CheckpointError:
+            raise
+        except Exception as error:
+            if any(checkpoint.exists() for checkpoint in checkpoints):
+                tell(f"{left()}{_way_on(args, checkpoints, error)}")
+            raise
+    for checkpoint in checkpoints:
+        checkpoint.unlink(missing_ok=True)
+
+
+def command_line(args: argparse.Namespace) -> list[str]:
+    """The command that gives these arguments, without `--resume`."""
+    words = ["recon", args.verb]
+    for action in args.parser._actions:
+        value = getattr(args, action.dest, action.default)
+        if value == action.default or action.dest == "resume":
+            continue
+        words += action.option_strings[-1:]
+        if action.nargs != 0:
+            words += map(str, value) if isinstance(value, list) else [str(value)]
+    return words
+
+
+def _way_on(args: argparse.Namespace, checkpoints: Sequence[Path], error: BaseException) -> str:
+    kept = [checkpoint for checkpoint in checkpoints if checkpoint.exists()]
+    if not kept:
+        return "" if launch.count() > 1 else "No step was complete, so nothing was saved."
+    if isinstance(error, GradientError):  # it would come again
+        return f"{kept[-1]} keeps the training up to there. To start over with other settings, delete it."
+    return f"{kept[-1]} keeps the training. Go on with:\n  {shlex.join([*command_line(args), '--resume'])}"
+
+
+@contextmanager
+def _resuming_on_stderr() -> Iterator[None]:
+    logger, handler = logging.getLogger("recon"), log_handler(sys.stderr)
+    before = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(before)

@@ -1,0 +1,201 @@
+"""The options that choose layers and groups: for `recon plan` and `recon convert`. Torch is imported late."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from recon_cli.options.rename import add_rename_option, renames
+from recon_cli.parser import any_path, positive_integer, positive_number, share, threshold
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from recon import BranchPlan, Problem
+    from recon.plans import Choice, CostModel, Match
+    from recon.plans.grouping import Groups
+    from recon_cli.parser import Parser
+
+_SELECT = ("top", "random", "first", "last", "norms")
+_BUDGETS = ("max_params", "max_macs")
+_WAYS = ("top_k", "share", *_BUDGETS, "auto", "like", "layers", "matching")
+
+
+def add_selection_options(parser: Parser) -> None:
+    """Which layers are branched, and which tasks share a copy."""
+    parser.add_argument("--map", type=any_path, metavar="MAP", help="the conflict map that chooses the layers")
+    ways = parser.add_argument_group("which layers", "One of these; --max-params and --max-macs may go together.")
+    which = ways.add_mutually_exclusive_group()
+    which.add_argument("--top-k", type=positive_integer, metavar="K", help="branch K layers of the map")
+    which.add_argument("--share", type=share, metavar="PART", help="the fewest layers with this part of all conflict")
+    which.add_argument("--auto", action="store_true", help="all that conflict more than the mean layer, beyond noise")
+    which.add_argument("--layers", nargs="+", metavar="NAME", help="branch these layers; needs no map")
+    which.add_argument("--matching", metavar="REGEX", help="all shared layers whose whole name matches; needs no map")
+    which.add_argument(
+        "--like",
+        type=any_path,
+        metavar="FOLDER",
+        help="a control, by --select: as many parameters as the branched model in FOLDER adds",
+    )
+    ways.add_argument(
+        "--max-params",
+        type=positive_number,
+        metavar="RATIO",
+        help="the most conflict at so many times the parameters",
+    )
+    ways.add_argument(
+        "--max-macs",
+        type=positive_number,
+        metavar="RATIO",
+        help="the same, of multiply-adds",
+    )
+    parser.add_argument(
+        "--select",
+        choices=_SELECT,
+        help="the highest scores (default); or, as controls, layers at random, the first, the last, or the norms",
+    )
+    parser.add_argument(
+        "--groups",
+        nargs="+",
+        default=["per-task"],
+        metavar="GROUP",
+        help="per-task: a copy for each task (default); a number of groups; conflict: tasks that rarely conflict in a "
+        "layer share it; or the groups themselves, as in a+b c",
+    )
+    parser.add_argument("--threshold", type=threshold, metavar="S", help="score at another S (default: the map's own)")
+    add_rename_option(parser, "rename the map's layers to the model's,")
+
+
+def check_selection(args: argparse.Namespace) -> None:
+    """See that the options go together, before anything is loaded."""
+    error = args.parser.error
+    given = _given(args)
+    budget = [name for name in given if name in _BUDGETS]
+    if not given and args.select != "norms":
+        error(f"one of the arguments {' '.join(map(_flag, _WAYS))} is required")
+    if budget and len(given) > len(budget):
+        other = next(name for name in given if name not in _BUDGETS)
+        error(f"argument {_flag(budget[0])}: not allowed with argument {_flag(other)}")
+    named = "layers" in given or "matching" in given
+    if not args.map and not named:
+        error(f"{_flag((*given, 'select')[0])} needs --map MAP: `recon profile` makes one")
+    if renames(args) and not args.map:
+        error("--rename goes with --map: it renames the map's layers")
+    for option in ("select", "threshold"):
+        if named and getattr(args, option) is not None:
+            error(f"{_flag(option)} goes with a choice by the map, such as --top-k, not with {_flag(given[0])}")
+    if not args.map and (args.groups == ["conflict"] or args.groups[0].isdigit()):
+        error(f"--groups {args.groups[0]} needs --map MAP, which tells how often tasks conflict")
+
+
+def has_budget(args: argparse.Namespace) -> bool:
+    """Whether the choice needs the costs of plans."""
+    return any(getattr(args, name) is not None for name in _BUDGETS)
+
+
+def choose(
+    args: argparse.Namespace, problem: Problem, model: nn.Module, found: Match | None, costs: CostModel | None
+) -> Choice:
+    """The plan that the options ask for.
+
+    Args:
+        args: of the command line.
+        problem: the problem.
+        model: its unbranched model.
+        found: the map, matched to the model; `None` where layers are named without one.
+        costs: of the model; needed for a budget.
+
+    Raises:
+        UsageError: see `recon.plan`.
+    """
+    import recon.plans.planning  # late: these import torch
+    from recon.branching import load_plan
+    from recon.plans import Selection
+    from recon.plans.selection import names_matching
+    from recon.support.network.layers import find_layers
+
+    tasks, groups = problem.task_names, groups_of(args)
+    if found is None:
+        names = args.layers or names_matching(args.matching, [layer.name for layer in find_layers(model)])
+        plan = recon.BranchPlan.per_task(names, tasks)
+        if not isinstance(groups, str | int):
+            plan = recon.BranchPlan.grouped(dict.fromkeys(names, groups), tasks)
+        return recon.plans.planning.Choice(plan.on(model), "named", {}, {})
+    selection = Selection(
+        top_k=args.top_k,
+        share=args.share,
+        max_params=args.max_params,
+        max_macs=args.max_macs,
+        auto=args.auto,
+        layers=args.layers or args.matching,
+        like=load_plan(args.like) if args.like else None,
+        select=args.select or "top",
+        seed=args.seed,
+    )
+    return recon.plans.choose(found, model, selection, tasks, groups=groups, threshold=args.threshold, costs=costs)
+
+
+def surgery_name(args: argparse.Namespace, plan: BranchPlan) -> str:
+    """What tables call the way in which the layers were chosen; the same for every seed."""
+    select = args.select or "top"
+    budget = " ".join(f"{name}={getattr(args, name):g}" for name in _BUDGETS if getattr(args, name) is not None)
+    if args.layers or args.matching:
+        name = f"K={len(plan.layers)} by name"
+    elif args.top_k:
+        name = f"{'Recon' if select == 'top' else select} K={args.top_k}"
+    elif budget:
+        name = budget if select == "top" else f"{select} {budget}"
+    elif args.share:
+        name = f"share={args.share:g}"
+    elif args.like:
+        name = f"{select} like {args.like.name}"
+    else:
+        name = "auto" if args.auto else "all norms"
+    groups = " ".join(args.groups)
+    return name if groups == "per-task" else f"{name}, groups {groups}"
+
+
+def selection_arguments(args: argparse.Namespace) -> list[str]:
+    """The arguments that make the same choice with another verb."""
+    options: dict[str, Any] = {name: getattr(args, name) for name in ("map", *_WAYS, "select", "threshold")}
+    words = []
+    for name, value in options.items():
+        if value is None or value is False:
+            continue
+        values = [] if value is True else value if isinstance(value, list) else [value]
+        words += [_flag(name), *(f"{one:g}" if isinstance(one, float) else str(one) for one in values)]
+    words += [word for pair in renames(args).items() for word in ("--rename", "=".join(pair))]
+    if args.groups != ["per-task"]:
+        words += ["--groups", *args.groups]
+    return words + (["--seed", str(args.seed)] if args.seed else [])
+
+
+def groups_lines(layers: Mapping[str, Any]) -> list[str]:
+    """Who shares the copies of these layers: `{layer: partition}`, a line for each partition."""
+    lines = []
+    for partition in dict.fromkeys(layers.values()):
+        names = [name for name, split in layers.items() if split == partition]
+        of = "" if len(names) == len(layers) else f" of {', '.join(names)}"
+        if len(partition.groups) == len(partition.tasks):
+            who = f"one for each of the tasks {', '.join(partition.tasks)}"
+        else:
+            who = " | ".join(" ".join(group) for group in partition.groups)
+        lines.append(f"{len(partition.groups)} copies{of}: {who}")
+    return lines
+
+
+def _given(args: argparse.Namespace) -> list[str]:
+    return [name for name in _WAYS if getattr(args, name) not in (None, False)]
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def groups_of(args: argparse.Namespace) -> Groups:
+    """What --groups says, as `recon.plan` takes it."""
+    words: Sequence[str] = args.groups
+    if len(words) > 1 or "+" in words[0]:
+        return [word.split("+") for word in words]
+    return int(words[0]) if words[0].isdigit() else words[0]

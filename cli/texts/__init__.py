@@ -1,0 +1,1 @@
+"""What a verb prints, as text and as plain values."""

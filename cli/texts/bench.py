@@ -1,0 +1,164 @@
+"""What `recon bench` tells in the end. Imports torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from recon.experiments import Bench, Run, Variant
+from recon.experiments import inputs as workbench
+from recon.experiments.bench import cosines as bench_cosines
+from recon.experiments.bench.bench import RESULTS_FILE, BenchRuns
+from recon.experiments.bench.cosines import Cosines
+from recon.experiments.bench.job import folder_name
+from recon.experiments.bench.table import Row, make_rows, paper_table, results_table, rows_data
+from recon.experiments.pictures import before_after
+from recon.maps.picture import heatmap
+from recon.problems import paper
+from recon_cli.parser import Report
+
+
+def report(bench: Bench, top_k_reason: str) -> Report:
+    """Do what is missing of the bench, write the results file, and tell."""
+    found = bench.run()
+    variants, notes = found.variants, found.notes
+    rows = make_rows(found.runs, found.seconds, notes)
+    backbone = type(workbench.make_model(bench.problem, 0)).__name__
+    published = paper.results(bench.problem.name, backbone)
+    their_cosines = paper.cosines(bench.problem.name, backbone)
+    counted = _counted(bench, variants)
+    before, after = _before_after(found, counted)
+    data = bench.save(
+        {
+            "top_k": found.top_k,
+            "backbone": backbone,
+            "threads": torch.get_num_threads(),
+            "seeds": bench.seeds,
+            "profiled_steps": found.cmap.steps,
+            "rows": rows_data(rows, published),
+            "runs": [_without_history(run) for of_seeds in found.runs.values() for run in of_seeds],
+            "seconds_per_step": found.seconds,
+            "cosines": bench_cosines.data(counted, their_cosines) if counted else None,
+            "branched_layers": {v.label: [list(plan.layers) for plan in v.plans] for v in variants if v.plans},
+            "notes": notes,
+        }
+    )
+    text = [
+        *_head(bench, found, top_k_reason, backbone),
+        "",
+        results_table(rows),
+        "",
+        *notes,
+        *_published(bench, rows, published),
+        *_cosines(bench, counted, before, after, their_cosines),
+        f"Saved in {bench.folder}: {RESULTS_FILE}, every run as `recon train` leaves it, and pictures. The same "
+        "command again prints this from there.",
+    ]
+    if before is not None and after is not None:
+        _draw(bench, found, before, after)
+    return Report("\n".join(text), data)
+
+
+def _head(bench: Bench, found: BenchRuns, top_k_reason: str, backbone: str) -> list[str]:
+    settings, problem = bench.settings, bench.problem
+    recipe = settings.recipe
+    lines = []
+    if settings.preset == "quick":
+        lines.append("A REDUCED run, not the paper's: `--preset paper` trains as the paper does.")
+    test = "all test data" if settings.test_batches is None else f"at most {settings.test_batches} test batches"
+    schedule = "the problem's own schedule" if recipe.schedule is None else f"schedule {recipe.schedule}"
+    return [
+        f"{problem.name}, {backbone}, preset {settings.preset}: {settings.steps}, {schedule}, {bench.seeds} seed(s), "
+        f"evaluated on {test}.",
+        *lines,
+        f"Recon branches K={found.top_k} layers ({top_k_reason}) of {len(found.cmap.layers)}, by conflicts below "
+        f"S={settings.threshold:g} in {found.cmap.steps} steps.",
+        "Mean ± standard deviation over the seeds. Δm is against one model for each task. #P counts parameters; "
+        "multiply-adds are",
+        f"of one sample's forward; ms/step was measured for all in turn on {_machine(bench)}. Ratios are to joint "
+        "training.",
+    ]
+
+
+def _machine(bench: Bench) -> str:
+    return "a GPU" if bench.settings.device == "cuda" else f"{torch.get_num_threads()} CPU thread(s)"
+
+
+def _published(bench: Bench, rows: Sequence[Row], table: paper.PaperTable | None) -> list[str]:
+    if table is None:
+        return [f"The paper ({paper.SOURCE}) has no results on this problem with this network.", ""]
+    return [
+        f"The paper's figures for the same rows ({paper.SOURCE}, table {table.number}; means of 3 seeds, its own data, "
+        "epochs and code):",
+        "",
+        paper_table(rows, table),
+        "",
+    ]
+
+
+def _counted(bench: Bench, variants: Sequence[Variant]) -> list[Cosines]:
+    """What was counted in each variant, plain joint training first."""
+    chosen = [v for v in variants if v.counted]
+    chosen.sort(key=lambda variant: variant.label != "joint")
+    found = []
+    for variant in chosen:
+        key = variant.method.partition(":")[0], variant.surgery.partition(" ")[0]
+        folders = [bench.folder / folder_name(variant.label) / f"seed-{seed}" for seed in range(bench.seeds)]
+        found.append(bench_cosines.read(variant.label, key, folders))
+    return found
+
+
+def _before_after(found: BenchRuns, counted: Sequence[Cosines]) -> tuple[Cosines | None, Cosines | None]:
+    by_title = {one.title: one for one in counted}
+    return by_title.get("joint"), by_title.get(f"joint + Recon K={found.top_k}")
+
+
+def _cosines(
+    bench: Bench,
+    counted: Sequence[Cosines],
+    before: Cosines | None,
+    after: Cosines | None,
+    table: paper.CosineTable | None,
+) -> list[str]:
+    if before is None:
+        return ["Add joint to --methods to see how often gradients conflict before and after branching.", ""]
+    every = "every step" if bench.settings.count_every == 1 else f"one step in {bench.settings.count_every}"
+    bins = "the paper's bins" if table else "the paper's bins on Multi-Fashion+MNIST"
+    theirs = f"; in brackets the paper's, table {table.number}" if table else ""
+    lines = [
+        f"Cosines between the tasks' gradients over all shared parameters, % in {bins}{theirs}; counted at {every}:",
+        "",
+        bench_cosines.whole_table(counted, table),
+        "",
+    ]
+    if after is None or not bench_cosines.kept_layers(before, after):
+        return lines
+    kept = len(bench_cosines.kept_layers(before, after))
+    return [
+        *lines,
+        f"The same layer by layer, over the {kept} layers that stay shared:",
+        "",
+        bench_cosines.layers_table(before, after, table),
+        "",
+    ]
+
+
+def _draw(bench: Bench, found: BenchRuns, before: Cosines, after: Cosines) -> None:
+    plan = next(v.plans[0] for v in found.variants if v.label == after.title)
+    heatmap(found.cmap, _path(bench, "conflicts_by_layer.png"), branched=list(plan.layers))
+    conflicts = [
+        {name: sum(bench_cosines.shares(h, (0.0,))[1:]) for name, h in c.layers.items()} for c in (before, after)
+    ]
+    if bench_cosines.kept_layers(before, after):
+        before_after(conflicts[0], conflicts[1], _path(bench, "conflicts_before_after.png"))
+
+
+def _path(bench: Bench, name: str) -> Path:
+    return bench.folder / name
+
+
+def _without_history(run: Run) -> Mapping[str, object]:
+    return {name: value for name, value in asdict(run).items() if name != "history"}

@@ -1,0 +1,257 @@
+"""`recon map ACTION`: shows, compares, merges and imports conflict maps."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+import recon
+from recon.errors import UsageError
+from recon_cli.options.outputs import check_file
+from recon_cli.options.rename import add_rename_option, renames
+from recon_cli.parser import Parser, Report, add_verb, any_path, file_path, positive_integer, threshold
+from recon_cli.terminal import tell
+from recon_cli.texts.maps import comparison_data, comparison_text, header_text
+from recon_cli.texts.ranking import ranked_layers, ranking_table, unsure_why
+
+if TYPE_CHECKING:
+    from recon import ConflictMap
+    from recon_cli.parser import Verbs
+
+_MARK = b'"recon conflict map"'
+_TOP = 10
+
+
+def add_parser(verbs: Verbs) -> None:
+    """Add the verb to the root parser."""
+    parser = add_verb(
+        verbs,
+        "map",
+        show,
+        "show, compare, merge or import conflict maps",
+        """
+        recon map show map.json
+        recon map compare seed0.json seed1.json
+        recon map merge seed0.json seed1.json --out both.json
+        recon map import 0_Baseline_ep39_lw_cos_S-0.1.json --threshold -0.1 --out map.json
+        """,
+        "`recon map ACTION --help` tells more of each.",
+    )
+    actions = parser.add_subparsers(title="actions", dest="action", metavar="ACTION", required=True)
+    for add_action in (_add_show, _add_compare, _add_merge, _add_import):
+        for option in add_action(actions)._actions:
+            if option.dest in ("json", "debug"):  # given before the action, they hold all the same
+                option.default = argparse.SUPPRESS
+
+
+def _add_show(actions: Verbs) -> Parser:
+    parser = add_verb(
+        actions,
+        "show",
+        show,
+        "show the ranking of the shared layers",
+        """
+        recon map show map.json
+        recon map show map.json --top-k 8
+        recon map show map.json --threshold -0.05 --top 10
+        recon map show map.json --plot map.png
+        """,
+        "The interval holds the scores of 90 % of resampled trainings, by a block bootstrap over the steps: it tells "
+        "what other batches would have done, not what another seed would.",
+    )
+    parser.add_argument(
+        "map", type=any_path, metavar="MAP", help="a file that `recon profile` wrote, or one from merge or import"
+    )
+    parser.add_argument(
+        "--top-k",
+        type=positive_integer,
+        metavar="K",
+        help="draw the line under the layers that K would branch, and name those within noise of it (default: a "
+        "quarter of the layers)",
+    )
+    _add_threshold(parser)
+    _add_top(parser)
+    parser.add_argument("--plot", type=file_path, metavar="FILE.png", help="draw layers x quarters of the training")
+    return parser
+
+
+def _add_compare(actions: Verbs) -> Parser:
+    parser = add_verb(
+        actions,
+        "compare",
+        compare,
+        "compare how two maps rank the layers that both have",
+        """
+        recon map compare seed0.json seed1.json
+        recon map compare short.json long.json --top-k 25 --top 10
+        recon map compare mine.json published.json --rename =backbone
+        """,
+        "The maps may differ in data, tasks, method, seed and threshold. Spearman's and Kendall's rank correlations "
+        "are 1 for the same order, about 0 for unrelated ones, -1 for opposite ones. Layers with equal scores share "
+        "the mean of their ranks.",
+    )
+    parser.add_argument("first", type=any_path, metavar="A", help="a conflict map")
+    parser.add_argument("second", type=any_path, metavar="B", help="another one")
+    parser.add_argument(
+        "--top-k",
+        type=positive_integer,
+        metavar="K",
+        help="compare the layers that K would branch (default: a quarter of the common layers)",
+    )
+    add_rename_option(parser, "rename the layers of B to those of A,")
+    _add_threshold(parser)
+    _add_top(parser)
+    return parser
+
+
+def _add_merge(actions: Verbs) -> Parser:
+    parser = add_verb(
+        actions,
+        "merge",
+        merge,
+        "add up the maps of several runs, such as seeds, into one",
+        """
+        recon map merge seed0.json seed1.json seed2.json --out all.json
+        """,
+        "The runs must agree in tasks, threshold, layers and parameter shapes. Counts and steps are added up, quarter "
+        "by quarter.",
+    )
+    parser.add_argument("maps", type=any_path, nargs="+", metavar="MAP", help="two or more conflict maps")
+    _add_out(parser)
+    return parser
+
+
+def _add_import(actions: Verbs) -> Parser:
+    parser = add_verb(
+        actions,
+        "import",
+        import_,
+        "make a map from a file of the published code (github.com/moukamisama/Recon)",
+        """
+        recon map import 0_Baseline_ep39_lw_cos_S-0.1.json --threshold -0.1 --out map.json
+        recon map import 0_Baseline_ep39_lw_cos.pt --threshold -0.1 --tasks left,right --out map.json
+        """,
+        "A .json file holds the scores of its layers at one S and nothing else; a .pt file holds every cosine, so that "
+        "the map answers for every S. The prefix feature_extractor. and the pieces .m_list.0. of its layer names go.",
+    )
+    parser.add_argument("file", type=any_path, metavar="FILE", help="{layer: score} (.json), or a log of cosines (.pt)")
+    parser.add_argument(
+        "--threshold",
+        type=threshold,
+        required=True,
+        metavar="S",
+        help="the S that a .json file was scored at; any for a .pt file",
+    )
+    parser.add_argument("--tasks", type=_tasks, default=(), metavar="A,B", help="the tasks, in the order of that run")
+    _add_out(parser)
+    return parser
+
+
+def show(args: argparse.Namespace) -> Report:
+    """Load the map and show it."""
+    if args.plot:
+        check_file(args.plot, b"PNG")
+    cmap = recon.ConflictMap.load(args.map)
+    if args.plot:
+        _plot(cmap, args)
+    top_k = args.top_k or max(1, len(cmap.layers) // 4)
+    layers = ranked_layers(cmap, args.threshold, top_k=top_k)
+    own = args.threshold is None or args.threshold == cmap.threshold
+    text = [header_text(cmap), "", ranking_table(layers, args.top, quarters=True, top_k=top_k), ""]
+    text += [why] if (why := unsure_why(cmap, args.threshold)) else []
+    text.append(f"q1-q4: the share in each quarter of the training{'' if own else f', at {cmap.threshold:g}'}.")
+    if args.plot:
+        text.append(f"Saved {args.plot}.")
+    data = {
+        "map": str(args.map),
+        "plot": str(args.plot) if args.plot else None,
+        "tasks": cmap.tasks,
+        "threshold": cmap.threshold if args.threshold is None else args.threshold,
+        "quarters_threshold": cmap.threshold,
+        "top_k": top_k,
+        "steps": cmap.steps,
+        "skipped": cmap.skipped,
+        "made_by": cmap.made_by,
+        "layers": layers[: args.top],
+    }
+    return Report("\n".join(text), data)
+
+
+def compare(args: argparse.Namespace) -> Report:
+    """Load two maps and compare their rankings."""
+    rename = renames(args)
+    files = args.first, args.second
+    first, second = (recon.ConflictMap.load(path) for path in files)
+    found = first.compare(second, threshold=args.threshold, top_k=args.top_k, rename=rename)
+    text = comparison_text(files, (first, second), found, args.threshold, args.top)
+    return Report(text, comparison_data(files, (first, second), found, args.threshold, args.top))
+
+
+def merge(args: argparse.Namespace) -> Report:
+    """Add up the maps and save the sum."""
+    check_file(args.out, _MARK)
+    if args.out.exists() and any(path.exists() and path.samefile(args.out) for path in args.maps):
+        raise UsageError(f"{args.out} is one of the maps to merge and would be overwritten. Choose another name.")
+    cmap = recon.ConflictMap.merge([recon.ConflictMap.load(path) for path in args.maps], [str(p) for p in args.maps])
+    return _save(cmap, args, f"{len(args.maps)} maps merged")
+
+
+def import_(args: argparse.Namespace) -> Report:
+    """Read the published file and save it as a map."""
+    from recon.maps import read_published  # late: a log of cosines takes torch
+
+    check_file(args.out, _MARK)
+    if args.file.suffix != ".json":  # a log of a whole training takes a minute
+        tell(f"Reading {args.file} ...")
+    cmap = read_published(args.file, args.threshold, args.tasks)
+    return _save(cmap, args, f"{args.file} imported")
+
+
+def _save(cmap: ConflictMap, args: argparse.Namespace, done: str) -> Report:
+    cmap.save(args.out)
+    layers = ranked_layers(cmap)
+    steps = "an unknown number of" if cmap.steps is None else cmap.steps
+    text = [
+        f"{done}: {len(layers)} shared layers, {steps} steps. Score: how often a cosine was below {cmap.threshold:g}.",
+        "",
+        ranking_table(layers, _TOP),
+        "",
+        f"Saved {args.out}. Next: `recon map show {args.out}`, or `recon convert PROBLEM --map {args.out} --top-k K`.",
+    ]
+    data = {
+        "map": str(args.out),
+        "tasks": cmap.tasks,
+        "threshold": cmap.threshold,
+        "steps": cmap.steps,
+        "skipped": cmap.skipped,
+        "made_by": cmap.made_by,
+        "layers": layers,
+    }
+    return Report("\n".join(text), data)
+
+
+def _plot(cmap: ConflictMap, args: argparse.Namespace) -> None:
+    if any(layer.conflicts is None for layer in cmap.layers):
+        raise UsageError(f"{args.map} holds no counts by quarter of the training to draw. Leave --plot out.")
+    from recon.maps.picture import heatmap  # late: it imports matplotlib
+
+    heatmap(cmap, args.plot)
+
+
+def _add_threshold(parser: Parser) -> None:
+    parser.add_argument("--threshold", type=threshold, metavar="S", help="score at another S (default: the map's own)")
+
+
+def _add_top(parser: Parser) -> None:
+    parser.add_argument("--top", type=positive_integer, metavar="N", help="only the first N layers")
+
+
+def _add_out(parser: Parser) -> None:
+    parser.add_argument("--out", type=file_path, required=True, metavar="MAP", help="the new conflict map, a JSON file")
+
+
+def _tasks(text: str) -> tuple[str, ...]:
+    tasks = tuple(part.strip() for part in text.split(","))
+    if len(tasks) < 2 or len(set(tasks)) < len(tasks) or not all(tasks):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of two or more different tasks, as in left,right")
+    return tasks

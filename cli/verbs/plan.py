@@ -1,0 +1,182 @@
+"""`recon plan`: shows which layers would be branched and what that would cost, and changes nothing."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import textwrap
+from typing import TYPE_CHECKING, Any
+
+import recon
+from recon.support.tables import short_number, text_table
+from recon_cli.options.pictures import add_picture_options, check_pictures, show_pictures
+from recon_cli.options.problem import add_problem, problem_arguments, problem_of
+from recon_cli.options.rename import renames
+from recon_cli.options.selection import (
+    add_selection_options,
+    check_selection,
+    choose,
+    groups_lines,
+    selection_arguments,
+    surgery_name,
+)
+from recon_cli.parser import Report, add_verb, seed
+from recon_cli.texts.map_fit import fit_data, fit_line, match_map
+
+if TYPE_CHECKING:
+    from recon.plans import Choice, CostModel, Match
+    from recon_cli.parser import Verbs
+
+_COSTS = {
+    "parameters": "parameters",
+    "macs": "multiply-adds, forward, per sample",
+    "activation_bytes": "activation memory, training, per sample",
+}
+
+
+def add_parser(verbs: Verbs) -> None:
+    """Add the verb to the root parser."""
+    parser = add_verb(
+        verbs,
+        "plan",
+        run,
+        "choose layers to branch, and show what that would cost",
+        """
+        recon plan digits --map map.json --top-k 4
+        recon plan digits --map map.json --max-macs 1.25
+        recon plan digits --map map.json --max-params 1.05 --max-macs 1.5
+        recon plan digits --map map.json --auto
+        recon plan digits --map map.json --max-macs 1.25 --frontier
+        recon plan tox21.py:problem --map map.json --share 0.5 --groups 3
+        """,
+        "Nothing is written but the pictures. `recon convert` takes the same options and branches the layers.",
+    )
+    add_problem(parser)
+    add_selection_options(parser)
+    add_picture_options(parser)
+    parser.add_argument("--seed", type=seed, default=0, help="of --select random (default: 0)")
+
+
+def run(args: argparse.Namespace) -> Report:
+    """Choose, count and show."""
+    check_selection(args)
+    check_pictures(args)
+    cmap = recon.ConflictMap.load(args.map) if args.map else None
+    problem = problem_of(args)
+    from recon.experiments import inputs as workbench
+    from recon.plans import CostModel  # late: these import torch
+    from recon.support.network.layers import find_layers
+
+    model = workbench.make_model(problem, args.seed)
+    found = match_map(cmap, problem, model, renames(args)) if cmap else None
+    inputs, samples = workbench.few_samples(workbench.example_inputs(problem, args.seed))
+    costs = CostModel(model, problem.task_names, inputs)
+    choice = choose(args, problem, model, found, costs)
+    kinds = {layer.name: layer.kind for layer in find_layers(model)}
+    shown = show_pictures(args, model, found, costs, choice, samples)
+    return _report(args, choice, found, costs, samples, kinds, shown)
+
+
+def _report(
+    args: argparse.Namespace,
+    choice: Choice,
+    found: Match | None,
+    costs: CostModel,
+    samples: int,
+    kinds: dict[str, str],
+    shown: tuple[list[str], dict[str, Any]],
+) -> Report:
+    layers, runs = _layers(choice, kinds), costs.of(choice.plan.layers).runs
+    table = _costs(choice, costs, samples)
+    next_command = ["recon", "convert", *problem_arguments(args), *selection_arguments(args), "--out", "branched"]
+    text = [
+        *([fit_line(args.map, found), ""] if found else []),
+        textwrap.fill(f"{choice}.", 100, break_on_hyphens=False),
+        "",
+        _layer_table(layers),
+        "",
+        *groups_lines(choice.plan.layers),
+        *([f"Conflict covered: {100 * choice.covered:.1f} %."] if choice.scores else []),
+        "",
+        _cost_table(table),
+        f"{len(runs)} modules run once per group. {_how(costs)}",
+        *shown[0],
+        "",
+        "Next, branch them:",
+        f"  {shlex.join(next_command)}",
+    ]
+    data = {
+        "problem": args.problem,
+        "surgery": surgery_name(args, choice.plan),
+        "map": fit_data(args.map, found) if found else None,
+        "reason": choice.reason,
+        "layers": layers,
+        "covered": choice.covered if choice.scores else None,
+        "costs": table,
+        "runs_per_group": {path: partition.groups for path, partition in runs.items()},
+        "traced": costs.traced,
+        "unsupported": costs.unsupported,
+        **shown[1],
+    }
+    return Report("\n".join(text), data)
+
+
+def _layers(choice: Choice, kinds: dict[str, str]) -> list[dict[str, Any]]:
+    total = max(1, sum(choice.scores.values()))
+    return [
+        {
+            "name": name,
+            "type": kinds[name],
+            "score": choice.scores.get(name),
+            "share": choice.scores[name] / total if name in choice.scores else None,
+            "parted": choice.parted.get(name),
+            "groups": partition.groups,
+        }
+        for name, partition in choice.plan.layers.items()
+    ]
+
+
+def _layer_table(layers: list[dict[str, Any]]) -> str:
+    header = ["layer", "type", "copies", "score", "share of all"]
+    rows = [
+        [
+            layer["name"],
+            layer["type"],
+            str(len(layer["groups"])),
+            "-" if layer["score"] is None else str(layer["score"]),
+            "-" if layer["share"] is None else f"{100 * layer['share']:.1f}%",
+        ]
+        for layer in layers
+    ]
+    return text_table(header, rows, left=2)
+
+
+def _costs(choice: Choice, costs: CostModel, samples: int) -> dict[str, dict[str, float | None]]:
+    """`{before, after, ratio: {parameters, macs, activation_bytes}}`, all but the parameters for one sample."""
+    found: dict[str, dict[str, float | None]] = {}
+    for when, layers in (("before", {}), ("after", choice.plan.layers)):
+        of = costs.of(layers)
+        found[when] = {
+            "parameters": of.parameters,
+            "macs": of.macs // samples,
+            "activation_bytes": of.activation_bytes // samples,
+        }
+    before, after = found["before"], found["after"]
+    found["ratio"] = {what: after[what] / before[what] if before[what] else None for what in _COSTS}  # type: ignore[operator]
+    return found
+
+
+def _cost_table(table: dict[str, dict[str, float | None]]) -> str:
+    rows = []
+    for what, title in _COSTS.items():
+        unit = "B" if what == "activation_bytes" else ""
+        ratio = table["ratio"][what]
+        values = [f"{short_number(table[when][what] or 0)}{unit}" for when in ("before", "after")]
+        rows.append([title, *values, "-" if ratio is None else f"{ratio:.2f}x"])
+    return text_table(["cost", "before", "after", "ratio"], rows)
+
+
+def _how(costs: CostModel) -> str:
+    if costs.traced:
+        return "Counted on the dataflow of one traced forward."
+    return f"Measured by a dry run of the converted model: the forward could not be traced ({costs.unsupported[0]})."

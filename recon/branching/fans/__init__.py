@@ -1,0 +1,1 @@
+"""What runs in every step of a branched model: values that differ between groups of tasks."""

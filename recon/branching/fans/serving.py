@@ -1,0 +1,32 @@
+"""The tasks that the code running now serves, where a module runs once per group."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+from recon.branching.partition import Group, Partition
+
+_serving: ContextVar[Group | None] = ContextVar("serving", default=None)
+
+
+def tasks_served() -> Group | None:
+    """These tasks; None: all of them."""
+    return _serving.get()
+
+
+@contextmanager
+def serving(tasks: Group) -> Iterator[None]:
+    """Run code for some tasks only: what it branches fans out over these, and is plain where they agree."""
+    token = _serving.set(tasks)
+    try:
+        yield
+    finally:
+        _serving.reset(token)
+
+
+def served(partition: Partition) -> Partition:
+    """A partition, restricted to the tasks that the running code serves."""
+    tasks = _serving.get()
+    return partition if tasks is None else partition.restrict(tasks)

@@ -1,0 +1,1 @@
+"""The modules that a branched model is made of."""

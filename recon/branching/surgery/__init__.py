@@ -1,0 +1,1 @@
+"""How a branched copy of a model is made, once."""

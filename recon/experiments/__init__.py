@@ -1,0 +1,44 @@
+"""Problems trained, compared and benched: what the command line runs."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from recon.support.lazy import lazy_face
+
+if TYPE_CHECKING:
+    from recon.experiments.backbones import with_backbone
+    from recon.experiments.bench.bench import Bench
+    from recon.experiments.bench.variants import Variant
+    from recon.experiments.comparison import compare
+    from recon.experiments.inputs import make_loaders, make_model
+    from recon.experiments.recipe import Recipe
+    from recon.experiments.run import Run
+    from recon.experiments.training.training import Training
+
+__all__ = [
+    "Bench",
+    "Recipe",
+    "Run",
+    "Training",
+    "Variant",
+    "compare",
+    "make_loaders",
+    "make_model",
+    "with_backbone",
+]
+
+__getattr__, __dir__ = lazy_face(
+    __name__,
+    {
+        "Bench": "bench.bench",
+        "Recipe": "recipe",
+        "Run": "run",
+        "Training": "training.training",
+        "Variant": "bench.variants",
+        "compare": "comparison",
+        "make_loaders": "inputs",
+        "make_model": "inputs",
+        "with_backbone": "backbones",
+    },
+)

@@ -1,0 +1,1 @@
+"""Several trainings of a problem, compared at the end."""

@@ -1,0 +1,129 @@
+"""BenchSettings: everything that a bench's runs must have in common. Imports torch."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Sized
+from dataclasses import dataclass, replace
+from functools import cache
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from recon import problems
+from recon.experiments import inputs as workbench
+from recon.experiments.backbones import with_backbone
+from recon.experiments.recipe import Recipe
+from recon.problems.problem import Problem
+from recon.support.network.forward import Batch
+
+
+@dataclass(frozen=True)
+class BenchSettings:
+    """One problem and how its runs are trained; plain values, which workers can be given.
+
+    Args:
+        problem_name: as `recon.problems.get` takes it.
+        data_root: where its data are.
+        train_samples: how many training samples to make do with; all if None.
+        pretrained: weights to start from, of a problem that takes them.
+        backbone: the network; the problem's own if empty.
+        preset: the preset's name.
+        epochs: of every training.
+        profile_epochs: of the profile.
+        train_batches: at most so many of an epoch's batches.
+        test_batches: at most so many of the test batches.
+        count_every: count conflicts at each n-th step.
+        threshold: S, of the profile and of what is counted.
+        recipe: optimizer and schedule.
+        device: where the models run.
+    """
+
+    problem_name: str
+    data_root: Path | None
+    train_samples: int | None
+    pretrained: Path | None
+    backbone: str
+    preset: str
+    epochs: int
+    profile_epochs: int
+    train_batches: int | None
+    test_batches: int | None
+    count_every: int
+    threshold: float
+    recipe: Recipe
+    device: str
+
+    def problem(self) -> Problem:
+        """The problem with this network and these batches."""
+        return _problem(self)
+
+    @property
+    def steps(self) -> str:
+        """How long a training is, for people."""
+        most = "" if self.train_batches is None else f" of at most {self.train_batches} batches"
+        return f"{self.epochs} epoch{'s' * (self.epochs > 1)}{most}"
+
+    def as_dict(self) -> dict[str, Any]:
+        """As options, without what changes no result: where the data are."""
+        return {
+            "PROBLEM": problems.home_of(self.problem_name),
+            "--train-samples": self.train_samples,
+            "--pretrained": None if self.pretrained is None else str(self.pretrained),
+            "--backbone": self.backbone,
+            "--preset": self.preset,
+            "--epochs": self.epochs,
+            "--profile-epochs": self.profile_epochs,
+            "--train-batches": self.train_batches,
+            "--test-batches": self.test_batches,
+            "--threshold": self.threshold,
+            "--device": self.device,
+            "conflicts counted at one step in": self.count_every,
+            **self.recipe.settings(),
+        }
+
+
+@cache  # a worker trains several models on the same data
+def _problem(settings: BenchSettings) -> Problem:
+    options = {name: getattr(settings, name) for name in ("data_root", "train_samples", "pretrained")}
+    problem = with_backbone(problems.get(settings.problem_name, **options), settings.backbone)
+
+    def make_loaders(seed: int) -> tuple[Iterable[Batch], Iterable[Batch]]:
+        # Here, not around the first batches: what a wrapped loader holds would not move to a GPU.
+        train, test = workbench.make_loaders(problem, seed, device_of(settings))
+        return first_batches(train, settings.train_batches), first_batches(test, settings.test_batches)
+
+    return replace(problem, make_loaders=make_loaders)
+
+
+def first_batches(loader: Iterable[Batch], most: int | None) -> Iterable[Batch]:
+    """The loader, of every pass the first `most` batches only; as it is for None."""
+    if most is None:
+        return loader
+    return _CountedFirst(loader, most) if isinstance(loader, Sized) else _First(loader, most)
+
+
+class _First:
+    def __init__(self, loader: Iterable[Batch], most: int) -> None:
+        self.loader, self.most = loader, most
+
+    def __iter__(self) -> Iterator[Batch]:
+        return islice(self.loader, self.most)
+
+
+class _CountedFirst(_First):
+    def __len__(self) -> int:
+        assert isinstance(self.loader, Sized)
+        return min(self.most, len(self.loader))
+
+
+def fingerprint(path: Path) -> str:
+    """What tells one map file from another."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:12]
+
+
+def device_of(settings: BenchSettings) -> torch.device:
+    """Where the models run."""
+    return torch.device(settings.device)

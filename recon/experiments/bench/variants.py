@@ -1,0 +1,180 @@
+"""Variants of one problem, trained several at a time, timed in turn. Imports torch."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing import get_context, parent_process
+from statistics import fmean
+from typing import TypeVar
+
+import torch
+from torch import nn
+
+from recon import branching, methods
+from recon.experiments import costs as run_costs
+from recon.experiments import inputs as workbench
+from recon.experiments.optimizers import make_optimizer
+from recon.experiments.recipe import Recipe
+from recon.experiments.run import SINGLE_TASK
+from recon.plans import Costs
+from recon.problems.problem import Problem
+from recon.support.network.forward import Batch
+from recon.support.timing import step_seconds
+from recon.training.stepper import task_losses
+
+Job = TypeVar("Job")
+Outcome = TypeVar("Outcome")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to train: a method, on the plain model or on a branched one.
+
+    Args:
+        method: a gradient method, or `SINGLE_TASK`.
+        surgery: how its layers were chosen; empty for the plain model.
+        plans: of each seed; empty for the plain model.
+        counted: whether conflicts are counted while it trains.
+    """
+
+    method: str
+    surgery: str = ""
+    plans: tuple[branching.BranchPlan, ...] = ()
+    counted: bool = False
+
+    @property
+    def label(self) -> str:
+        """What tables and records call it."""
+        return f"{self.method} + {self.surgery}" if self.surgery else self.method
+
+    @property
+    def is_single_task(self) -> bool:
+        """Whether it trains one model for each task."""
+        return self.method == SINGLE_TASK
+
+    def model(self, problem: Problem, seed: int, device: torch.device) -> nn.Module:
+        """A fresh model of the variant, branched if it has plans."""
+        model = workbench.make_model(problem, seed).to(device)
+        return branched(problem, model, self.plans[seed]) if self.plans else model
+
+
+def branched(problem: Problem, model: nn.Module, plan: branching.BranchPlan) -> nn.Module:
+    """The model, branched by the plan."""
+    device = next(model.parameters()).device
+    return branching.convert(model, plan, workbench.few_samples(_batch(problem, device)[0])[0])
+
+
+def in_turn_or_parallel(
+    train: Callable[[Job], Outcome], jobs: Sequence[Job], workers: int
+) -> Iterator[tuple[Job, Outcome]]:
+    """Each job's outcome, as they come. The jobs are independent, so the workers change nothing but time.
+
+    Args:
+        train: does one job; it and the jobs can be pickled.
+        jobs: in the order in which they are begun.
+        workers: how many run at the same time, each on one thread; a single one runs right here.
+    """
+    if workers == 1:
+        yield from ((job, train(job)) for job in jobs)
+        return
+    with ProcessPoolExecutor(workers, get_context("spawn"), initializer=_begin_worker) as pool:
+        futures = {pool.submit(train, job): job for job in jobs}
+        try:
+            yield from ((futures[future], future.result()) for future in as_completed(futures))
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _begin_worker() -> None:
+    torch.set_num_threads(1)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    # A worker whose parent was killed would train on, in a folder that the next command goes on with.
+    parent = parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+def default_workers(device: torch.device) -> int:
+    """One training a core, four at the most; one alone on a GPU."""
+    return 1 if device.type == "cuda" else min(4, os.cpu_count() or 1)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Inside, torch computes on one thread."""
+    # A second thread saves a small network a fifth of its time; where the other core is busy, waiting for it
+    # costs many times that.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def variant_costs(problem: Problem, variant: Variant, device: torch.device) -> Costs:
+    """What the variant's models of the first seed cost, multiply-adds and activations for one sample."""
+    inputs = _batch(problem, device)[0]
+    model = variant.model(problem, 0, device)
+    if variant.is_single_task:
+        return run_costs.single_task_costs(model, problem.task_names, inputs)
+    return run_costs.costs_per_sample(model, inputs)
+
+
+def time_steps(
+    problem: Problem, variants: Sequence[Variant], device: torch.device, rounds: int = 15, warm_up: int = 3
+) -> dict[str, float]:
+    """Seconds of a training step of each variant by its label, in turn; for single-task training, one of each model."""
+    batch = _batch(problem, device)
+    return step_seconds({v.label: _step(problem, v, batch, device) for v in variants}, rounds, warm_up)
+
+
+def _step(problem: Problem, variant: Variant, batch: Batch, device: torch.device) -> Callable[[], None]:
+    if not variant.is_single_task:
+        return _step_of(problem, variant, variant.method, batch, problem.task_names, device)
+    alone = [_step_of(problem, variant, "joint", batch, [task], device) for task in problem.task_names]
+
+    def one_of_each() -> None:
+        for step in alone:
+            step()
+
+    return one_of_each
+
+
+def _step_of(
+    problem: Problem, variant: Variant, method: str, batch: Batch, tasks: Sequence[str], device: torch.device
+) -> Callable[[], None]:
+    model = variant.model(problem, 0, device).train()
+    losses = {task: loss for task, loss in problem.losses.items() if task in tasks}
+    chosen = methods.parse(method)
+    chosen.setup(tuple(losses))
+    chosen.to(device)
+    chosen.attach(model)
+    optimizer = make_optimizer(problem, model, Recipe())
+
+    def step() -> None:
+        optimizer.zero_grad()
+        methods.backward(task_losses(model, batch[0], batch[1], losses), model, chosen)
+        optimizer.step()
+
+    return step
+
+
+def _batch(problem: Problem, device: torch.device) -> Batch:
+    train, _ = workbench.make_loaders(problem, 0)
+    return workbench.first_batch(problem, train, device)
+
+
+def mean_table(tables: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The mean of several tables with the same keys."""
+    return {key: fmean(table[key] for table in tables) for key in tables[0]}

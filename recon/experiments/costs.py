@@ -1,0 +1,81 @@
+"""What a problem's models cost: for one sample, and one model for each task. Imports torch."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from recon import branching, methods, plans
+from recon.branching.surgery.copies import copy_model
+from recon.errors import FanError
+from recon.experiments import inputs as workbench
+from recon.experiments.optimizers import make_optimizer
+from recon.experiments.recipe import Recipe
+from recon.plans import Costs
+from recon.problems.problem import Problem
+from recon.support.network.forward import Batch, task_outputs
+from recon.support.network.graph import reached_leaves
+from recon.support.network.layers import find_layers
+from recon.support.network.state import state_kept
+from recon.training.stepper import task_losses
+
+logger = logging.getLogger(__name__)
+
+
+def costs_per_sample(model: nn.Module, inputs: Any) -> Costs:
+    """What a model costs, its multiply-adds and activations for one sample."""
+    inputs, samples = workbench.few_samples(inputs)
+    return _per_sample(plans.costs(model, None, inputs), samples)
+
+
+def single_task_costs(model: nn.Module, tasks: tuple[str, ...], inputs: Any) -> Costs:
+    """What one model for each task costs, all together, its multiply-adds and activations for one sample.
+
+    A single-task model is the backbone and its own head, without the other tasks' heads. T of those are what is left
+    when every shared layer is branched, so that is what is counted.
+    """
+    inputs, samples = workbench.few_samples(inputs)
+    with state_kept(model):
+        outputs = task_outputs(model.train(), inputs, tasks)
+    reached = [reached_leaves([v for v in tree_leaves(outputs[t]) if isinstance(v, Tensor)]) for t in tasks]
+    shared = [
+        layer.name
+        for layer in find_layers(model)
+        if sum(not leaves.isdisjoint(layer.parameters.values()) for leaves in reached) > 1
+    ]
+    plan = branching.BranchPlan.per_task(shared, tasks) if shared else None
+    try:
+        costs = plans.costs(model, plan, inputs)
+    except FanError as error:
+        logger.warning("Cannot leave the other tasks' heads out of the single-task costs: %s", error)
+        costs = plans.costs(model, None, inputs)
+        size = costs.activation_bytes
+        costs = Costs(
+            len(tasks) * costs.parameters, len(tasks) * costs.macs, None if size is None else len(tasks) * size
+        )
+    return _per_sample(costs, samples)
+
+
+def _per_sample(costs: Costs, samples: int) -> Costs:
+    size = costs.activation_bytes
+    return replace(costs, macs=costs.macs // samples, activation_bytes=None if size is None else size // samples)
+
+
+class TrainingStep:
+    """One joint training step after the other, on a copy of the model and one batch: something to time."""
+
+    def __init__(self, problem: Problem, model: nn.Module, batch: Batch) -> None:
+        self.model = copy_model(model).train()
+        self.losses = problem.losses
+        self.optimizer = make_optimizer(problem, self.model, Recipe())
+        self.inputs, self.targets = batch
+
+    def __call__(self) -> None:
+        """Take a step."""
+        self.optimizer.zero_grad()
+        methods.backward(task_losses(self.model, self.inputs, self.targets, self.losses), self.model)
+        self.optimizer.step()

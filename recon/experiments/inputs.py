@@ -1,0 +1,124 @@
+"""What is made of a problem: seeded models, its loaders, and inputs to try them on. Imports torch."""
+
+from __future__ import annotations
+
+import inspect
+import random
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+from recon.errors import ProblemError, UsageError
+from recon.problems.loading import prepare
+from recon.problems.problem import Problem
+from recon.support import launch
+from recon.support.network.forward import Batch, to_device, unpack
+
+_SAMPLES = 8  # enough for batch norm, little enough to be quick
+
+
+def choose_device(name: str | None) -> torch.device:
+    """The device of this name, `cpu` or `cuda`, or the best there is; of several processes, each has a GPU of its own.
+
+    Raises:
+        UsageError: there is no GPU that torch can use.
+    """
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UsageError("torch finds no usable GPU here. Use the CPU: --device cpu (in Python, device='cpu').")
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(name, launch.local_number()) if name == "cuda" and launch.count() > 1 else torch.device(name)
+
+
+def make_model(problem: Problem, seed: int) -> nn.Module:
+    """A freshly initialised model on the CPU; the same seed gives the same weights.
+
+    Raises:
+        ProblemError: the problem's `make_model` gives something else.
+    """
+    seed_everything(seed)
+    model = problem.make_model()
+    if not isinstance(model, nn.Module):
+        raise ProblemError(f"make_model of {problem.name!r} must return a torch.nn.Module, but gave {_kind(model)}.")
+    return model
+
+
+def seed_everything(seed: int) -> None:
+    """Seed every source of chance that a problem's code may draw from."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def make_loaders(
+    problem: Problem, seed: int, device: torch.device | None = None
+) -> tuple[Iterable[Batch], Iterable[Batch]]:
+    """The train and the test loader; with a device, ready to feed it (`recon.problems.loading.prepare`).
+
+    Raises:
+        ProblemError: the problem's `make_loaders` does not take a seed, or gives something else.
+    """
+    try:
+        inspect.signature(problem.make_loaders).bind(seed)
+    except TypeError as error:
+        raise ProblemError(f"make_loaders of {problem.name!r} must take one argument, the seed: {error}.") from error
+    match problem.make_loaders(seed):
+        case (train, test):
+            if device is not None:
+                prepare(train, device)
+                prepare(test, device)
+            return train, test
+        case other:
+            raise ProblemError(
+                f"make_loaders of {problem.name!r} must return (train loader, test loader), but gave {_kind(other)}."
+            )
+
+
+def threshold_of(problem: Problem, asked: float | None) -> float:
+    """S: what was asked for, else the problem's own, else -0.1."""
+    if asked is not None:
+        return asked
+    return problem.search.threshold if problem.search else -0.1
+
+
+def first_batch(problem: Problem, loader: Iterable[Batch], device: torch.device) -> Batch:
+    """The train loader's first batch.
+
+    Raises:
+        ProblemError: there is none, or it is no `(inputs, {task name: target})`.
+    """
+    for batch in loader:
+        return to_device(unpack(batch), device)
+    raise ProblemError(f"The train loader of {problem.name!r} gave no batch. Check that its data set is not empty.")
+
+
+def example_inputs(problem: Problem, seed: int) -> Any:
+    """Inputs on the CPU to count costs on: the problem's own examples, or a few samples of its first batch.
+
+    Raises:
+        ProblemError: the problem has no batch.
+    """
+    if problem.example_inputs is not None:
+        return problem.example_inputs()
+    loader, _ = make_loaders(problem, seed)
+    return few_samples(first_batch(problem, loader, torch.device("cpu"))[0])[0]
+
+
+def few_samples(inputs: Any) -> tuple[Any, int]:
+    """The first samples of a batch of inputs, and how many those are.
+
+    Inputs are cut only if every tensor in them has the batch's size first: whatever else there is, a graph say, is
+    not ours to cut.
+    """
+    sizes = [leaf.shape[0] if isinstance(leaf, Tensor) and leaf.ndim else None for leaf in tree_leaves(inputs)]
+    size = next((size for size in sizes if size), 1)
+    if set(sizes) != {size} or size <= _SAMPLES:
+        return inputs, size
+    return tree_map(lambda leaf: leaf[:_SAMPLES], inputs), _SAMPLES
+
+
+def _kind(value: Any) -> str:
+    return type(value).__name__

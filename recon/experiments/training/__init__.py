@@ -1,0 +1,1 @@
+"""One training of a problem, with its folder."""

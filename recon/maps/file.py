@@ -1,0 +1,139 @@
+"""The conflict map file: one JSON object, written atomically, every field checked when it is read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from recon.errors import MapFileError
+from recon.maps.checks import MOST_LAYERS, MOST_STEPS, MOST_TASKS, check, check_shapes
+from recon.maps.score_table import BINS, STAGES, Counts, LayerConflicts, ScoreTable, Table
+from recon.support.files.documents import Document, read_document, shown
+from recon.support.files.whole import write_text
+
+FORMAT = "recon conflict map"
+VERSION = 2
+_REMEDY = "Make a new map with `recon profile`, or give another file."
+_MOST = 10**16  # of an entry: a few hundred of them add up within int64
+
+
+def write(cmap: ScoreTable, path: str | Path) -> None:
+    """See `ConflictMap.save`."""
+    head = {
+        "format": FORMAT,
+        "version": VERSION,
+        "tasks": list(cmap.tasks),
+        "threshold": cmap.threshold,
+        "steps": cmap.steps,
+        "skipped_non_finite": cmap.skipped,
+        "stage_steps": list(cmap.stage_steps),
+        "bin_steps": cmap.bin_steps,
+        "made_by": cmap.made_by,
+    }
+    lines = [json.dumps(_layer_to_json(layer)) for layer in cmap.layers]
+    text = json.dumps(head, indent=1)[:-2] + ',\n "layers": [\n  ' + ",\n  ".join(lines) + "\n ]\n}\n"
+    write_text(path, text)
+
+
+def read(path: str | Path, kind: type[Table]) -> Table:
+    """A table of this class; see `ConflictMap.load`."""
+    document = read_document(path, MapFileError, _REMEDY)
+    _refuse_scores(document)
+    document.check_format(FORMAT, VERSION, ": not a conflict map")
+    tasks = document.names("tasks")
+    if len(tasks) == 1:
+        document.wrong(
+            "tasks", f"is {shown(list(tasks))}, not a list of two or more different names (or none, unknown)"
+        )
+    _check_length(document, "tasks", MOST_TASKS)
+    _check_length(document, "layers", MOST_LAYERS)
+    cmap = kind(
+        tasks=tasks,
+        threshold=float(document.number("threshold")),
+        steps=_count_or_none(document, "steps"),
+        skipped=_count_or_none(document, "skipped_non_finite"),
+        stage_steps=_stage_steps(document),
+        layers=[_layer(layer, len(tasks)) for layer in document.tables("layers")],
+        made_by=document.get("made_by", dict),
+        bin_steps=document.integer("bin_steps", most=MOST_STEPS),
+    )
+    if not cmap.layers:
+        document.wrong("layers", "is empty")
+    check(cmap, document.fail)
+    return cmap
+
+
+def _layer_to_json(layer: LayerConflicts) -> dict[str, Any]:
+    return {
+        "name": layer.name,
+        "type": layer.kind,
+        "shapes": layer.shapes,
+        "parameters": layer.size,
+        "score": layer.score,
+        "histogram": _values(layer.histogram),
+        "conflicts": _values(layer.conflicts),
+        "observed": _values(layer.observed),
+        "series": _values(layer.series),
+    }
+
+
+def _values(counts: Counts | None) -> list[Any] | None:
+    return None if counts is None else counts.tolist()
+
+
+def _refuse_scores(document: Document) -> None:
+    """Refuse a file of the published code, and say what reads it."""
+    if document.values and all(type(document.values[key]) is int for key in document):
+        document.wrong("format", "is missing: not a conflict map; `recon map import` reads the published code's scores")
+
+
+def _check_length(document: Document, key: str, most: int) -> None:
+    length = len(document.get(key, list))
+    if length > most:
+        document.wrong(key, f"has {length} entries; recon reads maps of at most {most}")
+
+
+def _count_or_none(document: Document, key: str) -> int | None:
+    return None if document.get(key, int, type(None)) is None else document.integer(key, most=MOST_STEPS)
+
+
+def _stage_steps(document: Document) -> tuple[int, ...]:
+    return tuple(_counts(document, "stage_steps", (STAGES,)).tolist()) if document.get("stage_steps", list) else ()
+
+
+def _counts(document: Document, key: str, shape: Sequence[int]) -> Counts:
+    try:
+        array = np.array(document.get(key, list))
+    except ValueError:
+        array = np.array(None)
+    whole = array.dtype.kind == "i" and array.shape == tuple(shape)
+    if not whole or not ((array >= 0) & (array <= _MOST)).all():
+        document.wrong(key, f"is not an array of counts of shape {tuple(shape)}")
+    return array.astype(np.int64)
+
+
+def _counts_or_none(document: Document, key: str, shape: Sequence[int]) -> Counts | None:
+    return None if document.get(key, list, type(None)) is None else _counts(document, key, shape)
+
+
+def _layer(layer: Document, tasks: int) -> LayerConflicts:
+    shapes = layer.table("shapes")
+    for name in shapes:
+        shapes.counts(name)
+    check_shapes(shapes.values, _count_or_none(layer, "parameters"), layer)
+    pairs = tasks * (tasks - 1) // 2
+    series = layer.get("series", list, type(None))
+    return LayerConflicts(
+        name=layer.text("name"),
+        kind=layer.text("type"),
+        shapes=shapes.values,
+        histogram=_counts_or_none(layer, "histogram", (BINS,)),
+        conflicts=_counts_or_none(layer, "conflicts", (STAGES, pairs)),
+        observed=_counts_or_none(layer, "observed", (STAGES, pairs)),
+        series=None if series is None else _counts(layer, "series", (len(series),)),
+        score=_count_or_none(layer, "score"),
+    )

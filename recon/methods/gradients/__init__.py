@@ -1,0 +1,1 @@
+"""The gradients of the tasks in one step."""

@@ -1,0 +1,162 @@
+"""What the tasks' losses depend on, read off the autograd graph without computing anything.
+
+Where several processes train one model, the rules are those of DistributedDataParallel: each rank brings its own part
+of the batch, and every gradient is the mean over the ranks, zero counting for a rank that has none. Task gradients are
+averaged before anything is made of them, cosines or updates; so each rank makes the same.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import Node
+
+from recon.errors import GradientError, UsageError
+from recon.support.network.graph import graph_behind, leaves_among
+from recon.support.network.opaque_nodes import Edge, edges_behind, how_hidden, is_compiled
+from recon.support.processes import average_, gather, world_size
+
+
+@dataclass(frozen=True)
+class Reach:
+    """What each task of a step reaches.
+
+    Args:
+        parameters: `{task: trainable parameters}` that the task's loss depends on; the tasks in the order of the rows.
+        shared: those that two tasks or more depend on.
+        outside: `{task: other leaves}` that want a gradient and are none of the parameters: a learned temperature of
+            the loss, an input.
+    """
+
+    parameters: Mapping[str, list[nn.Parameter]]
+    shared: list[nn.Parameter]
+    outside: Mapping[str, list[Tensor]] = field(default_factory=dict)
+
+    @classmethod
+    def of_tasks(
+        cls,
+        reached: Mapping[str, set[nn.Parameter]],
+        parameters: Iterable[nn.Parameter],
+        outside: Mapping[str, list[Tensor]],
+    ) -> Reach:
+        """From a set for each task; everything in the order of `parameters`."""
+        parameters = list(parameters)
+        counts = Counter(p for found in reached.values() for p in found)
+        by_task = {task: [p for p in parameters if p in found] for task, found in reached.items()}
+        return cls(by_task, [p for p in parameters if counts[p] > 1], outside)
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """The tasks, in order."""
+        return tuple(self.parameters)
+
+    def shared_layers(self, layer_of: Mapping[Tensor, int]) -> list[int]:
+        """The layers that two tasks or more reach, by whichever of their parameters, in order of their numbers."""
+        tasks_of = Counter(layer for found in self.parameters.values() for layer in {layer_of[p] for p in found})
+        return sorted(layer for layer, tasks in tasks_of.items() if tasks > 1)
+
+
+def find_reach(losses: Mapping[str, Tensor], parameters: Iterable[nn.Parameter]) -> Reach:
+    """What the losses of one step depend on, on any of the ranks; a loss that depends on nothing is refused.
+
+    So is one that depends on some of the parameters in a way that autograd hides, by a scripted part say.
+    """
+    parameters = list(parameters)
+    trainable = {p: None for p in parameters if p.requires_grad}  # ordered, and quick to look up
+    reached: dict[str, set[nn.Parameter]] = {}
+    outside: dict[str, list[Tensor]] = {}
+    met: list[set[Edge]] = []
+    for task, loss in losses.items():
+        nodes, opaque = graph_behind([loss])
+        met.append(opaque)
+        _refuse_reentrant_checkpoints(nodes)
+        leaves = leaves_among([loss], nodes)
+        reached[task] = {leaf for leaf in leaves if isinstance(leaf, nn.Parameter) and leaf in trainable}
+        outside[task] = [leaf for leaf in leaves if leaf not in trainable]
+        if not reached[task]:
+            raise GradientError(no_gradient(task))
+    parting = _parting(met)
+    for node, output in set().union(*met):
+        if node is not None and node in parting and edges_behind(node, output) is None:
+            raise UsageError(_hidden_reach(node))
+    return _agreed(Reach.of_tasks(reached, trainable, outside), parameters)
+
+
+def _agreed(reach: Reach, parameters: Sequence[nn.Parameter]) -> Reach:
+    """What each task reaches on any of the ranks; a rank may lack a task's targets."""
+    if world_size() == 1:
+        return reach
+    number_of = {p: number for number, p in enumerate(parameters)}
+    mine = {task: [number_of[p] for p in found] for task, found in reach.parameters.items()}
+    everyone = gather((len(parameters), mine))
+    if len({count for count, _ in everyone}) > 1:
+        raise UsageError(
+            f"The ranks' models have {[count for count, _ in everyone]} parameters. Build the same model on each."
+        )
+    reached: dict[str, set[nn.Parameter]] = {}
+    for _, theirs in everyone:
+        for task, numbers in theirs.items():
+            reached.setdefault(task, set()).update(parameters[number] for number in numbers)
+    return Reach.of_tasks(reached, parameters, reach.outside)
+
+
+def no_gradient(task: str) -> str:
+    """What to say of a task whose loss has no gradient."""
+    return (
+        f"The loss of task {task!r} depends on no trainable parameter of the model, so it has no gradient. Check that "
+        "it uses the model's output for this task, without detach() or no_grad(), and that not all of its layers are "
+        "frozen."
+    )
+
+
+def _hidden_reach(node: Node) -> str:
+    """What to say where tasks part inside a node that does not show its inside."""
+    return (
+        f"A part of the model was {how_hidden(node)}, which hides which of its parameters each task's loss depends on. "
+        "Do so with the shared body and each task's head apart, or train the plain model."
+    )
+
+
+def average_losses(losses: Mapping[str, Tensor], tasks: Sequence[str], device: torch.device) -> dict[str, Tensor]:
+    """`{task: mean loss}`, detached, over the ranks that have one, so that a weighting weighs alike on all of them."""
+    if world_size() == 1:
+        return {task: loss.detach() for task, loss in losses.items()}
+    # One precision on all ranks, whether they have losses or not: their weights must not differ by a rounding.
+    dtype = torch.float32 if device.type == "mps" else torch.float64
+    sums, counts = torch.zeros(2, len(tasks), dtype=dtype, device=device)
+    for number, task in enumerate(tasks):
+        if task in losses:
+            sums[number] = losses[task].detach()
+            counts[number] = 1
+    average_([sums, counts])
+    return dict(zip(tasks, sums / counts, strict=True))
+
+
+def compiled_as_one(losses: Mapping[str, Tensor]) -> bool:
+    """Whether what two tasks do not share, their heads say, is computed by one compiled part of the model."""
+    return any(map(is_compiled, _parting([graph_behind([loss])[1] for loss in losses.values()])))
+
+
+def _parting(met: Iterable[set[Edge]]) -> list[Node]:
+    """The opaque nodes of which two tasks use different outputs, by what each of the tasks has met."""
+    used: dict[Node, set[frozenset[int]]] = {}
+    for edges in met:
+        outputs: dict[Node, set[int]] = {}
+        for node, output in edges:
+            if node is not None:
+                outputs.setdefault(node, set()).add(output)
+        for node, numbers in outputs.items():
+            used.setdefault(node, set()).add(frozenset(numbers))
+    return [node for node, different in used.items() if len(different) > 1]
+
+
+def _refuse_reentrant_checkpoints(nodes: Iterable[Node]) -> None:
+    if any(node.name() == "CheckpointFunctionBackward" for node in nodes):
+        raise GradientError(
+            "A part of the model runs under torch.utils.checkpoint with use_reentrant=True, which hides its parameters "
+            "from the graph, so that no task's gradient there can be told. Pass use_reentrant=False."
+        )

@@ -1,0 +1,1 @@
+"""One step: the losses or the gradients of the tasks become one update."""

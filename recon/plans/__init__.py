@@ -1,0 +1,44 @@
+"""Which layers to branch, and what that costs."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from recon.support.lazy import lazy_face
+
+if TYPE_CHECKING:
+    from recon.plans.costing.cost_model import CostModel
+    from recon.plans.costing.model_costs import Costs, costs
+    from recon.plans.matching import Match, match
+    from recon.plans.planning import Choice, choose, plan
+    from recon.plans.selection import Selection
+    from recon.plans.trade_off import frontier
+
+__all__ = [
+    "Choice",
+    "CostModel",
+    "Costs",
+    "Match",
+    "Selection",
+    "choose",
+    "costs",
+    "frontier",
+    "match",
+    "plan",
+]
+
+__getattr__, __dir__ = lazy_face(
+    __name__,
+    {
+        "Choice": "planning",
+        "CostModel": "costing.cost_model",
+        "Costs": "costing.model_costs",
+        "Match": "matching",
+        "Selection": "selection",
+        "choose": "planning",
+        "costs": "costing.model_costs",
+        "frontier": "trade_off",
+        "match": "matching",
+        "plan": "planning",
+    },
+)

@@ -1,0 +1,1 @@
+"""What a plan costs: parameters, multiply-adds and memory, counted on the traced network."""

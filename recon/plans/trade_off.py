@@ -1,0 +1,146 @@
+"""The trade-off between plans: conflict covered against parameters and against multiply-adds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import nn
+
+from recon.branching import Partition
+from recon.errors import PlanError
+from recon.plans.costing.cost_model import CostModel
+from recon.plans.grouping import Groups
+from recon.plans.matching import Match
+from recon.plans.planning import Choice, choose
+from recon.plans.selection import Selection
+from recon.support.tables import text_table
+
+BUDGETS = (1.05, 1.1, 1.25, 1.5, 1.75, 2.0, 3.0, 5.0, 10.0, 20.0)
+"""Ratios to the unbranched model at which budgeted plans are made, as far as any plan costs as much."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """One plan, what it covers and what it costs.
+
+    Args:
+        selector: how its layers were chosen: `top_k=3`, `max_params=1.05`, `max_macs=1.25`, or `chosen` otherwise.
+        layers: `{layer name: partition of the tasks}`, in model order.
+        covered: the conflicts that it parts, as a share of all; see `recon.plans.planning.Choice`.
+        parameters_ratio: parameters, divided by those of the unbranched model.
+        macs_ratio: forward multiply-adds, likewise.
+        optimal: whether no other point covers as much at no more parameters and no more multiply-adds, one of the
+            three being better (Pareto's condition).
+        chosen: whether this is the caller's own plan.
+    """
+
+    selector: str
+    layers: Mapping[str, Partition]
+    covered: float
+    parameters_ratio: float
+    macs_ratio: float
+    optimal: bool = False
+    chosen: bool = False
+
+    @property
+    def budgeted(self) -> bool:
+        """Whether a budget chose the layers."""
+        return self.selector.startswith("max_")
+
+    def as_dict(self) -> dict[str, Any]:
+        """The point as plain values."""
+        return {
+            "selector": self.selector,
+            "covered": self.covered,
+            "parameters_ratio": self.parameters_ratio,
+            "macs_ratio": self.macs_ratio,
+            "optimal": self.optimal,
+            "chosen": self.chosen,
+            "layers": {name: [list(group) for group in split.groups] for name, split in self.layers.items()},
+        }
+
+
+def frontier(
+    found: Match,
+    model: nn.Module,
+    costs: CostModel,
+    *,
+    groups: Groups = "per-task",
+    threshold: float | None = None,
+    budgets: Sequence[float] = BUDGETS,
+    chosen: Choice | None = None,
+) -> list[Point]:
+    """The plans of every K of the ranking, and those that cover the most within a series of budgets.
+
+    Args:
+        found: the conflict map, matched to the model.
+        model: the unbranched model.
+        costs: of the model.
+        groups: as in `recon.plan`.
+        threshold: S of the scores; the map's own when not given.
+        budgets: ratios, each taken once for the parameters and once for the multiply-adds. Left out are those that no
+            K exceeds, those within which no layer can be branched, and those whose plan is there already.
+        chosen: what to mark; it becomes a point of its own if it is none of the others.
+
+    Returns:
+        The points: by K, then by budget, then `chosen`.
+
+    Raises:
+        PlanError, UsageError: as `recon.plan`.
+    """
+
+    def point(selector: str, choice: Choice) -> Point:
+        cost = costs.of(choice.plan.layers)
+        return Point(selector, choice.plan.layers, choice.covered, cost.parameters_ratio, cost.macs_ratio)
+
+    def choice(**how: Any) -> Choice:
+        return choose(found, model, Selection(**how), costs.tasks, groups=groups, threshold=threshold, costs=costs)
+
+    points = [point(f"top_k={k}", choice(top_k=k)) for k in range(1, len(found.matched) + 1)]
+    dearest = {
+        "max_params": max(point.parameters_ratio for point in points),
+        "max_macs": max(point.macs_ratio for point in points),
+    }
+    more: list[tuple[str, Choice]] = []
+    for limit, budget in ((limit, budget) for limit in dearest for budget in budgets if budget < dearest[limit]):
+        try:
+            more.append((f"{limit}={budget:g}", choice(**{limit: budget})))
+        except PlanError:  # no layer fits; whatever else is wrong, the plans by K have run into
+            continue
+    for selector, made in more + ([("chosen", chosen)] if chosen else []):
+        if all(p.layers != made.plan.layers for p in points):
+            points.append(point(selector, made))
+    return [
+        replace(p, optimal=_is_optimal(p, points), chosen=chosen is not None and p.layers == chosen.plan.layers)
+        for p in points
+    ]
+
+
+def frontier_table(points: Sequence[Point]) -> str:
+    """The points as text, the optimal ones and the chosen one marked."""
+    rows = [
+        [
+            (">" if p.chosen else " ") + ("*" if p.optimal else ""),
+            p.selector,
+            f"{len(p.layers)}",
+            f"{100 * p.covered:.1f} %",
+            f"{p.parameters_ratio:.3f}x",
+            f"{p.macs_ratio:.3f}x",
+        ]
+        for p in points
+    ]
+    header = ["", "plan", "layers", "conflict covered", "parameters", "multiply-adds"]
+    notes = "* no other plan here covers as much for as little"
+    notes += "; > the plan that was chosen" if any(p.chosen for p in points) else ""
+    return f"{text_table(header, rows, left=2)}\n{notes}."
+
+
+def _is_optimal(point: Point, points: Sequence[Point]) -> bool:
+    return not any(_dominates(other, point) for other in points)
+
+
+def _dominates(one: Point, other: Point) -> bool:
+    ours, theirs = ((p.covered, -p.parameters_ratio, -p.macs_ratio) for p in (one, other))
+    return ours != theirs and all(a >= b for a, b in zip(ours, theirs, strict=True))

@@ -1,0 +1,158 @@
+"""Task and Problem: what a user brings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from recon.errors import ProblemError
+from recon.support.network.forward import Batch
+
+if TYPE_CHECKING:  # importing torchmetrics takes longer than importing torch
+    from torchmetrics import Metric as MetricState
+
+Loss = Callable[[Any, Any], Tensor]
+"""`(output, target) -> scalar`."""
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A number that says how well the model does a task.
+
+    Args:
+        name: what the results call it.
+        make: makes a fresh accumulator (torchmetrics: `update(output, target)`, `compute()`).
+        higher_is_better: the direction in which the metric improves.
+    """
+
+    name: str
+    make: Callable[[], MetricState]
+    higher_is_better: bool = True
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task: its name, its loss `(output, target) -> scalar`, and its metrics."""
+
+    name: str
+    loss: Loss
+    metrics: Sequence[Metric] = ()
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or not self.name or "." in self.name or "+" in self.name:
+            raise ProblemError(
+                f"Task name {self.name!r} cannot be used: names become parts of parameter names, so they "
+                "must not be empty nor contain '.' or '+'. Rename the task, for example with '_'."
+            )
+        if not callable(self.loss):
+            raise ProblemError(
+                f"The loss of task {self.name!r} is {self.loss!r}, which cannot be called. Pass a function (output, "
+                "target) -> scalar, such as torch.nn.functional.mse_loss."
+            )
+        metrics = [metric.name for metric in self.metrics]
+        if len(set(metrics)) < len(metrics):
+            raise ProblemError(f"The metrics of task {self.name!r} need different names, but have {metrics}.")
+
+
+@dataclass(frozen=True)
+class Search:
+    """How to look for the layers that a problem branches: the settings of Recon's authors, or your own.
+
+    Args:
+        threshold: S, in (-1, 0], a multiple of 0.01.
+        top_k: how many layers are branched.
+        epochs: of the profile.
+    """
+
+    threshold: float
+    top_k: int
+    epochs: int
+
+
+@dataclass(frozen=True)
+class ReducedRun:
+    """How long `recon bench --preset quick` trains a problem: minutes on a CPU.
+
+    Args:
+        epochs: of every training; the profile has one.
+        train_batches: at most so many of an epoch's batches; all if None.
+        test_batches: at most so many of the test batches; all if None.
+        timing_rounds: how often each training step is timed.
+        schedule: of the learning rate, by its name on the command line, such as "one-cycle"; the problem's own if None.
+    """
+
+    epochs: int = 3
+    train_batches: int | None = 200
+    test_batches: int | None = 100
+    timing_rounds: int = 4
+    schedule: str | None = None
+
+
+def _adam(parameters: Iterable[nn.Parameter]) -> Optimizer:
+    return torch.optim.Adam(parameters, lr=1e-3)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Tasks, a model factory and data loaders.
+
+    Args:
+        name: what the command line and the result files call it.
+        tasks: the tasks; the model's output has one entry for each.
+        make_model: makes a freshly initialised model, `model(inputs) -> {task name: output}`.
+        make_loaders: `seed -> (train loader, test loader)`; each yields `(inputs, {task name: target})`.
+        make_optimizer: makes the optimizer of these parameters.
+        make_scheduler: `(optimizer, optimizer steps of the whole training) -> scheduler`, stepped after every
+            optimizer step. Without it, the learning rate stays as it is.
+        epochs: how long a normal training runs, unless the user says otherwise.
+        description: one line for `recon problems`.
+        example_inputs: makes a few inputs, of any values, without reading the data: costs are counted on them. Without
+            it, costs are counted on the first batch of the train loader.
+        search: which layers Recon's authors branch, and how they find them; None where they do not say.
+        backbone: the name of the network, if it is not the one that the problem comes with.
+        quick: how long `recon bench --preset quick` trains.
+        cagrad_c: the c that Recon's authors give CAGrad (their alpha, appendix B), for `recon bench --preset paper`;
+            CAGrad's default if None.
+    """
+
+    name: str
+    tasks: Sequence[Task]
+    make_model: Callable[[], nn.Module]
+    make_loaders: Callable[[int], tuple[Iterable[Batch], Iterable[Batch]]]
+    make_optimizer: Callable[[Iterable[nn.Parameter]], Optimizer] = field(default=_adam)
+    make_scheduler: Callable[[Optimizer, int], LRScheduler] | None = None
+    epochs: int = 10
+    description: str = ""
+    example_inputs: Callable[[], Any] | None = None
+    search: Search | None = None
+    backbone: str = ""
+    quick: ReducedRun = field(default_factory=ReducedRun)
+    cagrad_c: float | None = None
+
+    def __post_init__(self) -> None:
+        odd = [task for task in self.tasks if not isinstance(task, Task)]
+        if odd:
+            raise ProblemError(
+                f"The tasks of problem {self.name!r} hold {odd[0]!r}. Each must be a recon.Task(name, loss, metrics)."
+            )
+        names = [task.name for task in self.tasks]
+        if len(names) < 2 or len(set(names)) < len(names):
+            raise ProblemError(
+                f"Problem {self.name!r} needs at least two tasks, with different names, but has {names}."
+            )
+
+    @property
+    def task_names(self) -> tuple[str, ...]:
+        """The tasks' names, in order."""
+        return tuple(task.name for task in self.tasks)
+
+    @property
+    def losses(self) -> dict[str, Loss]:
+        """`{task name: loss}`, as `recon.profile` and `recon.train` need it."""
+        return {task.name: task.loss for task in self.tasks}

@@ -1,0 +1,1 @@
+"""Losses and metrics that several problems share."""

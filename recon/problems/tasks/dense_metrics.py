@@ -1,0 +1,72 @@
+"""Metrics of tasks that predict a value for every pixel, each over all known pixels of the whole test set.
+
+The published tables average over batches what is counted within a batch, which gives pixels of images with few known
+ones more weight. Counting over all does not depend on the size of a batch.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING
+
+from recon.problems.problem import Metric
+
+if TYPE_CHECKING:  # importing torchmetrics takes longer than importing torch
+    from torchmetrics import Metric as MetricState
+
+
+def mean_iou(classes: int, ignore: int) -> Metric:
+    """Intersection over union of each class's pixels, averaged over the classes that are in the data or predicted.
+
+    Logits `(N, classes, H, W)` against labels `(N, H, W)`; `ignore` labels pixels that do not count.
+    """
+
+    def make() -> MetricState:
+        from torchmetrics.classification import MulticlassJaccardIndex
+
+        return MulticlassJaccardIndex(classes, average="macro", ignore_index=ignore, validate_args=False)
+
+    return Metric("mean_iou", make)
+
+
+def pixel_accuracy(classes: int, ignore: int) -> Metric:
+    """The share of pixels whose largest logit is their class's; see `mean_iou`."""
+
+    def make() -> MetricState:
+        from torchmetrics.classification import MulticlassAccuracy
+
+        return MulticlassAccuracy(classes, average="micro", ignore_index=ignore, validate_args=False)
+
+    return Metric("pixel_accuracy", make)
+
+
+def absolute_error() -> Metric:
+    """Mean of |output - target|: `(N, 1, H, W)` each, the target 0 where it is not known."""
+    return Metric("absolute_error", partial(_state, "AbsoluteError"), higher_is_better=False)
+
+
+def relative_error() -> Metric:
+    """Mean of |output - target| / |target|; see `absolute_error`."""
+    return Metric("relative_error", partial(_state, "RelativeError"), higher_is_better=False)
+
+
+def mean_angle() -> Metric:
+    """Mean angle between output and target, in degrees: `(N, 3, H, W)` each, the target 0 where it is not known."""
+    return Metric("mean_angle", partial(_state, "MeanAngle"), higher_is_better=False)
+
+
+def median_angle() -> Metric:
+    """Median of the angles, to the nearest 0.01 degrees; see `mean_angle`."""
+    return Metric("median_angle", partial(_state, "MedianAngle"), higher_is_better=False)
+
+
+def within(degrees: float) -> Metric:
+    """The share of angles below so many degrees; see `mean_angle`."""
+    return Metric(f"within_{degrees:g}", partial(_state, "AnglesWithin", degrees))
+
+
+def _state(name: str, *args: float) -> MetricState:
+    from recon.problems.tasks import dense_states
+
+    state: MetricState = getattr(dense_states, name)(*args)
+    return state

@@ -1,0 +1,264 @@
+"""Profiler: counts, while a model trains, how often the tasks' gradients conflict in each shared layer."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any, get_args
+
+import torch
+from torch import Tensor, nn
+
+from recon.errors import CheckpointError, UsageError
+from recon.maps import ConflictMap
+from recon.maps.score_table import threshold_bin
+from recon.methods.gradients.gramians import layer_gramians
+from recon.methods.gradients.jacobian import TaskJacobian, Workspace, as_real
+from recon.methods.gradients.observer import Memory
+from recon.methods.gradients.passes import differentiate
+from recon.methods.gradients.reach import Reach
+from recon.methods.updates.scaled_losses import LossScaleLike
+from recon.methods.updates.step import backward
+from recon.profiling.counted_map import counted_map
+from recon.profiling.sketch import GradientSketch, sketch_gramians
+from recon.profiling.stability import StableRanking
+from recon.profiling.tally import Tally
+from recon.support.network.layers import find_layers, unwrapped
+from recon.support.network.trainable import Model, as_module
+from recon.support.processes import average_, broadcast_answer, world_size
+
+logger = logging.getLogger(__name__)
+
+
+class Profiler:
+    """Records S-conflict scores from the task gradients of a training run (Shi et al. 2023, definition 4).
+
+    In a training loop of one's own it takes the place of `sum(losses).backward()`:
+
+        profiler = recon.Profiler(model)
+        profiler.backward({"seg": loss_a, "depth": loss_b}); optimizer.step()
+        cmap = profiler.conflict_map()
+
+    Args:
+        model: the model that trains; any layer may be shared, frozen ones take no part. It may be wrapped in
+            DistributedDataParallel or compiled: the layers are named as in the model itself. Of a list of modules they
+            begin with the module's number (`torch.nn.ModuleDict` gives names).
+        threshold: S in (-1, 0], a multiple of 0.01. The scores at other thresholds can be had later all the same;
+            counts by task pair and stage of training are kept at this one.
+        tasks: fixes the order of the tasks in the map; found as they come when not given.
+        every: profile the first and then each n-th step, and train plainly in between.
+        until_stable: when `is_stable` says that the ranking is settled: once the expected Jaccard overlap of the top
+            layers with those of the whole run is at least this, in (0, 1].
+        top_k: of how many layers; a quarter of the shared layers when not given.
+        memory: `exact` holds the gradients of all T tasks for a moment, T x the shared parameters; `sketch` folds each
+            into a few numbers as it is made (`recon.profiling.sketch`), which takes no more than one gradient, whatever
+            T, and errs by about 0.02 in a cosine. Sketches serve joint training and other weightings of the losses.
+
+    Raises:
+        UsageError: the threshold is off the grid, `every` is below 1, `until_stable` no share, `top_k` above the number
+            of layers, no such memory, or a model that is none or is sharded over processes.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        threshold: float = -0.1,
+        tasks: Sequence[str] = (),
+        *,
+        every: int = 1,
+        until_stable: float | None = None,
+        top_k: int | None = None,
+        memory: Memory = "exact",
+    ) -> None:
+        threshold_bin(threshold)
+        model = as_module(model)
+        if not isinstance(every, int) or every < 1:
+            raise UsageError(f"every is {every!r}. Profile each n-th step, n a whole number of at least 1.")
+        if memory not in get_args(Memory):
+            raise UsageError(f"memory is {memory!r}. Choose {' or '.join(map(repr, get_args(Memory)))}.")
+        self.model = model
+        self.threshold = threshold
+        self.every = every
+        self.memory = memory
+        self.layers = find_layers(unwrapped(model))
+        if top_k is not None and top_k > len(self.layers):
+            raise UsageError(f"top_k is {top_k}, but the model has {len(self.layers)} layers. Take fewer.")
+        # In layer order, so that each layer is one block of columns in the Jacobian.
+        self.parameters = [p for layer in self.layers for p in layer.parameters.values()]
+        self.buffers = list(model.buffers())  # to find them anew takes longer than to look at them
+        self.workspace = Workspace()
+        self._layer_of: dict[Tensor, int] = {
+            p: i for i, layer in enumerate(self.layers) for p in layer.parameters.values()
+        }
+        self._tasks = list(tasks)
+        self._calls = 0
+        self._tally: Tally | None = None
+        self._shared: set[int] = set()
+        self._sketch: tuple[list[int], GradientSketch] | None = None
+        self._stable = None if until_stable is None else StableRanking(until_stable, top_k)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the counts are: with the first parameter."""
+        return self.parameters[0].device
+
+    @property
+    def steps(self) -> int:
+        """How many steps were profiled."""
+        return 0 if self._tally is None else self._tally.steps
+
+    def backward(self, losses: Mapping[str, Tensor], *, loss_scale: LossScaleLike | None = None) -> None:
+        """Record one step, and leave `.grad` as `sum(losses).backward()` would.
+
+        Args:
+            losses: `{task name: scalar loss}`; a task missing from the batch is left out.
+            loss_scale: see `recon.backward`; cosines are the same at every scale.
+
+        Raises:
+            GradientError: a task's loss depends on no trainable parameter.
+        """
+        backward(losses, self.model, profiler=self, loss_scale=loss_scale)
+
+    def begin_step(self) -> bool:
+        """Whether the step that begins is one to profile."""
+        self._calls += 1
+        return (self._calls - 1) % self.every == 0
+
+    @torch.no_grad()
+    def observe(self, jacobian: TaskJacobian) -> None:
+        """Record one step's task gradients.
+
+        Args:
+            jacobian: taken with respect to `self.parameters`, in their order.
+        """
+        layers, gramians = layer_gramians(jacobian, self._layer_of)
+        self._count(layers, jacobian.tasks, gramians, [g for own in jacobian.own.values() for g in own.values()])
+
+    def observe_sketched(
+        self, losses: Mapping[str, Tensor], reach: Reach, weights: Mapping[str, Tensor] | None
+    ) -> dict[Tensor, Tensor]:
+        """Record one step from sketches of its gradients, none of which is kept.
+
+        Args:
+            losses: `{task: scalar loss}`; their graph is freed.
+            reach: of the losses.
+            weights: of the tasks in the sum that is returned; 1 if not given.
+
+        Returns:
+            The weighted sum of the gradients.
+        """
+        layers = reach.shared_layers(self._layer_of)
+        if self._sketch is None or self._sketch[0] != layers:
+            self._sketch = layers, GradientSketch([list(self.layers[i].parameters.values()) for i in layers])
+        sketch = self._sketch[1]
+        sketches = sketch.zeros(len(reach.tasks), self.device)
+        total: dict[Tensor, Tensor] = {}
+
+        def receive(number: int, leaves: list[Tensor], gradients: list[Tensor]) -> None:
+            for leaf, gradient in zip(leaves, gradients, strict=True):
+                if leaf in sketch:
+                    sketch.fold(leaf, as_real(gradient), sketches[number])
+                part = gradient if weights is None else gradient * weights[reach.tasks[number]].to(gradient)
+                if leaf in total:
+                    total[leaf].add_(part)
+                else:
+                    total[leaf] = part.clone()
+
+        differentiate(losses, reach, self.buffers, receive)
+        if world_size() > 1:  # the same gradients, in the same order, on every rank
+            reached = {p for found in reach.parameters.values() for p in found}
+            total |= {p: total.get(p, torch.zeros_like(p)) for p in self.parameters if p in reached}
+            average_([sketches, *(total[p] for p in self.parameters if p in reached)])
+        others = [gradient for leaf, gradient in total.items() if leaf not in sketch]
+        self._count(layers, reach.tasks, sketch_gramians(sketches), others)
+        return total
+
+    def is_stable(self, planned: int | None = None) -> bool:
+        """Whether the ranking is settled, by `until_stable`; ask after each step, and stop when it is.
+
+        It looks at it now and then only. All ranks get the same answer.
+
+        Args:
+            planned: how many steps the whole run would profile; twice as many as so far when not given.
+
+        Raises:
+            UsageError: the profiler was made without `until_stable`, or `top_k` is above the number of shared layers.
+        """
+        if self._stable is None:
+            raise UsageError("is_stable() needs to know when: make the profiler with until_stable=0.9, say.")
+        if self._tally is None or not self._stable.due(self.steps):
+            return False
+        counts, bin_steps = self._tally.series()
+        series = counts[:, sorted(self._shared)].numpy()
+        stable = broadcast_answer(self._stable.check(series, self.steps, bin_steps=bin_steps, planned=planned))
+        logger.info("After %d steps: %s", self.steps, self._stable)
+        return stable
+
+    def _count(self, layers: Sequence[int], tasks: Sequence[str], gramians: Tensor, others: Sequence[Tensor]) -> None:
+        """Count one step, unless a gradient was not finite: one in the Gramians, or one of the others."""
+        others = [as_real(gradient) for gradient in others if gradient.numel()]
+        if others:
+            largest = nn.utils.get_total_norm(others, norm_type=math.inf).to(gramians)
+            gramians = gramians.where(largest.isfinite(), math.nan)
+        if self._tally is None:
+            self._tally = Tally(len(self.layers), self.threshold, self.device)
+        self._shared.update(layers)
+        self._tasks += [task for task in tasks if task not in self._tasks]
+        self._tally.add(layers, [self._tasks.index(task) for task in tasks], gramians.to(self.device))
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was recorded, for `load_state_dict` of a profiler of the same model, threshold, `every` and memory."""
+        return {
+            "layers": [layer.name for layer in self.layers],
+            "threshold": self.threshold,
+            "every": self.every,
+            "memory": self.memory,
+            "calls": self._calls,
+            "tasks": list(self._tasks),
+            "shared": sorted(self._shared),
+            "tally": None if self._tally is None else self._tally.state_dict(),
+            "stable": None if self._stable is None else asdict(self._stable),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on recording from what `state_dict` gave.
+
+        Raises:
+            CheckpointError: it was another profiler's.
+        """
+        mine: dict[str, Any] = {"threshold": self.threshold, "every": self.every, "memory": self.memory}
+        mine["layers"] = [layer.name for layer in self.layers]
+        for name, value in mine.items():
+            if name not in state:
+                raise CheckpointError(f"This is no saved state of a profiler: it has no {name}.")
+            if state[name] != value:
+                raise CheckpointError(
+                    f"The saved profile has other {name}: {state[name]}, not {value}. Profile with the settings of "
+                    "the interrupted run, or start over."
+                )
+        self._calls = state["calls"]
+        self._tasks = list(state["tasks"])
+        self._shared = set(state["shared"])
+        if self._stable is not None and state["stable"] is not None:
+            self._stable.next_check = state["stable"]["next_check"]
+        self._tally = None
+        if state["tally"] is not None:
+            self._tally = Tally(len(self.layers), self.threshold, self.device)
+            self._tally.load_state_dict(state["tally"])
+
+    def conflict_map(self, made_by: Mapping[str, Any] | None = None) -> ConflictMap:
+        """What has been counted so far.
+
+        Args:
+            made_by: how the map was made, to be kept in its file.
+
+        Raises:
+            UsageError: nothing was recorded, or no layer is shared.
+            GradientError: no step had finite gradients.
+        """
+        if self._tally is None:
+            raise UsageError("Nothing was profiled yet: call profiler.backward(losses) in the training loop first.")
+        shared = {number: self.layers[number] for number in sorted(self._shared)}
+        return counted_map(self._tally, shared, self._tasks, made_by or {})

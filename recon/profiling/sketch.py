@@ -1,0 +1,79 @@
+"""GradientSketch: task gradients folded, as they are made, into a few numbers a layer that keep their cosines."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from recon.methods.gradients.jacobian import width
+
+SIZE = 2039
+"""Numbers a layer. A prime: the rows of a weight, whose sizes are not, do not line up with it."""
+
+_ROWS = 512  # rows of random signs; longer layers use them again
+_SEED = 20230501
+
+
+class GradientSketch:
+    """Count sketches of the gradients of some layers (Charikar, Chen and Farach-Colton, ICALP 2002).
+
+    Entry i of a layer's gradient, its parameters one after the other, is added with a fixed random sign to number
+    `i mod size`. The map is linear, so the sketch of a sum (over the pieces of a layer, or over processes) is the sum
+    of the sketches; and it keeps inner products: the error of a cosine has a standard deviation of at most about
+    1 / sqrt(size), and is nothing but rounding in a layer of at most `size` numbers.
+
+    L layers are given by their parameters; m is the size.
+    """
+
+    def __init__(self, layers: Sequence[Sequence[nn.Parameter]], size: int = SIZE) -> None:
+        self.size = size
+        self._layers = len(layers)
+        self._place: dict[Tensor, tuple[int, int]] = {}  # layer, and where in its gradient the parameter begins
+        for number, parameters in enumerate(layers):
+            start = 0
+            for parameter in parameters:
+                self._place[parameter] = number, start
+                start += width(parameter)
+        draw = torch.Generator().manual_seed(_SEED)
+        self._signs = torch.randint(0, 2, (_ROWS, size), generator=draw, dtype=torch.int8).mul_(2).sub_(1).float()
+        self._products = torch.empty(0)
+
+    def __contains__(self, leaf: Tensor) -> bool:
+        """Whether this is a parameter of one of the layers."""
+        return leaf in self._place
+
+    def zeros(self, tasks: int, device: torch.device) -> Tensor:
+        """(tasks, L, m): sketches of nothing, to be filled by `fold`."""
+        self._signs = self._signs.to(device)
+        return torch.zeros(tasks, self._layers, self.size, device=device)
+
+    def fold(self, parameter: Tensor, gradient: Tensor, sketches: Tensor) -> None:
+        """Add one parameter's gradient, in real numbers, to one task's sketches, (L, m)."""
+        layer, start = self._place[parameter]
+        sketch = sketches[layer]
+        rest = gradient.reshape(-1)
+        while len(rest):
+            row, column = divmod(start % self._signs.numel(), self.size)
+            if column or len(rest) < self.size:  # up to the end of a row
+                count = min(self.size - column, len(rest))
+                sketch[column : column + count] += rest[:count] * self._signs[row, column : column + count]
+            else:
+                rows = min(_ROWS - row, len(rest) // self.size)
+                count = rows * self.size
+                sketch += self._signed_sum(rest[:count].view(rows, self.size), self._signs[row : row + rows])
+            start, rest = start + count, rest[count:]
+
+    def _signed_sum(self, values: Tensor, signs: Tensor) -> Tensor:
+        if self._products.device != signs.device or not len(self._products):
+            self._products = torch.empty_like(self._signs)
+        return torch.mul(values, signs, out=self._products[: len(values)]).sum(dim=0)
+
+
+def sketch_gramians(sketches: Tensor) -> Tensor:
+    """The Gramians of the L layers from sketches (T, L, m): (L, T, T), in float64 where there is one."""
+    wide = torch.float32 if sketches.device.type == "mps" else torch.float64
+    by_layer = sketches.to(wide).transpose(0, 1)
+    with torch.autocast(sketches.device.type, enabled=False):
+        return by_layer @ by_layer.mT

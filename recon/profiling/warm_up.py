@@ -1,0 +1,154 @@
+"""profile(): the warm-up training that fills a conflict map."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from recon.errors import GradientError, UsageError
+from recon.maps import ConflictMap
+from recon.methods import Method
+from recon.methods.gradients.observer import Memory
+from recon.problems.problem import Loss
+from recon.profiling.profiler import Profiler
+from recon.support.network.forward import Batch
+from recon.training import Epoch, History, train
+from recon.training.batch_stream import batch_count
+from recon.training.trainer import check_optimizer
+
+logger = logging.getLogger(__name__)
+
+_MEMORIES = {"exact": "all tasks' held at once (exact)", "sketch": "folded into sketches as they come (sketch)"}
+
+
+def profile(
+    model: nn.Module,
+    loader: Iterable[Batch],
+    losses: Mapping[str, Loss],
+    *,
+    optimizer: Optimizer,
+    epochs: int = 3,
+    threshold: float = -0.1,
+    method: str | Method = "joint",
+    scheduler: LRScheduler | Callable[[Optimizer], LRScheduler] | None = None,
+    every: int = 1,
+    until_stable: float | None = None,
+    top_k: int | None = None,
+    memory: Memory = "exact",
+    made_by: Mapping[str, Any] | None = None,
+    on_epoch: Callable[[Epoch], None] | None = None,
+    progress: bool = False,
+    checkpoint: str | Path | None = None,
+    resume: bool = False,
+    checkpoint_seconds: float = 60.0,
+    settings: Mapping[str, Any] | None = None,
+    on_checkpoint: Callable[[ConflictMap], None] | None = None,
+) -> ConflictMap:
+    """Warm-up training that scores every shared layer (Shi et al. 2023, algorithm 1, lines 1-9).
+
+    The scored gradients train the model too: it ends as the same training without profiling would leave it, to
+    rounding.
+
+    Args:
+        model: `model(inputs) -> {task name: output}`; it is trained in place.
+        loader: yields `(inputs, {task name: target})`.
+        losses: `{task name: (output, target) -> scalar}`.
+        optimizer: of the model's parameters.
+        epochs: passes over the loader.
+        threshold: S in (-1, 0], a multiple of 0.01.
+        method: the gradient method of the warm-up.
+        scheduler: of the learning rate, see `recon.train`.
+        every: profile each n-th step only, see `Profiler`.
+        until_stable: stop when the top layers are expected to overlap by this share with those of all the epochs.
+        top_k: of how many layers; a quarter of the shared ones when not given.
+        memory: `exact`, or `sketch` for large models and many tasks, see `Profiler`.
+        made_by: what else the map's file should say of how it was made.
+        on_epoch: called with the epoch's record after each epoch.
+        progress: show a progress bar on stderr.
+        checkpoint: a file that keeps the training and the counts; see `recon.train` for it, `resume`,
+            `checkpoint_seconds` and `settings`.
+        resume: go on from the checkpoint, to the map that the training would have given without the interruption.
+        checkpoint_seconds: how often to save within an epoch.
+        settings: what else must be the same at the resume.
+        on_checkpoint: called after every checkpoint with the map so far, once there is something in it; its `made_by`
+            says that it is not finished, and which epoch it comes from.
+
+    Raises:
+        ProblemError: model, losses and batches do not fit together.
+        LoaderError: the loader raised.
+        GradientError: a loss is not finite, or a task has no gradient anywhere.
+        UsageError: the threshold is off the grid, no layer is shared, a checkpoint cannot be written, or one is there
+            although `resume` is not asked for.
+        CheckpointError: the checkpoint is damaged, or of another training.
+    """
+    profiler = Profiler(
+        model, threshold, tuple(losses), every=every, until_stable=until_stable, top_k=top_k, memory=memory
+    )
+    logger.info("Task gradients: one backward pass a task, %s.", _MEMORIES[memory])
+    count = batch_count(loader)
+    planned = None if count is None else -(-epochs * count // every)
+    check_optimizer(optimizer)
+    group = optimizer.param_groups[0]
+    learning_rate = group.get("initial_lr", group.get("lr"))  # where the schedule begins, if there is one
+
+    def map_of(history: History, **more: Any) -> ConflictMap:
+        how = {
+            "method": method if isinstance(method, str) else method.name,
+            "optimizer": type(optimizer).__name__,
+            "learning_rate": learning_rate,
+            "epochs": epochs,
+            **({} if every == 1 else {"every": every}),
+            **({} if memory == "exact" else {"memory": memory}),
+            **({} if until_stable is None else {"until_stable": until_stable}),
+            "seconds": round(history.seconds, 2),
+            "torch": torch.__version__,
+        }
+        return profiler.conflict_map({**how, **(made_by or {}), **more})
+
+    def show_map(history: History) -> None:
+        if on_checkpoint is None:
+            return
+        try:
+            cmap = map_of(history, finished=False, epoch=history.epochs[-1].number)
+        except (UsageError, GradientError):  # no step was profiled yet, or none that is of use
+            return
+        on_checkpoint(cmap)
+
+    history = train(
+        model,
+        loader,
+        losses,
+        method=method,
+        optimizer=optimizer,
+        epochs=epochs,
+        scheduler=scheduler,
+        profiler=profiler,
+        on_epoch=on_epoch,
+        stop=None if until_stable is None else lambda: profiler.is_stable(planned),
+        progress=progress,
+        checkpoint=checkpoint,
+        resume=resume,
+        checkpoint_seconds=checkpoint_seconds,
+        settings={
+            "threshold": threshold,
+            "every": every,
+            "until_stable": until_stable,
+            "top_k": top_k,
+            "memory": memory,
+            **(settings or {}),
+        },
+        on_checkpoint=show_map,
+    )
+    try:
+        return map_of(history)
+    except (UsageError, GradientError):
+        if checkpoint is not None:  # going on from there would end here again
+            Path(checkpoint).unlink(missing_ok=True)
+        raise

@@ -1,0 +1,1 @@
+"""Plumbing: what any package uses. It knows no task, map, plan or method."""

@@ -1,0 +1,156 @@
+"""What a batch and a model's output look like, checked once for everyone who runs a model."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping
+from itertools import chain
+from typing import Any, NamedTuple, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from recon.errors import ProblemError, ReconError, UsageError, type_name
+from recon.support.network.trees import map_tree
+
+Tree = TypeVar("Tree")
+
+Batch = tuple[Any, Mapping[str, Any]]
+"""`(inputs, {task name: target})`; a task whose target is missing is skipped for that step."""
+
+
+class Inputs(NamedTuple):
+    """What a forward of several arguments takes; anything else is the one argument of `model(inputs)`.
+
+    A tuple, so that data loaders collate it and `to_device` moves it like any other nest.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+def inputs(*args: Any, **kwargs: Any) -> Inputs:
+    """Inputs for `model(*args, **kwargs)`, wherever recon takes inputs: in a batch, or as example inputs."""
+    return Inputs(args, kwargs)
+
+
+def call(model: nn.Module, inputs: Any) -> Any:
+    """`model(inputs)`, or `model(*args, **kwargs)` for `Inputs`."""
+    if isinstance(inputs, Inputs):
+        return model(*inputs.args, **inputs.kwargs)
+    return model(inputs)
+
+
+def run(model: nn.Module, example_inputs: Any) -> Mapping[str, Any]:
+    """What the model gives for the example inputs, in the mode it is in.
+
+    Raises:
+        UsageError: its forward fails.
+    """
+    mode = "training" if model.training else "evaluation"
+    try:
+        # A dry run looks on at operations, and `fullgraph=True` would fail on that: compiled parts run uncompiled.
+        with torch.compiler.set_stance("force_eager"):
+            return call(model, example_inputs)
+    except ReconError:
+        raise
+    except Exception as error:
+        raise UsageError(
+            f"The model's forward fails on the example inputs in {mode} mode: {type(error).__name__}: {error}. Pass "
+            "what the forward takes, as in training: the inputs of two samples or more, without their targets; for "
+            "several arguments, recon.inputs(x, mask=mask)."
+        ) from error
+
+
+def fresh(inputs: Tree) -> Tree:
+    """The same inputs for a forward that may write into them: in nests, tensors and graph batches of their own.
+
+    Gradients reach the tensors that were given.
+    """
+    copies: dict[int, Any] = {}  # one tensor given twice stays one
+
+    def own(leaf: Any) -> Any:
+        if id(leaf) not in copies:
+            copies[id(leaf)] = _own(leaf)
+        return copies[id(leaf)]
+
+    return cast("Tree", map_tree(own, inputs))
+
+
+def _own(leaf: Any) -> Any:
+    if isinstance(leaf, nn.Module) or not hasattr(leaf, "to"):
+        return leaf
+    # A graph batch clones its tensors as a tensor does itself; a tokenizer's output is at least a dict of its own.
+    return leaf.clone() if hasattr(leaf, "clone") else copy.copy(leaf)
+
+
+def model_device(model: nn.Module) -> torch.device:
+    """Where the model's parameters are, or its buffers if it has none; the CPU for a model without either."""
+    state = next(chain(model.parameters(), model.buffers()), None)
+    return torch.device("cpu") if state is None else state.device
+
+
+def to_device(batch: Tree, device: torch.device | str) -> Tree:
+    """The same nest of tuples, lists and dicts with everything that has a `.to(device)` moved there.
+
+    Tensors that are there already stay as they are. Copies from pinned memory overlap with computation.
+    """
+    return tree_map(lambda leaf: _leaf_to_device(leaf, device), batch, is_leaf=lambda node: hasattr(node, "to"))
+
+
+def _leaf_to_device(leaf: Any, device: torch.device | str) -> Any:
+    if isinstance(leaf, Tensor):
+        # Towards the CPU, a copy that does not block could be read before it has arrived.
+        return leaf.to(device, non_blocking=torch.device(device).type != "cpu")
+    # A tokenizer's output or a graph batch knows how to move itself, but not every one takes `non_blocking`.
+    return leaf.to(device) if hasattr(leaf, "to") else leaf
+
+
+def unpack(batch: Any) -> Batch:
+    """A batch as `(inputs, {task name: target})`.
+
+    Raises:
+        ProblemError: the batch is anything else.
+    """
+    match batch:
+        case (inputs, Mapping() as targets):
+            return inputs, targets
+        case list() | tuple():
+            got = f"({', '.join(type(part).__name__ for part in batch)})"
+        case _:
+            got = type(batch).__name__
+    raise ProblemError(
+        f"A batch must be (inputs, {{task name: target}}), but the data loader gave {got}. "
+        "Let the data set return (inputs, {'task name': target, ...}) for each sample."
+    )
+
+
+def task_outputs(model: nn.Module, inputs: Any, tasks: Iterable[str]) -> Mapping[str, Any]:
+    """Run the model and check that it answers for every one of `tasks`.
+
+    Raises:
+        ProblemError: the output is no `{task name: output}`, or lacks a task.
+    """
+    return check_outputs(call(model, inputs), tasks)
+
+
+def check_outputs(outputs: Any, tasks: Iterable[str]) -> Mapping[str, Any]:
+    """A model's outputs, if they have an entry for every one of `tasks`.
+
+    Raises:
+        ProblemError: the output is no `{task name: output}`, or lacks a task.
+    """
+    if not isinstance(outputs, Mapping):
+        got = "Tensor" if isinstance(outputs, Tensor) else type_name(outputs)
+        raise ProblemError(
+            f"The model must return {{task name: output}}, but it returned {got}. Let its forward return a dict with "
+            "one entry for each task."
+        )
+    missing = [task for task in tasks if task not in outputs]
+    if missing:
+        raise ProblemError(
+            f"The model's output has no entry for task {', '.join(map(repr, missing))}; its entries are "
+            f"{', '.join(map(repr, outputs)) or 'none'}. The names in the output must be the tasks' names."
+        )
+    return outputs

@@ -1,0 +1,218 @@
+"""train(): any method, on any model, plain or branched."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import nullcontext
+from inspect import Parameter, signature
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from tqdm import tqdm
+
+from recon.errors import UsageError
+from recon.methods import Method, parse, wrap
+from recon.methods.gradients.observer import StepObserver
+from recon.problems.problem import Loss
+from recon.support.network.forward import Batch, model_device
+from recon.support.network.trainable import refuse_untrainable
+from recon.support.processes import broadcast_model
+from recon.training.batch_stream import BatchStream, batch_count
+from recon.training.checkpoints import Checkpoints
+from recon.training.history import Epoch, History
+from recon.training.precision import Amp, Precision
+from recon.training.recorder import Recorder
+from recon.training.run import TrainingRun
+from recon.training.stepper import Stepper
+
+_BAR_SECONDS = 2.0  # between two looks at the losses: each waits for the device
+_NAMED = (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY)
+
+
+def train(
+    model: nn.Module,
+    loader: Iterable[Batch],
+    losses: Mapping[str, Loss],
+    *,
+    optimizer: Optimizer,
+    method: str | Method = "joint",
+    epochs: int = 1,
+    scheduler: LRScheduler | Callable[[Optimizer], LRScheduler] | None = None,
+    clip: float | None = None,
+    accumulate: int = 1,
+    amp: Amp | None = None,
+    profiler: StepObserver | None = None,
+    recorder: Recorder | None = None,
+    on_epoch: Callable[[Epoch], None] | None = None,
+    stop: Callable[[], bool] | None = None,
+    progress: bool = False,
+    checkpoint: str | Path | None = None,
+    resume: bool = False,
+    checkpoint_seconds: float = 60.0,
+    settings: Mapping[str, Any] | None = None,
+    on_checkpoint: Callable[[History], None] | None = None,
+) -> History:
+    """Train `model` in place.
+
+    Several processes of one group train it together, each with a loader of its own part of the data: gradients are
+    averaged over the ranks, as DistributedDataParallel does; the model need not be wrapped in it.
+
+    Args:
+        model: `model(inputs) -> {task name: output}`, plain or branched.
+        loader: yields `(inputs, {task name: target})`; a task whose target is missing or None is skipped in that step.
+        losses: `{task name: (output, target) -> scalar}`; a single entry trains a single-task baseline.
+        optimizer: of the model's parameters; its step takes the gradients as they are, without a closure. A method that
+            learns (uw) gets a group of its own there.
+        method: a name (`recon.methods.names()`), a name with options (`"cagrad:c=0.5"`), or a method, also
+            one of TorchJD's (see `recon.methods.wrap`).
+        epochs: passes over the loader.
+        scheduler: stepped after every optimizer step; or what makes one of the optimizer, which a method that learns
+            needs: a scheduler must know all parameter groups from the start.
+        clip: scale an update that is longer down to this norm, after the method has made it.
+        accumulate: batches for one optimizer step. The method makes an update of each batch, and the step is taken with
+            their mean; the last step of an epoch may have fewer. A batch without any target does not count.
+        amp: compute the forward in `bf16`, or on a GPU `fp16`, by autocast. Losses see float32 outputs; gradients and
+            updates are float32. In `fp16` the losses are scaled for the way back, and a step whose gradients overflow
+            is skipped.
+        profiler: records conflicts from the gradients of this training.
+        recorder: writes the losses, weights and learning rate of every step to a file.
+        on_epoch: called with each epoch's record, for evaluation, say. What it puts into `epoch.results` is kept in the
+            history, in checkpoints and by the recorder.
+        stop: asked after each step; the training ends when it says True, and the epoch's record holds what was done.
+        progress: show a progress bar on stderr.
+        checkpoint: a file that keeps the training's state: written at each epoch's end, in between, and when Ctrl-C
+            or an error ends the training. It is left there in the end.
+        resume: go on from the checkpoint, if there is one. Called as before, with the same loader, the training goes
+            on as if it had never stopped; on the CPU, to the last bit. `epochs` may be more than before. Model,
+            optimizer, scheduler, method, profiler, random states and the generators in the loader are put back. The
+            batches of the epoch that are done already are drawn again. A loader of one's own that hangs on anything
+            else, a count of its epochs say, needs `state_dict()` and `load_state_dict(state)`; the persistent workers
+            of a DataLoader have random states that no one can put back.
+        checkpoint_seconds: how often to save in between; 0 saves after every step.
+        settings: what else must be the same at the resume: plain values by name.
+        on_checkpoint: called with the history so far, the epoch under way included, when a checkpoint was written.
+
+    Raises:
+        ProblemError: model, losses and batches do not fit together.
+        LoaderError: the loader raised.
+        GradientError: a loss is not finite, or a task has no gradient anywhere.
+        UsageError: no such method, `epochs` or `accumulate` below 1, a `clip` that is not above 0, `fp16` on a CPU, a
+            model that is sharded over processes, the optimizer of another model or one whose step needs a closure
+            (LBFGS), a checkpoint that cannot be written, or one that is there although `resume` is not asked for.
+        CheckpointError: the checkpoint is damaged, or of another training.
+    """
+    if epochs < 1:
+        raise UsageError(f"epochs is {epochs}; train for at least 1.")
+    if accumulate < 1:
+        raise UsageError(f"accumulate is {accumulate}; a step needs at least 1 batch.")
+    if clip is not None and not 0 < clip < math.inf:
+        raise UsageError(f"clip is {clip}; give a norm above 0, or None to leave updates as they are.")
+    if not isinstance(model, nn.Module):
+        raise UsageError(f"model is a {type(model).__name__}, which cannot be run. Pass a torch.nn.Module.")
+    refuse_untrainable(model)
+    check_optimizer(optimizer)
+    if recorder is not None and not isinstance(recorder, Recorder):
+        raise UsageError(f"recorder is {recorder!r}. Make it of a path: recon.Recorder('metrics.jsonl').")
+    if {p for group in optimizer.param_groups for p in group["params"]}.isdisjoint(model.parameters()):
+        raise UsageError(
+            "The optimizer holds no parameter of this model: it was made for another one (recon.convert and recon.load "
+            "return new models). Make it of model.parameters() anew."
+        )
+    method = parse(method) if isinstance(method, str) else wrap(method)
+    device = model_device(model)
+    precision = Precision(amp, device)
+    method.setup(tuple(losses))
+    method.to(device)
+    method.attach(model)
+    _add_parameters(method, optimizer, scheduler)
+    if scheduler is not None and not isinstance(scheduler, LRScheduler):
+        scheduler = scheduler(optimizer)
+    broadcast_model(model)
+    stream = BatchStream(loader, remembers=checkpoint is not None)
+    run = TrainingRun(model, optimizer, scheduler, method, profiler, stream, device, precision, recorder)
+    settings = {"clip": clip, "accumulate": accumulate, "amp": amp, **(settings or {})}
+    checkpoints = Checkpoints(run, checkpoint, seconds=checkpoint_seconds, settings=settings, on_save=on_checkpoint)
+    stepper = Stepper(run, losses, clip, recorder)
+    checkpoints.open(resume, epochs)
+    with checkpoints.kept(), recorder or nullcontext():
+        while True:
+            if not run.reported:
+                if on_epoch is not None:
+                    on_epoch(run.history.epochs[-1])
+                if recorder is not None:
+                    recorder.epoch(run.history.epochs[-1])
+                run.end_report()
+                checkpoints.save()
+            if run.ends_at(epochs):
+                return run.history
+            model.train()
+            batches = _with_bar(run, epochs, progress)
+            for batch in batches:
+                with checkpoints.step():
+                    stepper.take(chain([batch], islice(batches, accumulate - 1)))
+                    run.stopped = stop is not None and stop()
+                if run.stopped:
+                    break
+                checkpoints.save_if_due()
+            with checkpoints.step():
+                method.end_epoch()
+                run.end_epoch(run.meter.epoch() if run.stopped else run.meter.whole_epoch(tuple(losses)))
+
+
+def _with_bar(run: TrainingRun, epochs: int, show: bool) -> Iterator[Batch]:
+    """The batches of the epoch that are not done yet, with a bar on stderr that shows the losses every so often."""
+    if not show:
+        yield from run.batches()
+        return
+    title, total = f"epoch {run.epoch}/{epochs}", batch_count(run.stream.loader)
+    bar = tqdm(run.batches(), title, total, initial=run.stream.drawn, leave=False, unit="batch")
+    looked = time.monotonic()
+    for batch in bar:
+        yield batch
+        if time.monotonic() - looked >= _BAR_SECONDS:
+            looked = time.monotonic()
+            bar.set_postfix({task: f"{loss:.4f}" for task, loss in run.meter.mean_losses().items()})
+
+
+def check_optimizer(optimizer: Optimizer) -> None:
+    """Refuse what is no optimizer, and one whose step needs more than the gradients."""
+    if isinstance(optimizer, LRScheduler):
+        raise UsageError(
+            f"optimizer is a learning rate scheduler ({type(optimizer).__name__}). Pass optimizer=scheduler.optimizer, "
+            "scheduler=scheduler."
+        )
+    if not isinstance(optimizer, Optimizer):
+        raise UsageError(f"optimizer is {optimizer!r}. Make one of the parameters, torch.optim.Adam(...) say.")
+    # Of its class: the step that a scheduler puts on the object shows the arguments of the class's function.
+    _, *arguments = signature(type(optimizer).step).parameters.values()
+    needed = [a.name for a in arguments if a.default is a.empty and a.kind in _NAMED]
+    if needed:
+        raise UsageError(
+            f"{type(optimizer).__name__}.step needs {', '.join(needed)}: such an optimizer computes the losses several "
+            "times a step, with gradients at each. Take another, or write the loop yourself, with a closure that calls "
+            "optimizer.zero_grad() and recon.backward(losses, model, method), and returns the sum of the losses."
+        )
+
+
+def _add_parameters(
+    method: Method, optimizer: Optimizer, scheduler: LRScheduler | Callable[[Optimizer], LRScheduler] | None
+) -> None:
+    known = {p for group in optimizer.param_groups for p in group["params"]}
+    new = [p for p in method.parameters() if p not in known]
+    if not new:
+        return
+    if isinstance(scheduler, LRScheduler):
+        raise UsageError(
+            f"Method {method.name!r} has parameters of its own, and a scheduler must know them from the start. Pass "
+            "what makes the scheduler instead: scheduler=lambda optimizer: ...LR(optimizer, ...)."
+        )
+    group: dict[str, Any] = {"params": new}
+    if "weight_decay" in optimizer.defaults:
+        group["weight_decay"] = 0.0
+    optimizer.add_param_group(group)
