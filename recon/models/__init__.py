@@ -6,8 +6,9 @@ images or `in_features` of vectors; one whose weights depend on the size of the 
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from recon.support.lazy import lazy_face
 
 if TYPE_CHECKING:
     from recon.models.experts import PLE, MMoE
@@ -35,20 +36,24 @@ __all__ = [
     "vit_b_16",
 ]
 
-_HOME = {
-    "MTAN": "mtan",
-    "PLE": "experts",
-    "MMoE": "experts",
-    "MobileNetV2RASPP": "mobilenet_raspp",
-    "ResNet18": "resnet",
-    "SegNet": "segnet",
-    "SharedBottom": "shared_bottom",
-    "SmallResNet": "small_resnet",
-    "ViT": "vit",
-    "deeplabv3_resnet50": "torchvision_dense",
-    "fcn_resnet50": "torchvision_dense",
-    "vit_b_16": "vit",
-}
+# Importing torchvision takes a second, which a problem with another backbone need not wait for.
+__getattr__, __dir__ = lazy_face(
+    __name__,
+    {
+        "MTAN": "mtan",
+        "PLE": "experts",
+        "MMoE": "experts",
+        "MobileNetV2RASPP": "mobilenet_raspp",
+        "ResNet18": "resnet",
+        "SegNet": "segnet",
+        "SharedBottom": "shared_bottom",
+        "SmallResNet": "small_resnet",
+        "ViT": "vit",
+        "deeplabv3_resnet50": "torchvision_dense",
+        "fcn_resnet50": "torchvision_dense",
+        "vit_b_16": "vit",
+    },
+)
 
 KINDS = {
     "MTAN": "dense",
@@ -70,14 +75,3 @@ KINDS = {
 - "dense": `(N, C, H, W)` to maps `(N, channels, H, W)`;
 - "vectors": `(N, F)` to logits `(N, classes)`.
 """
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module 'recon.models' has no attribute {name!r}")
-    # On first use: importing torchvision takes a second, which a problem with another backbone need not wait for.
-    return getattr(importlib.import_module(f"recon.models.{_HOME[name]}"), name)
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = ["call_function", "descriptions", "get", "home_of", "names"]
 
-_HOME = "recon.problems"
+_HOME = "recon.problems.sets"
 _BUILT_IN = {
     module.replace("_", "-"): module
     for module in (
