@@ -495,6 +495,7 @@ def test_what_cannot_work_fails_at_conversion_and_names_the_line(statement, mess
     if line:
         assert re.search(rf"at test_fan.py:\d+, in [\w<>.]+: `[^`]*{re.escape(line)}", str(raised.value)), raised.value
     assert "Traceback" not in str(raised.value) and len(str(raised.value)) < 700
+    assert "recon.extract_task" not in str(raised.value)  # of use outside a forward alone
     assert re.search(
         r"fan out at '(first|second|first', 'second)'\. To leave .* convert with mode='per-task'", str(raised.value)
     )
