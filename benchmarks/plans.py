@@ -59,7 +59,7 @@ class Study:
         name: the problem's.
         epochs: of every training.
         profile_epochs: of the profile.
-        train_samples: how many training samples to make do with; all if not given.
+        train_samples: how many training samples to use; all if not given.
         backbone: the network; the problem's own if empty.
         data_root: where its data are.
     """

@@ -25,7 +25,7 @@ def add_problem(parser: Parser) -> None:
         "--train-samples",
         type=positive_integer,
         metavar="N",
-        help="make do with N training samples (default: all), if the problem can",
+        help="use only N training samples (default: all), if the problem can",
     )
     parser.add_argument("--backbone", metavar="NAME", help=f"another network than the problem's: {BACKBONE}")
     parser.add_argument(

@@ -1,7 +1,7 @@
-"""Backbones for problems: ordinary modules that know nothing of branching.
+"""Backbones for problems: ordinary modules that know nothing about branching.
 
 Each is made by `Backbone(tasks, ...)`, where `tasks` is `{task name: channels of its output}`, with `in_channels` of
-images or `in_features` of vectors; one whose weights depend on the size of the images takes `image_size` too.
+images or `in_features` of vectors; one whose weights depend on the size of the images needs `image_size` too.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ KINDS = {
     "fcn_resnet50": "dense",
     "vit_b_16": "images",
 }
-"""What a backbone takes and gives.
+"""A backbone's inputs and outputs.
 
 - "images": `(N, C, H, W)` to logits `(N, classes)` for each task;
 - "dense": `(N, C, H, W)` to maps `(N, channels, H, W)`;

@@ -11,20 +11,13 @@ from recon.models.shared_bottom import mlp, tower
 
 
 class Experts(nn.ModuleList):
-    """Some multilayer perceptrons of one shape.
-
-    Args:
-        count: how many there are.
-        in_features: numbers in a row of the input.
-        widths: of each one's hidden layers.
-        dropout: the part of each hidden layer's activations that is dropped.
-    """
+    """`count` multilayer perceptrons with hidden layers of these widths."""
 
     def __init__(self, count: int, in_features: int, widths: Sequence[int], dropout: float) -> None:
         super().__init__(mlp(in_features, widths, dropout) for _ in range(count))
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        """Inputs `(N, in_features)` to what each expert says of them, `(N, widths[-1])`."""
+        """Inputs `(N, in_features)` to the output of each expert, `(N, widths[-1])`."""
         return [expert(x) for expert in self]
 
 
@@ -32,10 +25,6 @@ class Gate(nn.Module):
     """Mixes experts by weights that depend on its input.
 
     The weights are `softmax(W x)` (Ma et al., KDD 2018, section 4.2; Tang et al., RecSys 2020, section 4.1).
-
-    Args:
-        in_features: numbers in a row of the input.
-        experts: how many there are to mix.
     """
 
     def __init__(self, in_features: int, experts: int) -> None:
@@ -59,7 +48,7 @@ class MMoE(nn.Module):
         tasks: `{task name: number of outputs}`.
         in_features: numbers in a row.
         experts: how many there are.
-        expert: widths of each expert's hidden layers; at least one. The last is what it gives out.
+        expert: widths of each expert's hidden layers; at least one. The last is its output.
         towers: widths of each task's own hidden layers; a tower is a linear layer where there is none.
         dropout: the part of each hidden layer's activations that is dropped.
     """
@@ -82,16 +71,16 @@ class MMoE(nn.Module):
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         """Rows `(N, in_features)` to `{task: (N, outputs)}`."""
-        said = self.experts(x)
-        return {task: tower(self.gates[task](x, said)) for task, tower in self.towers.items()}
+        outputs = self.experts(x)
+        return {task: tower(self.gates[task](x, outputs)) for task, tower in self.towers.items()}
 
 
 class PLE(nn.Module):
     """Progressive layered extraction (Tang et al., RecSys 2020, section 4.2).
 
     Each layer has experts that all tasks share and experts of each task. A task's gate mixes its own and the shared
-    ones; its mixture is what the task's experts and gate see in the next layer. The shared gate mixes all of them for
-    the next layer's shared experts. With one layer, this is the paper's customized gate control (CGC, section 4.1).
+    ones; its mixture is the input of the task's experts and gate in the next layer. The shared gate mixes all of them
+    for the next layer's shared experts. With one layer, this is the paper's customized gate control (CGC, section 4.1).
 
     Args:
         tasks: `{task name: number of outputs}`.
@@ -99,7 +88,7 @@ class PLE(nn.Module):
         layers: how many extraction layers there are.
         shared_experts: how many experts a layer shares among the tasks.
         task_experts: how many experts each task has of its own in a layer.
-        expert: widths of each expert's hidden layers; at least one. The last is what it gives out.
+        expert: widths of each expert's hidden layers; at least one. The last is its output.
         towers: widths of each task's own hidden layers; a tower is a linear layer where there is none.
         dropout: the part of each hidden layer's activations that is dropped.
     """
@@ -134,17 +123,7 @@ class PLE(nn.Module):
 
 
 class Extraction(nn.Module):
-    """One layer of PLE.
-
-    Args:
-        tasks: the tasks' names.
-        in_features: numbers in a row of each input.
-        shared_experts: see `PLE`.
-        task_experts: see `PLE`.
-        expert: see `PLE`.
-        dropout: see `PLE`.
-        is_last: whether no layer follows, so that nothing needs the shared gate.
-    """
+    """One layer of PLE; nothing needs the shared gate of the last."""
 
     def __init__(
         self,
@@ -163,13 +142,13 @@ class Extraction(nn.Module):
         self.shared_gate = None if is_last else Gate(in_features, len(tasks) * task_experts + shared_experts)
 
     def forward(self, shared: Tensor, own: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """What the layer before gave the shared and each task's experts, `(N, in_features)` each, to `(N, width)`.
+        """The shared and each task's mixture of the layer before, `(N, in_features)`, to this one's, `(N, width)`.
 
-        The last layer passes the first on as it is.
+        The last layer returns the shared one as it is.
         """
         of_all = self.shared_experts(shared)
         of_task = {task: experts(own[task]) for task, experts in self.task_experts.items()}
         mixtures = {task: gate(own[task], of_task[task] + of_all) for task, gate in self.gates.items()}
         if self.shared_gate is not None:
-            shared = self.shared_gate(shared, [said for some in of_task.values() for said in some] + of_all)
+            shared = self.shared_gate(shared, [output for outputs in of_task.values() for output in outputs] + of_all)
         return shared, mixtures

@@ -14,13 +14,13 @@ _LOW = 3  # the last one at stride 4, with 24 channels
 
 
 class MobileNetV2RASPP(nn.Module):
-    """The network for PASCAL-Context of multi-task learning's smaller models, from torchvision's MobileNetV2.
+    """A small network for PASCAL-Context, from torchvision's MobileNetV2.
 
-    The trunk is MobileNetV2 (Sandler et al., CVPR 2018) without its last, 1280 channels wide layer. As in ASTMT
-    (Maninis et al., CVPR 2019) its last stride is given up for dilated convolutions, so that features come at a
-    sixteenth of the image's resolution. On it stands the reduced ASPP of Sandler et al., section 6.3, and for each
-    task the decoder of DeepLabv3+ (Chen et al., ECCV 2018) with separable convolutions, as Brüggemann et al. have them
-    ("Automated Search for Resource-Efficient Branched Multi-Task Networks", BMVC 2020).
+    The trunk is MobileNetV2 (Sandler et al., CVPR 2018) without its last layer of 1280 channels. As in ASTMT (Maninis
+    et al., CVPR 2019), dilated convolutions replace its last stride, so that features have a sixteenth of the image's
+    resolution. They go to the reduced ASPP of Sandler et al., section 6.3, and from there to each task's decoder, that
+    of DeepLabv3+ (Chen et al., ECCV 2018) with separable convolutions, as in Brüggemann et al. ("Automated Search for
+    Resource-Efficient Branched Multi-Task Networks", BMVC 2020).
 
     The trunk's layers keep torchvision's names: `features.0.0`, ..., `features.17.conv.3`.
 
@@ -81,7 +81,7 @@ class Decoder(nn.Module):
 
 
 def _dilate(blocks: nn.Module) -> None:
-    """Give up the stride of the first block; those after it reach twice as far instead, and see what they saw."""
+    """Take the stride from the first block, and make those after it reach twice as far, so that they see the same."""
     for conv in blocks.modules():
         if isinstance(conv, nn.Conv2d) and conv.kernel_size == (3, 3):
             if conv.stride == (2, 2):

@@ -15,12 +15,12 @@ from recon.models.segnet import STAGES, SegNetTrunk, Stage, conv_block, head, in
 class MTAN(SegNetTrunk):
     """The multi-task attention network of Liu, Johns and Davison (CVPR 2019, arXiv 1803.10704), section 3.
 
-    Each task has an attention module for each stage of the trunk. It sees the stage's first features and what the task
-    took from the stage before, and masks the stage's last features (section 3.2, eqs. (1) to (3)). The convolutions
-    that carry the masked features on to the next stage are the same for all tasks. It is the network that Recon (Shi et
-    al., ICLR 2023) trains on NYUv2.
+    Each task has an attention module for each stage of the trunk. From the stage's first features and the task's
+    features of the stage before, it computes a mask for the stage's last features (section 3.2, eqs. (1) to (3)). All
+    tasks share the convolutions that carry the masked features on to the next stage. It is the network that Recon (Shi
+    et al., ICLR 2023) trains on NYUv2.
 
-    What serves one task only is `encoder_att`, `decoder_att` and `heads`. All other layers have the names in Recon's
+    `encoder_att`, `decoder_att` and `heads` are the tasks' own. All other layers have the names in Recon's
     published conflict scores; see `SegNetTrunk`.
 
     Args:
@@ -48,7 +48,7 @@ class MTAN(SegNetTrunk):
         return {task: head(self._attend(task, encoder, decoder)) for task, head in self.heads.items()}
 
     def _attend(self, task: str, encoder: Sequence[Stage], decoder: Sequence[Stage]) -> Tensor:
-        """What a task takes from the trunk: `(N, width, H, W)`."""
+        """A task's features of the trunk: `(N, width, H, W)`."""
         encoder_masks, decoder_masks = (list(masks[task].children()) for masks in (self.encoder_att, self.decoder_att))
         seen = encoder[0].first
         for i, stage in enumerate(encoder):

@@ -1,4 +1,4 @@
-"""ImageNet weights for the trunk of a backbone, from a file of torchvision's."""
+"""ImageNet weights for the trunk of a backbone, from one of torchvision's files."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ def load_pretrained(
 ) -> None:
     """Load a network of torchvision into the layers of `model` that have its names; the others keep their weights.
 
-    All of the trunk must be in the file, and nothing else: a ResNet-34 has every layer of a ResNet-18 too, but its
-    first layers' weights are of little use to one.
+    The file must hold the whole trunk and nothing else: a ResNet-34 has every layer of a ResNet-18, but a ResNet-18
+    gains little from its weights.
 
     Args:
-        model: what the weights are loaded into.
+        model: gets the weights.
         path: a state dict as torchvision publishes it (`resnet18-f37072fd.pth`, say), or as `torch.save` wrote it.
-        network: what torchvision calls the network, for the error.
-        unused: what names in the file begin with that the model has no use for, such as "fc.".
-        fresh: what names in the model begin with that the file cannot have, such as "heads.".
+        network: torchvision's name of the network, for the error.
+        unused: beginnings of names in the file that the model does not need, such as "fc.".
+        fresh: beginnings of names in the model that the file cannot have, such as "heads.".
 
     Raises:
-        CheckpointError: the file is missing, damaged, or of another network.
+        CheckpointError: the file is missing or damaged, or holds another network.
     """
     given = _named(read_state_dict(Path(path)), without=unused)
     wanted = _named(model.state_dict(), without=fresh)
@@ -36,14 +36,14 @@ def load_pretrained(
         raise CheckpointError(
             f"{path} does not hold the weights of a {network}: {len(odd)} of its and the model's "
             f"{len({**wanted, **given})} tensors have no partner of the same name and shape ({shortened(odd)}). "
-            f"Expected is a state dict of torchvision.models.{network}(), such as the file that "
+            f"Pass a state dict of torchvision.models.{network}(), such as the file that "
             f"torchvision.models.{network}(weights='DEFAULT') downloads."
         )
     model.load_state_dict(given, strict=False)
 
 
 def _named(state: Mapping[str, Tensor], without: tuple[str, ...]) -> dict[str, Tensor]:
-    # Torchvision's older files do not count batches, and a count means nothing to a norm with a fixed momentum.
+    # Torchvision's older files do not count batches, and a norm with a fixed momentum does not use the count.
     return {
         name: tensor
         for name, tensor in state.items()

@@ -10,7 +10,7 @@ from torchvision.models.resnet import BasicBlock, ResNet
 
 
 class ResNet18(ResNet):
-    """ResNet-18 (He et al., CVPR 2016) whose last layer gives features, with a linear head on them for each task.
+    """ResNet-18 (He et al., CVPR 2016) whose last layer computes features, with a linear head on them for each task.
 
     With one input channel and 100 features it is the network that Pareto MTL (Lin et al., NeurIPS 2019, section 6.1)
     and Recon (Shi et al., ICLR 2023) train on Multi-Fashion+MNIST. Every layer but the heads keeps torchvision's name:
@@ -19,15 +19,15 @@ class ResNet18(ResNet):
     Args:
         tasks: `{task name: number of classes}`.
         in_channels: channels of the input image.
-        features: how many features `fc` gives to the heads. None: there is no `fc`, and the heads take the 512 pooled
-            features as they are.
+        features: how many features `fc` computes for the heads. None: there is no `fc`, and the heads get the 512
+            pooled features.
     """
 
     def __init__(self, tasks: Mapping[str, int], in_channels: int = 1, features: int | None = 100) -> None:
         super().__init__(BasicBlock, [2, 2, 2, 2], num_classes=features or 1)
         if features is None:
             features, self.fc = 512 * BasicBlock.expansion, nn.Identity()
-        # As there, the stem is put in after torchvision's initialisation, and keeps PyTorch's own.
+        # As in their code, the stem comes after torchvision's initialisation, and keeps PyTorch's own.
         self.conv1 = nn.Conv2d(in_channels, 64, 7, stride=2, padding=3, bias=False)
         self.heads = nn.ModuleDict({task: nn.Linear(features, classes) for task, classes in tasks.items()})
 

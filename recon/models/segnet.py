@@ -13,20 +13,20 @@ STAGES = 5
 
 
 class Stage(NamedTuple):
-    """What a stage of the trunk gives to those who look into it, all of one height and width."""
+    """A stage's features, all of one height and width."""
 
     first: Tensor
-    """After the stage's first convolution (of the encoder), or what comes into the stage, unpooled (decoder)."""
+    """Encoder: the output of the stage's first convolution. Decoder: the stage's input, unpooled."""
     last: Tensor
-    """After its last convolution."""
+    """The output of its last convolution."""
 
 
 class SegNetTrunk(nn.Module):
     """The encoder and the decoder of SegNet (Badrinarayanan, Kendall, Cipolla, TPAMI 2017).
 
     The encoder is VGG-16's: five stages of 2, 2, 3, 3 and 3 convolutions, each with batch norm and ReLU, and
-    max-pooling after each stage. The decoder mirrors it; it puts each value back where the encoder's pooling had found
-    its maximum. Layers are named as in the code of Liu, Johns and Davison (CVPR 2019), whose multi-task form this is,
+    max-pooling after each stage. The decoder mirrors it; it puts each value back where the encoder's pooling found its
+    maximum. Layers are named as in the code of Liu, Johns and Davison (CVPR 2019), whose multi-task form this is,
     and within a block as in Recon's published conflict scores: a stage's first convolution lies in `encoder_block` or
     `decoder_block`, the others in `conv_block_enc` or `conv_block_dec`, and decoder stages have the number of the
     encoder stage that they mirror.
@@ -117,7 +117,7 @@ def head(in_channels: int, out_channels: int) -> nn.Sequential:
 def initialise(model: nn.Module) -> None:
     """Normal Xavier weights (Glorot and Bengio, AISTATS 2010) and zero biases for convolutions, as in the papers' code.
 
-    PyTorch starts batch norms as there, at 1 and 0.
+    Batch norms start at 1 and 0 there too, as in PyTorch.
     """
     for module in model.modules():
         if isinstance(module, nn.Conv2d):

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 
 def mlp(in_features: int, widths: Sequence[int], dropout: float = 0.0, norm: bool = False) -> nn.Sequential:
-    """Linear layers of these widths, each followed by a batch norm, a ReLU and dropout, as far as they are wanted."""
+    """Linear layers of these widths, each followed by a batch norm if `norm`, a ReLU, and dropout if it is not 0."""
     layers: list[nn.Module] = []
     for width in widths:
         layers.append(nn.Linear(in_features, width))
@@ -22,7 +22,7 @@ def mlp(in_features: int, widths: Sequence[int], dropout: float = 0.0, norm: boo
 
 
 def tower(in_features: int, widths: Sequence[int], outputs: int, dropout: float = 0.0) -> nn.Sequential:
-    """`mlp`, and a linear layer that gives the task's outputs."""
+    """`mlp`, and a linear layer for the task's outputs."""
     hidden = mlp(in_features, widths, dropout)
     return hidden.append(nn.Linear(widths[-1] if widths else in_features, outputs))
 

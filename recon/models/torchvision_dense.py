@@ -10,15 +10,15 @@ from torchvision.models import segmentation
 from torchvision.models.segmentation.deeplabv3 import DeepLabHead
 from torchvision.models.segmentation.fcn import FCNHead
 
-FEATURES = 2048  # channels that ResNet-50 gives
+FEATURES = 2048  # channels of ResNet-50's output
 
 
 class DenseResNet50(nn.Module):
-    """A ResNet-50 that all tasks share, and a whole head of torchvision's on it for each.
+    """A ResNet-50 that all tasks share, and on it one of torchvision's heads for each task.
 
-    Strides give way to dilations in the last two stages, so that its features have an eighth of the image's height and
-    width; each head's output is brought back to the image's size by bilinear interpolation. The heads, atrous pyramid
-    included, are the tasks' own, as usual where such networks serve several tasks (Liu, Johns and Davison, "End-to-End
+    Dilations replace the strides of the last two stages, so that its features have an eighth of the image's height and
+    width; bilinear interpolation brings each head's output back to the image's size. The heads, with their atrous
+    pyramids, are the tasks' own, as usual where such networks serve several tasks (Liu, Johns and Davison, "End-to-End
     Multi-Task Learning with Attention", CVPR 2019, split there after the encoder). Weights start as torchvision's.
 
     Args:
@@ -59,7 +59,7 @@ def fcn_resnet50(tasks: Mapping[str, int], in_channels: int = 3) -> DenseResNet5
 def deeplabv3_resnet50(tasks: Mapping[str, int], in_channels: int = 3) -> DenseResNet50:
     """DeepLabv3 (Chen et al., "Rethinking Atrous Convolution", arXiv 1706.05587) as torchvision builds it on ResNet-50.
 
-    The heads pool over whole images and normalise what comes out, so training takes batches of at least two.
+    The heads pool over whole images and normalise the result, so training needs batches of at least two.
 
     Args:
         tasks: `{task name: channels of its output}`.

@@ -60,15 +60,15 @@ class ViT(VisionTransformer):
         if height != width or height % patch_size:
             raise UsageError(
                 f"Images of {height}x{width} pixels cannot be cut into a square of {patch_size}x{patch_size} patches: "
-                f"expected is a height equal to the width and a multiple of {patch_size}. Take another patch size, or "
+                f"their height must equal their width and be a multiple of {patch_size}. Choose another patch size, or "
                 "resize the images."
             )
         super().__init__(height, patch_size, layers, attention_heads, features, mlp_features, dropout)
-        # Torchvision's takes three channels. This is its initialisation for as many as there are.
+        # Torchvision's has three channels. This is its initialisation for any number of them.
         self.conv_proj = nn.Conv2d(in_channels, features, patch_size, stride=patch_size)
         nn.init.trunc_normal_(self.conv_proj.weight, std=math.sqrt(1 / (in_channels * patch_size**2)))
         nn.init.zeros_(self.conv_proj.get_parameter("bias"))
-        # Not zero at the start, as torchvision's head is: the first step would give the shared layers no gradient.
+        # Not zero at the start, unlike torchvision's head: in the first step, the shared layers would have no gradient.
         self.heads = TaskHeads(tasks, features)
 
 

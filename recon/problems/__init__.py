@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ast
 import importlib
-from importlib.resources import files
+from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,7 +48,7 @@ def descriptions() -> dict[str, str]:
 
 def _description(module: str) -> str:
     """The module's `DESCRIPTION`, read from its text: importing it would import torch."""
-    text = files(_HOME).joinpath(f"{module}.py").read_text(encoding="utf-8")
+    text = resources.files(_HOME).joinpath(f"{module}.py").read_text(encoding="utf-8")
     constants = {
         ast.unparse(line.targets[0]): line.value for line in ast.parse(text).body if isinstance(line, ast.Assign)
     }

@@ -203,7 +203,7 @@ def changed(path, old, new, count=1):
         ("list_attr_celeba.txt", "18\n", "19\n", "must hold 19 images.* but holds 18"),
         ("list_attr_celeba.txt", " -1 ", " 0 ", r"1 or -1 for each attribute, but holds 18, with \[-1  0  1\]"),
         ("list_attr_celeba.txt", " -1 ", " ", r"Cannot read .*list_attr_celeba\.txt"),
-        ("list_attr_celeba.txt", "Goatee", "Beard", r"40 attributes of CelebA .* 'Beard'"),
+        ("list_attr_celeba.txt", "Goatee", "Beard", r"CelebA's 40 attributes .* 'Beard'"),
         ("list_eval_partition.txt", "000003.jpg 0\n", "", "the same images in the same order, but have 18 and 17"),
         ("list_eval_partition.txt", "000003.jpg 0", "000003.jpg train", r"Cannot read .*list_eval_partition\.txt"),
         ("list_eval_partition.txt", "000003.jpg 0", "000003.jpg", r"Cannot read .*list_eval_partition\.txt"),

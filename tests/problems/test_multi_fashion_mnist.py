@@ -191,9 +191,9 @@ IMAGES, LABELS = "train-images-idx3-ubyte", "train-labels-idx1-ubyte"
     [
         (f"{IMAGES}.gz", gzip.compress(bytes(9999), mtime=0)[:-9], f"Cannot read .*{IMAGES}.gz"),
         (f"{IMAGES}.gz", b"not gzipped", f"Cannot read .*{IMAGES}.gz"),
-        (IMAGES, b"", f"{IMAGES} is no idx file of bytes in 3"),
-        (IMAGES, b"<html>not found</html>", f"{IMAGES} is no idx file of bytes in 3"),
-        (LABELS, idx(np.zeros((4, 28, 28), np.uint8)), f"{LABELS} is no idx file of bytes in 1"),
+        (IMAGES, b"", f"{IMAGES} is not an idx file of bytes in 3"),
+        (IMAGES, b"<html>not found</html>", f"{IMAGES} is not an idx file of bytes in 3"),
+        (LABELS, idx(np.zeros((4, 28, 28), np.uint8)), f"{LABELS} is not an idx file of bytes in 1"),
         (IMAGES, idx(np.zeros((4, 28, 28), np.uint8))[:-1], "3136 bytes of data, 4 x 28 x 28, but has 3135"),
         (IMAGES, idx(np.zeros((4, 28, 28), np.uint8)) + b"?", "but has 3137"),
         (IMAGES, idx(np.zeros((4, 28, 28), np.uint8)), "holds 4 train images, but 150 labels"),
@@ -333,7 +333,7 @@ def test_a_truncated_pickle(kept, tmp_path):
         (["--data-root", "nowhere"], "There is no folder nowhere"),
         (["--data-root", "."], "MNIST/raw/train-images-idx3-ubyte"),
         (["--data-root", "data", "--train-samples", "100"], "100 training samples are too few"),
-        (["--data-root", "data", "--train-samples", "1000"], "are 300 training samples"),
+        (["--data-root", "data", "--train-samples", "1000"], "has 300 training samples"),
         (["--data-root", "data", "--train-samples", "none"], "argument --train-samples: 'none' is not a whole number"),
     ],
 )

@@ -394,7 +394,7 @@ def test_files_of_other_content_are_named(path, content, message, root):
 
 
 def test_an_image_that_is_too_large_is_named(root):
-    with pytest.raises(ProblemError, match=rf"{FIRST} .* has 20x28 pixels; expected are 24x24 at most"):
+    with pytest.raises(ProblemError, match=rf"{FIRST} .* has 20x28 pixels, but .* at most 24x24"):
         PascalMT(root / "PASCAL_MT", TRAIN, 24)[0, False]
 
 

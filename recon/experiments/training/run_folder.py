@@ -10,10 +10,8 @@ from typing import TYPE_CHECKING
 from recon import branching, training
 from recon.experiments.run import Run
 from recon.experiments.training.evaluations import Evaluations
-from recon.problems.problem import Task
 from recon.support import launch
 from recon.support.files.folders import replacing
-from recon.support.network.forward import Batch
 from recon.support.tables import metric_text
 
 if TYPE_CHECKING:

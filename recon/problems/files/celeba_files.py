@@ -1,6 +1,6 @@
 """CelebA's files, read from where torchvision keeps them.
 
-torchvision.datasets.CelebA itself decodes one image a call, and refuses lists whose checksums are not the original's.
+torchvision.datasets.CelebA itself decodes one image at a time, and refuses lists without the original's checksums.
 """
 
 from __future__ import annotations
@@ -36,14 +36,7 @@ _CHUNK = 1024
 
 
 def read_labels(folder: Path) -> dict[str, tuple[list[str], np.ndarray]]:
-    """`{split: (names of the image files, labels (N, 40) of 0 and 1, int64)}`.
-
-    Args:
-        folder: where the lists lie, for torchvision `<data root>/celeba`.
-
-    Raises:
-        ProblemError: a list is damaged, of other attributes, or the two are of different images.
-    """
+    """`{split: (names of the image files, labels (N, 40) of 0 and 1, int64)}`, from the lists in the folder."""
     names, labels = _read_attributes(folder / LABELS)
     try:
         listed = np.loadtxt(folder / PARTITION, dtype=str, ndmin=2)
@@ -69,7 +62,7 @@ def _read_attributes(path: Path) -> tuple[np.ndarray, np.ndarray]:
     except (OSError, ValueError) as error:
         raise ProblemError(f"Cannot read {path}: {error}. Download it again.") from error
     if attributes != ATTRIBUTES:
-        raise ProblemError(f"{path} must have the 40 attributes of CelebA in its second line, but has {attributes}.")
+        raise ProblemError(f"{path} must list CelebA's 40 attributes in its second line, but lists {attributes}.")
     if len(names) != count or not np.isin(signs, (-1, 1)).all():
         raise ProblemError(
             f"{path} must hold {count} images, as its first line says, with 1 or -1 for each attribute, but holds "
@@ -81,18 +74,8 @@ def _read_attributes(path: Path) -> tuple[np.ndarray, np.ndarray]:
 def read_images(folder: Path, split: str, names: Sequence[str], count: int) -> np.ndarray:
     """The first `count` of a split's images, `(count, 3, 64, 64)`, uint8, resized.
 
-    A whole split is decoded once and kept in one file beside the lists (2 GB for the training images), from which
-    batches are then read as they are needed. Where no file can be written, and for a part of a split, the images stay
-    in memory.
-
-    Args:
-        folder: that of the lists.
-        split: the split's name, for the name of its file.
-        names: all of the split's images.
-        count: how many are wanted.
-
-    Raises:
-        ProblemError: an image is missing or damaged.
+    A whole split is decoded once and kept in one file beside the lists (2 GB for the training images); batches are then
+    read from it when needed. If no file can be written, and for a part of a split, the images stay in memory.
     """
     path = folder / f"recon-{split}-{SIDE}x{SIDE}.npy"
     paths = [folder / IMAGES / name for name in names]
@@ -103,9 +86,9 @@ def read_images(folder: Path, split: str, names: Sequence[str], count: int) -> n
 
 
 def _kept(path: Path, count: int) -> np.ndarray | None:
-    """The split's file, mapped into memory; None where there is none, or one of other images."""
+    """The split's file, mapped into memory; None if there is none, or if it holds other images."""
     try:
-        # Copy on write: torch has no tensors that cannot be written to.
+        # Copy on write: torch has no read-only tensors.
         images = np.load(path, mmap_mode="c", allow_pickle=False)
     except (OSError, EOFError, ValueError):
         return None
@@ -115,7 +98,7 @@ def _kept(path: Path, count: int) -> np.ndarray | None:
 
 
 def _keep(path: Path, paths: Sequence[Path]) -> np.ndarray | None:
-    logger.info("Decoding %d images once; from now on they are in %s.", len(paths), path)
+    logger.info("Decoding %d images into %s; later runs read them from there.", len(paths), path)
 
     def write(temporary: Path) -> None:
         shape = (len(paths), 3, SIDE, SIDE)
@@ -134,7 +117,7 @@ def _keep(path: Path, paths: Sequence[Path]) -> np.ndarray | None:
 
 
 def _decoded(paths: Sequence[Path]) -> Iterator[np.ndarray]:
-    """Chunks of images `(n, 3, 64, 64)`, by as many threads as there are processors: Pillow lets them run."""
+    """Chunks of images `(n, 3, 64, 64)`, decoded by a thread for each processor: Pillow lets them run together."""
     with ThreadPoolExecutor(os.cpu_count()) as threads:
         for start in range(0, len(paths), _CHUNK):
             yield np.stack(list(threads.map(_read_small, paths[start : start + _CHUNK])))

@@ -1,4 +1,4 @@
-"""Tables of text whose mistakes are told by file and line."""
+"""CSV files, with errors that name the file and the line."""
 
 from __future__ import annotations
 
@@ -11,18 +11,12 @@ import numpy as np
 
 from recon.errors import ProblemError
 
-_LONGEST = 4096  # letters of an entry
+_LONGEST = 4096  # characters of an entry
 
 
 @dataclass(frozen=True)
 class CsvTable:
-    """The columns of a CSV file.
-
-    Args:
-        path: the file.
-        lines: `(N,)`: the line that each row stands on.
-        columns: `{name: (N,) of str}`.
-    """
+    """A CSV file's columns, `{name: (N,) of str}`, and the number of each row's line, `(N,)`."""
 
     path: Path
     lines: np.ndarray
@@ -32,36 +26,21 @@ class CsvTable:
         return len(self.lines)
 
     def require(self, column: str, right: np.ndarray, expected: str) -> None:
-        """See that all entries of a column are right.
-
-        Args:
-            column: its name.
-            right: `(N,)` of bool.
-            expected: what they must be, for the error.
-
-        Raises:
-            ProblemError: one is not; the first is named.
-        """
+        """Raise a ProblemError that names the first entry of a column that is not `right`, `(N,)` of bool."""
         if not right.all():
             first = int(np.argmin(right))
             value = str(self.columns[column][first])
             raise ProblemError(
-                f"{self.path}, line {self.lines[first]}: the {column} is {value!r}, but must be {expected}. Mend the "
+                f"{self.path}, line {self.lines[first]}: the {column} is {value!r}, but must be {expected}. Fix the "
                 "line, or download the file again."
             )
 
 
 def read_csv(path: Path, columns: Sequence[str], *, header: bool, comment: str | None = None) -> CsvTable:
-    """The columns of these names, without the spaces around their entries. Empty lines are left out.
+    """The columns of these names, without spaces around entries, empty lines, and lines that begin with `comment`.
 
-    Args:
-        path: the file.
-        columns: the names of the wanted columns, if there is a header; else those of all columns, in order.
-        header: whether the first line names the columns, in any order, others among them.
-        comment: lines that begin with this are left out.
-
-    Raises:
-        ProblemError: the file cannot be read, has no rows, lacks a column, or a row has more or fewer entries.
+    With a header, the first line names the columns, in any order, and there may be others; without, `columns` are all
+    columns in order.
     """
     lines, rows = _rows(path, comment)
     names = [name.strip() for name in rows.pop(0)] if header and rows else list(columns)
@@ -76,11 +55,11 @@ def read_csv(path: Path, columns: Sequence[str], *, header: bool, comment: str |
     for line, row in zip(lines, rows, strict=True):
         if len(row) != len(names):
             raise ProblemError(
-                f"{path}, line {line}: there must be {len(names)} entries, but there are {len(row)}. Mend the line, or "
+                f"{path}, line {line}: there must be {len(names)} entries, but there are {len(row)}. Fix the line, or "
                 "download the file again."
             )
-        if max(map(len, row)) > _LONGEST:  # numpy gives every row as much room as the longest entry takes
-            raise ProblemError(f"{path}, line {line}: an entry has more than {_LONGEST} letters. Download it again.")
+        if max(map(len, row)) > _LONGEST:  # numpy gives every row as much room as the longest entry needs
+            raise ProblemError(f"{path}, line {line}: an entry has more than {_LONGEST} characters. Download it again.")
     if not rows:
         raise ProblemError(f"{path} has no rows. Download it again.")
     entries = dict(zip(names, zip(*rows, strict=True), strict=True))
@@ -97,5 +76,5 @@ def _rows(path: Path, comment: str | None) -> tuple[list[int], list[list[str]]]:
                     lines.append(reader.line_num)
                     rows.append(row)
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise ProblemError(f"Cannot read {path}: {error}. Download it again, or mend its permissions.") from error
+        raise ProblemError(f"Cannot read {path}: {error}. Download it again, or fix its permissions.") from error
     return lines, rows

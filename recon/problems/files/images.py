@@ -21,18 +21,12 @@ def normalised(images: Tensor) -> Tensor:
 
 
 def read_image(path: Path, mode: str | None = None) -> Image.Image:
-    """An image, decoded.
+    """An image, decoded, in Pillow's colour mode, such as "RGB", or with the file's own values if None.
 
-    Args:
-        path: the file.
-        mode: Pillow's name for the colours wanted, such as "RGB"; as in the file if None. (Label images of PASCAL VOC
-            have palettes, which torchvision.io would make colours of.)
-
-    Raises:
-        ProblemError: the file is missing, damaged or no image, or has more pixels than Pillow decodes (179 million).
+    (torchvision.io would turn the label images of PASCAL VOC, which have palettes, into colours.)
     """
     try:
         with Image.open(path) as image:
             return image.copy() if mode is None else image.convert(mode)
-    except Exception as error:  # Pillow lets a damaged file raise anything, and a bomb an error of its own
-        raise ProblemError(f"Cannot read the image {path}: {error}. Download it again.") from error
+    except Exception as error:  # a damaged file may raise anything, and one of 179 million pixels an error of Pillow's
+        raise ProblemError(f"Cannot read the image {path}: {error}. Download or unpack it again.") from error

@@ -1,4 +1,4 @@
-"""The pickles of Pareto MTL, read without running code that is in them."""
+"""The pickles of Pareto MTL, read without running any code in them."""
 
 from __future__ import annotations
 
@@ -25,16 +25,8 @@ _ADMITTED = {
 def read_pickle(path: Path, side: int, classes: int) -> tuple[Split, Split]:
     """The training and the test split of a pickle `(train_x, train_y, test_x, test_y)`.
 
-    The layout of the files that come with Lin et al., "Pareto Multi-Task Learning" (NeurIPS 2019): images of any shape
-    with `side * side` values each, labels `(N, 2)`. Grey values from 0 to 1 and from 0 to 255 are both understood.
-
-    Args:
-        path: the file.
-        side: of the square images, in pixels.
-        classes: labels run from 0 to one below.
-
-    Raises:
-        ProblemError: the file is damaged, holds anything but numpy arrays, or arrays of another layout.
+    The layout is that of the files of Lin et al., "Pareto Multi-Task Learning" (NeurIPS 2019): images of any shape with
+    `side * side` grey values each, from 0 to 1 or from 0 to 255, and labels `(N, 2)` below `classes`.
     """
     try:
         with path.open("rb") as file:
@@ -47,7 +39,7 @@ def read_pickle(path: Path, side: int, classes: int) -> tuple[Split, Split]:
         case (np.ndarray() as train_x, np.ndarray() as train_y, np.ndarray() as test_x, np.ndarray() as test_y):
             train, test = ((train_x, train_y), (test_x, test_y))
             return _split(path, *train, side, classes), _split(path, *test, side, classes)
-    raise ProblemError(f"{path} must hold four numpy arrays, (train_x, train_y, test_x, test_y), but holds others.")
+    raise ProblemError(f"{path} must hold four numpy arrays, (train_x, train_y, test_x, test_y), but does not.")
 
 
 class _ArrayUnpickler(pickle.Unpickler):
@@ -61,7 +53,7 @@ class _ArrayUnpickler(pickle.Unpickler):
             return lambda text, _encoding: text.encode("latin1")
         raise ProblemError(
             f"Refused to unpickle {module}.{name}: a file of this kind holds numpy arrays and nothing else, and "
-            "unpickling more could run any code. Do not trust this file."
+            "unpickling anything else could run any code. Do not trust this file."
         )
 
 
@@ -80,7 +72,7 @@ def _split(path: Path, images: np.ndarray, labels: np.ndarray, side: int, classe
 def _grey(path: Path, images: np.ndarray) -> np.ndarray:
     if images.dtype == np.uint8:
         return images
-    if images.dtype.kind not in "biuf" or not (images.min() >= 0 and images.max() <= 255):  # so is NaN refused
+    if images.dtype.kind not in "biuf" or not (images.min() >= 0 and images.max() <= 255):  # which refuses NaN too
         raise ProblemError(f"The images in {path} must hold grey values from 0 to 1, or from 0 to 255.")
     scale = 255 if images.max() <= 1 else 1
     return np.rint(images * np.float32(scale)).astype(np.uint8)

@@ -31,24 +31,16 @@ PARTS = {
 _PERSON = 15
 _COMPRESSED = 15  # the kind of a compressed element
 _MOST_BYTES = 2**28
-_MOST_RATIO = 1032  # of what is compressed by zlib
+_MOST_RATIO = 1032  # zlib compresses no better
 
 
 def read_label_map(path: Path) -> np.ndarray:
-    """PASCAL-Context's classes, from 1 to 459, `(H, W)`.
-
-    Raises:
-        ProblemError: the file is missing, damaged or of another kind.
-    """
+    """PASCAL-Context's classes, from 1 to 459, `(H, W)`."""
     return _read(path, lambda content: content["LabelMap"])
 
 
 def read_human_parts(path: Path) -> np.ndarray | None:
-    """The parts of all humans of an image, 0 where there are none, `(H, W)`, uint8; None if no part is annotated.
-
-    Raises:
-        ProblemError: the file is missing, damaged or of another kind.
-    """
+    """The parts of all humans of an image, 0 where there are none, `(H, W)`, uint8; None if no part is annotated."""
     return _read(path, lambda content: _paint(content["anno"][0, 0]["objects"].flat))
 
 
@@ -73,9 +65,9 @@ def _read(path: Path, find: Any) -> Any:
 
 
 def _check_size(path: Path) -> None:
-    """See that the compressed elements of the file unpack to no more than a bound.
+    """Raise a ValueError if the file's compressed elements unpack to more than `_MOST_BYTES`.
 
-    A file's elements follow a header of 128 bytes, each with 8 bytes that say its kind and size (MathWorks, "MAT-File
+    The elements follow a header of 128 bytes, each with 8 bytes that give its kind and its size (MathWorks, "MAT-File
     Format", level 5).
     """
     if path.stat().st_size * _MOST_RATIO <= _MOST_BYTES:
@@ -90,4 +82,4 @@ def _check_size(path: Path) -> None:
             size += len(unpacked)
         place += 8 + length
     if size > _MOST_BYTES:
-        raise ValueError(f"it unpacks to more than the {_MOST_BYTES} bytes that are read at most")
+        raise ValueError(f"it unpacks to more than {_MOST_BYTES} bytes")

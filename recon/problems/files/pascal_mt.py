@@ -21,8 +21,8 @@ FOLDERS = ("JPEGImages", "semseg", "pascal-context/trainval", "human_parts", "no
 SPLITS = {"train": "ImageSets/Context/train.txt", "test": "ImageSets/Context/val.txt"}
 CLASSES = 21
 
-# The normals are those of a network that knows NYUv2's rooms. They count on what it knew: these are the numbers of
-# PASCAL-Context's 459 classes whose names are among NYUv2's 894, and of tvmonitor.
+# The normals come from a network that was trained on NYUv2's rooms, so they count only on what it knew: tvmonitor, and
+# those of PASCAL-Context's 459 classes whose names are among NYUv2's 894.
 _KNOWN_INDOORS = np.array(
     """
     3 4 6 9 10 11 13 15 17 18 22 23 29 30 33 34 36 37 38 39 41 43 46 49 50 51 53 55 56 59 61 62 65 66 68 69 72 73 78 83
@@ -37,18 +37,12 @@ _KNOWN_INDOORS = np.array(
 
 Sample = tuple[Tensor, dict[str, Tensor]]
 """An image, normalised as ImageNet's, `(3, H, W)`, and its targets: `semseg` and `human_parts`, `(H, W)`, int64;
-`saliency` and `edge`, 0 or 1, `(H, W)`, uint8; `normals`, unit vectors, `(3, H, W)`. `IGNORE`, or zero for normals,
-stands for pixels that the task is not asked about."""
+`saliency` and `edge`, 0 or 1, `(H, W)`, uint8; `normals`, unit vectors, `(3, H, W)`. Pixels that do not count in a task
+have `IGNORE`, or zero for normals."""
 
 
 class PascalMT(Dataset[Sample]):
-    """Samples, padded on the right and below to one size.
-
-    Args:
-        folder: the archive's, PASCAL_MT.
-        names: of the images.
-        size: height and width in pixels. Images of VOC have at most 500.
-    """
+    """The images of these names, padded on the right and below to `size` pixels; images of VOC have at most 500."""
 
     def __init__(self, folder: Path, names: Sequence[str], size: int) -> None:
         self.folder, self.names, self.size = folder, names, size
@@ -61,12 +55,12 @@ class PascalMT(Dataset[Sample]):
         image, targets = read_sample(self.folder, self.names[index])
         if mirrored:
             image, targets = image.flip(-1), {task: target.flip(-1) for task, target in targets.items()}
-            targets["normals"][0] *= -1  # points the other way, too
+            targets["normals"][0] *= -1  # their x points the other way too
         height, width = image.shape[1:]
         if max(height, width) > self.size:
             raise ProblemError(
-                f"Image {self.names[index]} in {self.folder} has {height}x{width} pixels; expected are "
-                f"{self.size}x{self.size} at most, as PASCAL VOC's have."
+                f"Image {self.names[index]} in {self.folder} has {height}x{width} pixels, but those of PASCAL VOC have "
+                f"at most {self.size}x{self.size}. Unpack it again."
             )
         padding = (0, self.size - width, 0, self.size - height)
         return F.pad(image, padding), {
@@ -75,7 +69,7 @@ class PascalMT(Dataset[Sample]):
 
 
 def collate(samples: list[Sample]) -> Sample:
-    """A batch of samples, without the targets of tasks that none of its pixels has one for."""
+    """A batch of samples, without the tasks in which none of its pixels counts."""
     images, targets = default_collate(samples)
     return images, {
         task: target
@@ -85,27 +79,19 @@ def collate(samples: list[Sample]) -> Sample:
 
 
 def read_names(folder: Path, split: str) -> list[str]:
-    """The names of a split's images.
-
-    Raises:
-        ProblemError: the list cannot be read, or is empty.
-    """
+    """The names of a split's images."""
     path = folder / SPLITS[split]
     try:
         names = path.read_text(encoding="utf-8").split()
     except (OSError, UnicodeDecodeError) as error:
         raise ProblemError(f"Cannot read {path}: {error}. Unpack it again.") from error
     if not names:
-        raise ProblemError(f"{path} must list the names of images, one a line, but is empty. Unpack it again.")
+        raise ProblemError(f"{path} must list the names of images, one on each line, but is empty. Unpack it again.")
     return names
 
 
 def read_sample(folder: Path, name: str) -> Sample:
-    """An image and its targets, as they are.
-
-    Raises:
-        ProblemError: a file is missing or damaged, or a target has another size than the image.
-    """
+    """An image and its targets, in their own size."""
     image = np.asarray(read_image(folder / "JPEGImages" / f"{name}.jpg", "RGB"))
     classes = read_label_map(folder / "pascal-context" / "trainval" / f"{name}.mat")
     parts = read_human_parts(folder / "human_parts" / f"{name}.mat")
@@ -127,9 +113,9 @@ def read_sample(folder: Path, name: str) -> Sample:
 
 
 def edges(classes: np.ndarray) -> np.ndarray:
-    """Where a region of one class ends: 1 for pixels unlike their right or their lower neighbour, uint8.
+    """1 for pixels whose class differs from that of the pixel to their right or below, uint8.
 
-    ASTMT marks the pixels on both sides and thins the lines to one pixel; this gives such lines at once.
+    ASTMT marks the pixels on both sides and thins the lines to one pixel; this gives such lines directly.
     """
     edge = np.zeros(classes.shape, np.uint8)
     edge[:, :-1] |= classes[:, :-1] != classes[:, 1:]
@@ -149,9 +135,9 @@ def _semseg(folder: Path, name: str) -> np.ndarray:
 
 def _normals(path: Path, classes: np.ndarray) -> np.ndarray:
     """Unit vectors `(H, W, 3)`, float32; zero where they do not count."""
-    normals = 2 * np.asarray(read_image(path, "RGB"), np.float32) / 255 - 1  # no byte stands for 0, so none is 0 long
+    normals = 2 * np.asarray(read_image(path, "RGB"), np.float32) / 255 - 1  # no byte stands for 0, so no vector is 0
     if normals.shape[:2] != classes.shape:
-        return normals  # the caller says of which sizes
+        return normals  # the caller raises an error that names the sizes
     return normals / np.linalg.norm(normals, axis=2, keepdims=True) * np.isin(classes, _KNOWN_INDOORS)[..., None]
 
 

@@ -1,4 +1,4 @@
-"""The folder that a problem's data set lies in, and what is said where it does not."""
+"""The folder of a problem's data set, with errors that say what belongs there."""
 
 from __future__ import annotations
 
@@ -9,16 +9,12 @@ from recon.errors import ProblemError, UsageError, shortened
 
 
 def open_root(name: str, data_root: str | Path | None, expected: str) -> Path:
-    """The data root as a path.
+    """The data root as a path; an error if there is none, or no such folder.
 
     Args:
         name: of the problem.
-        data_root: what the user gave.
-        expected: which files are read from where in it, and the data set's official source: whole sentences.
-
-    Raises:
-        UsageError: none was given.
-        ProblemError: there is no such folder.
+        data_root: from the user.
+        expected: whole sentences for the error: which files belong there, and the data set's official source.
     """
     if data_root is None:
         raise UsageError(
@@ -31,17 +27,7 @@ def open_root(name: str, data_root: str | Path | None, expected: str) -> Path:
 
 
 def require_files(name: str, root: Path, paths: Iterable[str | Path], expected: str) -> None:
-    """See that files or folders are there.
-
-    Args:
-        name: of the problem.
-        root: its data root.
-        paths: relative to the root, or beginning with it.
-        expected: see `open_root`.
-
-    Raises:
-        ProblemError: some are missing.
-    """
+    """Raise a ProblemError if files or folders are missing; paths are relative to the root, or begin with it."""
     places = [path if path.is_relative_to(root) else root / path for path in map(Path, paths)]
     missing = [str(place.relative_to(root)) for place in places if not place.exists()]
     if missing:

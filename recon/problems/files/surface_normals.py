@@ -10,15 +10,16 @@ CHUNK = 64  # images at a time: the points of all would take gigabytes
 def normals_from_depth(depth: np.ndarray, focal: tuple[float, float], centre: tuple[float, float]) -> np.ndarray:
     """The normals of the surface that each pixel sees.
 
-    Each pixel's point in space follows from its depth and the camera; the normal is perpendicular to the differences
-    of the points to its right and left, and below and above (at the border, of the point itself and the one inside).
-    It points to the camera. Where the depth jumps, at the edge of an object, it is that of a surface across the gap.
+    Each pixel's point in space follows from its depth and the camera. The normal is perpendicular to the differences
+    between the points right and left of it, and between those below and above it (at the border, between the point
+    itself and the one inside). It points to the camera. Where the depth jumps, at the edge of an object, it is the
+    normal of a surface across the gap.
 
     Args:
-        depth: `(N, H, W)` along the camera's axis, in any unit; 0 or no number where it is not known.
+        depth: `(N, H, W)` along the camera's axis, in any unit; 0 or not finite where it is not known.
         focal: focal lengths (x, y) in pixels.
-        centre: the principal point (x, y) in pixels from the image's upper left corner, which lies half a pixel
-            outside of the first pixel's centre.
+        centre: the principal point (x, y) in pixels from the image's upper left corner, which is half a pixel away
+            from the first pixel's centre.
 
     Returns:
         `(N, 3, H, W)`, float16: unit vectors with x to the right, y up, z towards the viewer; 0 where the depth of the
@@ -45,6 +46,6 @@ def _normals(depth: np.ndarray, rays: np.ndarray) -> np.ndarray:
 
 
 def _all_around(known: np.ndarray) -> np.ndarray:
-    """Where a pixel and its four neighbours, as far as they are in the image, are known."""
+    """Where a pixel and those of its four neighbours that are in the image are known."""
     padded = np.pad(known, ((0, 0), (1, 1), (1, 1)), constant_values=True)
     return known & padded[:, 2:, 1:-1] & padded[:, :-2, 1:-1] & padded[:, 1:-1, 2:] & padded[:, 1:-1, :-2]

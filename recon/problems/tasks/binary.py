@@ -28,7 +28,7 @@ def binary_cross_entropy(output: Tensor, target: Tensor) -> Tensor:
         output: logits `(N, 1)`.
         target: `(N,)`, 1, 0 or NaN.
     """
-    # Weights, not an index: how many rows an index picks, a GPU would have to tell the CPU at every step.
+    # Weights, not an index: with an index, the CPU would wait at every step to learn how many rows it picks on the GPU.
     labelled = (~target.isnan()).to(output.dtype)
     losses = F.binary_cross_entropy_with_logits(
         output.squeeze(1), target.nan_to_num().to(output.dtype), weight=labelled, reduction="sum"
@@ -61,10 +61,10 @@ def accuracy() -> Metric:
 def _on_labelled(metric: Any) -> Callable[[], MetricState]:
     class OnLabelled(metric):
         def update(self, output: Tensor, target: Tensor) -> None:
-            """Take in logits `(N, 1)` and targets `(N,)`."""
+            """Count logits `(N, 1)` and targets `(N,)`."""
             labelled = ~target.isnan()
-            # Torchmetrics takes logits that happen to lie between 0 and 1 for probabilities. Of double precision,
-            # since those of large logits are 1 in float32, and ties would count against the order they had.
+            # Torchmetrics would mistake logits that lie between 0 and 1 for probabilities. In double precision, because
+            # float32 makes 1 of all large logits, whose order would then be lost.
             super().update(output.squeeze(1)[labelled].double().sigmoid(), target[labelled].long())
 
     return OnLabelled
@@ -80,7 +80,7 @@ class LabelledBatches(TensorBatches):
         self, inputs: Tensor, targets: Mapping[str, Tensor], transform: Callable[[Tensor], Tensor] | None = None
     ) -> None:
         super().__init__(inputs, targets, transform)
-        # Known beforehand: a GPU that is asked at every step whether there is a label makes the CPU wait.
+        # Known beforehand: asking the GPU at every step whether there is a label would make the CPU wait.
         self._labelled = torch.stack([~target.isnan() for target in targets.values()], dim=1).cpu()
 
     def __getitem__(self, indices: list[int]) -> tuple[Tensor, dict[str, Tensor]]:

@@ -1,7 +1,7 @@
 """Metrics of tasks that predict a value for every pixel, each over all known pixels of the whole test set.
 
-The published tables average over batches what is counted within a batch, which gives pixels of images with few known
-ones more weight. Counting over all does not depend on the size of a batch.
+The published tables average each batch's metric over the batches, which gives more weight to the pixels of images that
+have few known ones. Counting over all pixels does not depend on the size of a batch.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the metrics of depth and of surface normals count. Imports torchmetrics."""
+"""The torchmetrics behind the metrics of depth and of surface normals. Imports torchmetrics."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ class MedianAngle(Metric):
         self.add_state("histogram", bins, dist_reduce_fx="sum")
 
     def update(self, output: Tensor, target: Tensor) -> None:
-        """Count a batch. An output that is no number counts as opposite to its target."""
+        """Count a batch. A NaN in the output counts as 180 degrees."""
         bins = (angles(output, target).nan_to_num(nan=180.0) * BINS_PER_DEGREE).long()
         last = len(self.histogram) - 1
         self.histogram += torch.bincount(bins.clamp(max=last), minlength=last + 1)
@@ -99,6 +99,6 @@ class MedianAngle(Metric):
 
 
 def angles(output: Tensor, target: Tensor) -> Tensor:
-    """In degrees, between `(N, 3, H, W)` each, where the target is not the zero vector; 90 where the output is."""
+    """Degrees between `(N, 3, H, W)` each, where the target is not the zero vector; 90 if the output is."""
     cosines = F.cosine_similarity(output.float(), target.float(), dim=1)[target.any(dim=1)]
     return torch.rad2deg(torch.acos(cosines.clamp(-1, 1)))

@@ -1,4 +1,4 @@
-"""How PASCAL-Context's two binary maps are judged. Imports torchmetrics."""
+"""The metrics of PASCAL-Context's two binary maps, saliency and edges. Imports torchmetrics."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ THRESHOLDS = [step / 20 for step in range(4, 19)]  # of the probability that a p
 class SaliencyIoU(Metric):
     """The intersection over union with the salient pixels, as a mean over images, at the best of 15 thresholds.
 
-    It is what ASTMT (Maninis et al., CVPR 2019) and those who compare with it report as mIoU of saliency; an image in
-    which nothing is and nothing was found salient counts as 1.
+    ASTMT (Maninis et al., CVPR 2019) and those who compare with it report it as mIoU of saliency. An image in which
+    nothing is salient and nothing was found counts as 1.
     """
 
     total: Tensor
@@ -44,8 +44,8 @@ class SaliencyIoU(Metric):
 class EdgeF(BinaryPrecisionRecallCurve):
     """The F-measure of single pixels at the threshold that is best for all images together.
 
-    It is stricter than the literature's odsF, which lets a pixel of an edge be found a little beside its place and
-    takes the benchmark program of BSDS500: compare it with itself only.
+    It is stricter than the literature's odsF, which allows a pixel of an edge to be found a little beside its place and
+    is computed by the benchmark program of BSDS500: compare it only with itself.
     """
 
     def __init__(self) -> None:
@@ -53,7 +53,7 @@ class EdgeF(BinaryPrecisionRecallCurve):
 
     def update(self, output: Tensor, target: Tensor) -> None:
         """Logits `(N, 1, H, W)` against 0, 1 or 255, `(N, H, W)`."""
-        super().update(output[:, 0].sigmoid(), target.int())  # torchmetrics would take some logits for probabilities
+        super().update(output[:, 0].sigmoid(), target.int())  # torchmetrics would mistake some logits for probabilities
 
     def compute(self) -> Tensor:  # type: ignore[override]
         """The largest harmonic mean of precision and recall."""
