@@ -27,7 +27,7 @@ class BenchSettings:
     Args:
         problem_name: as `recon.problems.get` takes it.
         data_root: where its data are.
-        train_samples: how many training samples to make do with; all if None.
+        train_samples: how many training samples to use; all if None.
         pretrained: weights to start from, of a problem that takes them.
         backbone: the network; the problem's own if empty.
         preset: the preset's name.
@@ -120,7 +120,7 @@ class _CountedFirst(_First):
 
 
 def fingerprint(path: Path) -> str:
-    """What tells one map file from another."""
+    """What distinguishes one map file from another."""
     return hashlib.sha256(path.read_bytes()).hexdigest()[:12]
 
 
