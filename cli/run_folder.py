@@ -9,8 +9,6 @@ from typing import TYPE_CHECKING
 
 import recon
 from recon import launch
-from recon.batches import Batch
-from recon.problem import Task
 from recon.replacing import replacing
 from recon.runs import Run
 from recon.tables import metric_text
