@@ -1,4 +1,4 @@
-"""Long trainings on the command line: what is said when one ends early, or goes on. Imports torch."""
+"""Long trainings on the command line: what the user reads when one ends early or goes on. Imports torch."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ def check_resume(args: argparse.Namespace) -> None:
 def resumable(
     args: argparse.Namespace, checkpoints: Sequence[Path], left: Callable[[], str] = lambda: ""
 ) -> Iterator[None]:
-    """Trainings that are kept in `checkpoints`: whatever ends one, the user learns how to go on.
+    """Run trainings that have checkpoints: whatever ends one, the user is told how to go on.
 
     Args:
         args: the command's.
-        checkpoints: one a training, in their order; deleted when all are done.
-        left: tells what an interruption leaves besides, as a sentence.
+        checkpoints: one for each training, in order; deleted when all are done.
+        left: says what else an interruption leaves, as a sentence.
 
     Raises:
         UsageError: there is a checkpoint, and no `--resume`.
@@ -80,7 +80,7 @@ def _way_on(args: argparse.Namespace, checkpoints: Sequence[Path], error: BaseEx
     kept = [checkpoint for checkpoint in checkpoints if checkpoint.exists()]
     if not kept:
         return "" if launch.count() > 1 else "No step was complete, so nothing was saved."
-    if isinstance(error, GradientError):  # it would come again
+    if isinstance(error, GradientError):  # it would happen again
         return f"{kept[-1]} keeps the training up to there. To start over with other settings, delete it."
     return f"{kept[-1]} keeps the training. Go on with:\n  {shlex.join([*command_line(args), '--resume'])}"
 

@@ -42,9 +42,9 @@ def _run(argv: list[str]) -> int:
         if args is None:
             return DONE
         if launch.number() and args.verb not in SHARED_VERBS:
-            return DONE  # number 0 says that it takes one process; where another one failed first, it would be stopped
+            return DONE  # number 0 refuses; if another one failed first, number 0 would be stopped before it could
         _check_verb(args.verb)
-        # Results alone go to stdout, whatever a problem's code prints; of several processes, one speaks.
+        # Only results go to stdout, whatever a problem's code prints; of several processes, the first one prints.
         with _silenced() if launch.number() else redirect_stdout(sys.stderr):
             report = args.run(args)
         if launch.number() == 0:
@@ -55,7 +55,7 @@ def _run(argv: list[str]) -> int:
 
 
 def _parse(argv: list[str]) -> argparse.Namespace | None:
-    """The arguments; None where `--help` or `--version` has answered already."""
+    """The arguments; None if `--help` or `--version` has been answered."""
     if argv and not argv[0].startswith("-") and argv[0] not in VERBS:
         raise UnknownNameError("verb", argv[0], VERBS, "See `recon --help`.")
     try:
@@ -70,7 +70,7 @@ def _parse(argv: list[str]) -> argparse.Namespace | None:
 
 
 def _check_verb(verb: str) -> None:
-    """Refuse a verb that each process would do all over again."""
+    """Refuse a verb of which each process would do all the work again."""
     if launch.count() > 1 and verb not in SHARED_VERBS:
         raise UsageError(
             f"`recon {verb}` runs in one process, but {launch.count()} were started. Run it without torchrun; "

@@ -58,7 +58,7 @@ def add_verb(verbs: Verbs, name: str, run: Run, summary: str, examples: str, det
         name: the verb.
         run: what it does.
         summary: one line for `recon --help`.
-        examples: command lines, one a line.
+        examples: command lines, one on each line.
         details: more for `recon VERB --help`.
     """
     indented = "\n".join(f"  {line.strip()}" for line in examples.strip().splitlines())
@@ -78,14 +78,16 @@ def add_verb(verbs: Verbs, name: str, run: Run, summary: str, examples: str, det
 
 def add_training_options(parser: Parser) -> None:
     """What profiling and training have in common."""
-    parser.add_argument("--seed", type=seed, default=0, help="of the initial weights and the loaders (default: 0)")
+    parser.add_argument("--seed", type=seed, default=0, help="seed of the initial weights and the loaders (default: 0)")
     parser.add_argument("--lr", type=positive_number, help="learning rate (default: the problem's own)")
     add_device_option(parser)
 
 
 def add_device_option(parser: Parser) -> None:
     """Where the model runs."""
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is one, else cpu")
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), help="where to run (default: cuda if there is one, else cpu)"
+    )
 
 
 def any_path(text: str) -> Path:
@@ -98,7 +100,7 @@ def any_path(text: str) -> Path:
 def not_empty(text: str) -> str:
     """An argument that may name a file or a folder, or something else."""
     if not text.strip():
-        raise argparse.ArgumentTypeError("it is empty; give a name (the working folder is '.')")
+        raise argparse.ArgumentTypeError("it is empty; give a name (the current folder is '.')")
     return text
 
 
@@ -116,7 +118,7 @@ def positive_integer(text: str) -> int:
 
 
 def seed(text: str) -> int:
-    """A random seed that torch and numpy take."""
+    """A random seed that torch and numpy accept."""
     return _number(text, int, lambda value: 0 <= value < 2**32, "a whole number from 0 to 4294967295")
 
 

@@ -1,4 +1,4 @@
-"""What is said on stderr while a training goes on."""
+"""What a user reads on stderr while a training runs."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from recon_cli.terminal import tell
 
 
 def say(text: str) -> None:
-    """One line, with the time."""
+    """Write one line on stderr, with the time."""
     tell(f"{time.strftime('%H:%M:%S')} {text}")
 
 
 def shows_progress() -> bool:
-    """Progress bars are for people: a log file gets a line an epoch."""
+    """Whether to show progress bars: only people read them, a log file gets one line an epoch."""
     return sys.stderr.isatty()

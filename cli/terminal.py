@@ -1,4 +1,4 @@
-"""What the command line shows on a terminal: nothing that the terminal would obey, and nothing that it cannot show."""
+"""Print for terminals: no control characters from names or files, and nothing that the encoding lacks."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class StdoutError(ReconError):
 
 
 def tell(text: str) -> None:
-    """Say something on stderr, beside the results."""
-    with suppress(OSError):  # where stderr takes no more, there is nobody to tell
+    """Write a message on stderr; results go to stdout."""
+    with suppress(OSError):  # stderr is full or closed: nobody would read it
         print(readable(text), file=sys.stderr, flush=True)
 
 
@@ -31,17 +31,17 @@ def show(text: str) -> None:
     """Print results on stdout.
 
     Raises:
-        StdoutError: it takes no more.
+        StdoutError: it is full, or failed.
     """
     with _refused_by_stdout():
         print(printable(text), flush=True)
 
 
 def flush() -> None:
-    """See that what was printed on stdout has left.
+    """Flush stdout.
 
     Raises:
-        StdoutError: it takes no more.
+        StdoutError: it is full, or failed.
     """
     with _refused_by_stdout():
         print(end="", flush=True)
@@ -54,15 +54,16 @@ def _refused_by_stdout() -> Iterator[None]:
     except OSError as error:
         # The interpreter's own last flush must not fail once more.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if not isinstance(error, BrokenPipeError):  # then its reader, `head` say, has seen enough
+        if not isinstance(error, BrokenPipeError):  # then its reader, such as `head`, has seen enough
             raise StdoutError(
-                f"Cannot print the results: standard output takes no more ({error.strerror}). All else was done."
+                f"Cannot print the results: writing to standard output failed ({error.strerror}). Everything else was "
+                "done."
             ) from error
 
 
 @contextmanager
 def for_terminals() -> Iterator[None]:
-    """In here, stdout and stderr show what they can, whatever their encoding, and log messages are safe to show."""
+    """In this block, stdout and stderr show what their encoding can, and log messages are safe for a terminal."""
     codecs.register_error(_UNENCODABLE, _in_its_place)
     streams = [stream for stream in (sys.stdout, sys.stderr) if isinstance(stream, io.TextIOWrapper)]
     before = [stream.errors for stream in streams]
@@ -98,7 +99,7 @@ def log_handler(stream: TextIO) -> logging.Handler:
 
 
 def _in_its_place(error: UnicodeError) -> tuple[str, int]:
-    """What stands for letters that an encoding lacks: signs in ASCII, and otherwise their numbers."""
+    """Replace letters that an encoding lacks: by ASCII signs, otherwise by their numbers."""
     if not isinstance(error, UnicodeEncodeError):
         raise error
     letters = error.object[error.start : error.end]

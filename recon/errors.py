@@ -8,7 +8,7 @@ from collections.abc import Iterable
 
 _LONGEST_WORD, _LONGEST_MESSAGE = 1000, 4000  # letters: deep paths stay whole
 _LONG_WORD = re.compile(rf"\S{{{_LONGEST_WORD + 1},}}")
-_MOST_COMPARED = 5000  # names among which the nearest are looked for: difflib takes a second for so many
+_MOST_COMPARED = 5000  # the nearest name is looked for among so many: difflib needs a second for them
 
 
 def printable(text: str, keep: str = "\n") -> str:
@@ -18,7 +18,7 @@ def printable(text: str, keep: str = "\n") -> str:
 
     Args:
         text: what will be shown.
-        keep: such characters that stay.
+        keep: which of these characters stay.
     """
     if text.isprintable():
         return text
@@ -109,7 +109,7 @@ class VerificationError(ReconError):
 
 
 class WriteError(ReconError):
-    """A file that could not be written although it may lie there: the disk is full, or failed."""
+    """A file that could not be written although its path is right: the disk is full, or failed."""
 
 
 class GradientError(ReconError):

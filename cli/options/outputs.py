@@ -1,4 +1,4 @@
-"""`--out`: checked before hours of training, not after, and then one command's alone."""
+"""`--out`: checked before hours of training, not after, and then reserved for one command."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _SIGNS = {
     CHECKPOINT_FILE: b"PK",
     METRICS_FILE: b'"losses"',
 }
-"""What tells recon's files from others of the same name; it stands within the first bytes."""
+"""What only recon's files of these names contain, within their first bytes."""
 _HEAD = 1 << 16
 
 
@@ -41,7 +41,7 @@ def check_file(path: Path, mark: bytes) -> Path:
 
     Args:
         path: where a file will be written.
-        mark: what the beginning of an older such file contains: that one may be replaced.
+        mark: what such a file contains near its beginning: an older one may be replaced.
 
     Raises:
         UsageError: see above.
@@ -95,14 +95,16 @@ def _check_sign(file: Path) -> None:
     except OSError as error:
         raise cannot_write(file, error, "look into") from error
     if head and _SIGNS[file.name] not in head:
-        raise UsageError(f"{file} is no file of recon's, and would be overwritten. Move it, or choose another folder.")
+        raise UsageError(
+            f"{file} was not written by recon, and would be overwritten. Move it, or choose another folder."
+        )
 
 
 @contextmanager
 def claimed_file(path: Path, mark: bytes) -> Iterator[bool]:
-    """Check a file as `check_file` does, and let no other process write it in here.
+    """Check a file as `check_file` does, and keep other processes from writing it in this block.
 
-    Gives whether the last one was killed before it had replaced the file.
+    Gives whether the last writer was killed before it replaced the file.
     """
     check_file(path, mark)
     target = target_of(path)
@@ -114,9 +116,9 @@ def claimed_file(path: Path, mark: bytes) -> Iterator[bool]:
 
 @contextmanager
 def claimed_folder(folder: Path, marks: Sequence[str] = MODEL_FILES) -> Iterator[bool]:
-    """Check a folder as `check_folder` does, and let no other process write into it in here.
+    """Check a folder as `check_folder` does, and keep other processes from writing into it in this block.
 
-    Gives whether the last one was killed before it had replaced what is in there.
+    Gives whether the last writer was killed before it replaced what is in there.
     """
     if launch.number() == 0 and mode_of(folder) is not None:
         finish_replacing(folder)
@@ -140,7 +142,7 @@ def _claimed(path: Path, folder: Path, lock: Path) -> Iterator[float | None]:
             yield killed
     finally:
         for each in made:
-            with contextlib.suppress(OSError):  # not made after all, or it holds something and stays
+            with contextlib.suppress(OSError):  # it was not made after all, or holds something now
                 each.rmdir()
 
 
@@ -156,11 +158,11 @@ def _check_place(path: Path, target: Path) -> None:
         named = path.parent if folder == target.parent else folder
         raise UsageError(f"Cannot write {path}: {named} is not a folder. Choose another place to write to.")
     try:
-        # What is written beside it for a while has a longer name.
+        # The temporary file beside it has a longer name.
         with contextlib.suppress(FileNotFoundError):
             os.lstat(folder / f".{target.name}.checkpoint.partial-12345678")
-        # Permissions alone do not tell: a full disk, a read-only one and /proc pass them.
+        # Permissions are not enough: a full disk, a read-only one and /proc pass them.
         os.rmdir(tempfile.mkdtemp(prefix=".recon-", dir=folder))
     except OSError as error:
         reason = cannot_write(path, error)
-        raise type(reason)(f"{reason} ({folder} takes no files.)") from error
+        raise type(reason)(f"{reason} (No file can be made in {folder}.)") from error

@@ -49,7 +49,7 @@ def check_pictures(args: argparse.Namespace) -> None:
         UsageError: there is something else already, the folder takes no files, or there is no map for a frontier.
     """
     if args.frontier is not None and args.map is None:
-        args.parser.error("--frontier needs --map MAP: it tells what the plans cover. `recon profile` makes one")
+        args.parser.error("--frontier needs --map MAP: it says what the plans cover. `recon profile` makes one")
     if args.frontier is not None and args.picture is None:
         args.picture = args.frontier.with_name(_NETWORK.name)
     for option, path in (("--frontier", args.frontier), ("--picture", args.picture)):

@@ -19,12 +19,12 @@ from recon_cli.parser import (
 
 
 def add_recipe_options(parser: Parser) -> None:
-    """The options that a recipe is made of, but for `--lr`."""
+    """Add the options that a recipe is made of, except `--lr`."""
     group = parser.add_argument_group("how it is trained (default: the problem's own optimizer and schedule)")
     group.add_argument("--optimizer", choices=OPTIMIZERS, help="torch.optim's, with its defaults")
-    group.add_argument("--momentum", type=part_below_one, metavar="M", help="of SGD")
-    group.add_argument("--weight-decay", type=non_negative_number, metavar="W", help="of any of them")
-    group.add_argument("--schedule", choices=SCHEDULES, help="of the learning rate, from step to step")
+    group.add_argument("--momentum", type=part_below_one, metavar="M", help="momentum of SGD")
+    group.add_argument("--weight-decay", type=non_negative_number, metavar="W", help="weight decay, of any optimizer")
+    group.add_argument("--schedule", choices=SCHEDULES, help="how the learning rate changes from step to step")
     group.add_argument(
         "--milestones",
         type=positive_integer,
@@ -32,12 +32,12 @@ def add_recipe_options(parser: Parser) -> None:
         metavar="EPOCH",
         help="of --schedule step: multiply the learning rate after these epochs",
     )
-    group.add_argument("--gamma", type=positive_number, help="of --schedule step: by this (default: 0.1)")
+    group.add_argument("--gamma", type=positive_number, help="of --schedule step: the factor (default: 0.1)")
     group.add_argument(
         "--warm-up",
         type=steps_or_part,
         metavar="STEPS",
-        help="let the learning rate rise over so many steps at first, or over a part of all steps, such as 0.05",
+        help="let the learning rate rise over the first STEPS steps, or over a part of all steps, such as 0.05",
     )
     group.add_argument("--clip", type=positive_number, metavar="NORM", help="scale longer updates down to this norm")
     group.add_argument(
@@ -54,7 +54,7 @@ def recipe_of(args: argparse.Namespace, epochs: int) -> Recipe:
     """The recipe on the command line.
 
     Raises:
-        CommandLineError: options that do not go together.
+        CommandLineError: the options do not go together.
     """
     values = {field.name: getattr(args, field.name) for field in fields(Recipe)}
     recipe = Recipe(**{**values, "milestones": tuple(args.milestones or ())})

@@ -10,19 +10,19 @@ if TYPE_CHECKING:
 
 
 def add_rename_option(parser: Parser, whose: str) -> None:
-    """Renaming the layers of a map, as `whose` says."""
+    """Add `--rename`; its help begins with `whose`."""
     parser.add_argument(
         "--rename",
         type=_rename,
         action="append",
         metavar="OLD=NEW",
-        help=f"{whose} by their first components: backbone=encoder.net; =net puts one before every name, module= takes "
-        "one away; may be repeated",
+        help=f"{whose} by their first components: backbone=encoder.net; =net puts one before every name, module= "
+        "removes one; may be repeated",
     )
 
 
 def renames(args: argparse.Namespace) -> dict[str, str]:
-    """What --rename was given."""
+    """The names that --rename was given: `{old: new}`."""
     pairs = args.rename or []
     old_names = [old for old, _ in pairs]
     twice = next((old for old in old_names if old_names.count(old) > 1), None)

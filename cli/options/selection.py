@@ -23,15 +23,21 @@ _WAYS = ("top_k", "share", *_BUDGETS, "auto", "like", "layers", "matching")
 
 
 def add_selection_options(parser: Parser) -> None:
-    """Which layers are branched, and which tasks share a copy."""
+    """Add the options that say which layers are branched, and which tasks share a copy."""
     parser.add_argument("--map", type=any_path, metavar="MAP", help="the conflict map that chooses the layers")
     ways = parser.add_argument_group("which layers", "One of these; --max-params and --max-macs may go together.")
     which = ways.add_mutually_exclusive_group()
     which.add_argument("--top-k", type=positive_integer, metavar="K", help="branch K layers of the map")
-    which.add_argument("--share", type=share, metavar="PART", help="the fewest layers with this part of all conflict")
-    which.add_argument("--auto", action="store_true", help="all that conflict more than the mean layer, beyond noise")
+    which.add_argument(
+        "--share", type=share, metavar="PART", help="branch the fewest layers with this part of all conflict"
+    )
+    which.add_argument(
+        "--auto", action="store_true", help="branch all that conflict more than the mean layer, beyond noise"
+    )
     which.add_argument("--layers", nargs="+", metavar="NAME", help="branch these layers; needs no map")
-    which.add_argument("--matching", metavar="REGEX", help="all shared layers whose whole name matches; needs no map")
+    which.add_argument(
+        "--matching", metavar="REGEX", help="branch all shared layers whose whole name matches; needs no map"
+    )
     which.add_argument(
         "--like",
         type=any_path,
@@ -42,13 +48,13 @@ def add_selection_options(parser: Parser) -> None:
         "--max-params",
         type=positive_number,
         metavar="RATIO",
-        help="the most conflict at so many times the parameters",
+        help="cover the most conflict within RATIO times the parameters",
     )
     ways.add_argument(
         "--max-macs",
         type=positive_number,
         metavar="RATIO",
-        help="the same, of multiply-adds",
+        help="the same within RATIO times the multiply-adds",
     )
     parser.add_argument(
         "--select",
@@ -68,7 +74,7 @@ def add_selection_options(parser: Parser) -> None:
 
 
 def check_selection(args: argparse.Namespace) -> None:
-    """See that the options go together, before anything is loaded."""
+    """Check that the options go together, before anything is loaded."""
     error = args.parser.error
     given = _given(args)
     budget = [name for name in given if name in _BUDGETS]
@@ -86,7 +92,7 @@ def check_selection(args: argparse.Namespace) -> None:
         if named and getattr(args, option) is not None:
             error(f"{_flag(option)} goes with a choice by the map, such as --top-k, not with {_flag(given[0])}")
     if not args.map and (args.groups == ["conflict"] or args.groups[0].isdigit()):
-        error(f"--groups {args.groups[0]} needs --map MAP, which tells how often tasks conflict")
+        error(f"--groups {args.groups[0]} needs --map MAP, which says how often tasks conflict")
 
 
 def has_budget(args: argparse.Namespace) -> bool:
@@ -137,7 +143,7 @@ def choose(
 
 
 def surgery_name(args: argparse.Namespace, plan: BranchPlan) -> str:
-    """What tables call the way in which the layers were chosen; the same for every seed."""
+    """The name in tables of how the layers were chosen; the same for every seed."""
     select = args.select or "top"
     budget = " ".join(f"{name}={getattr(args, name):g}" for name in _BUDGETS if getattr(args, name) is not None)
     if args.layers or args.matching:
@@ -172,7 +178,7 @@ def selection_arguments(args: argparse.Namespace) -> list[str]:
 
 
 def groups_lines(layers: Mapping[str, Any]) -> list[str]:
-    """Who shares the copies of these layers: `{layer: partition}`, a line for each partition."""
+    """Which tasks share the copies of these layers: `{layer: partition}`, one line for each partition."""
     lines = []
     for partition in dict.fromkeys(layers.values()):
         names = [name for name, split in layers.items() if split == partition]
@@ -194,7 +200,7 @@ def _flag(name: str) -> str:
 
 
 def groups_of(args: argparse.Namespace) -> Groups:
-    """What --groups says, as `recon.plan` takes it."""
+    """What --groups says, as `recon.plan` accepts it."""
     words: Sequence[str] = args.groups
     if len(words) > 1 or "+" in words[0]:
         return [word.split("+") for word in words]

@@ -1,4 +1,4 @@
-"""What `recon bench` tells in the end. Imports torch."""
+"""What `recon bench` prints in the end. Imports torch."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from recon_cli.parser import Report
 
 
 def report(bench: Bench, top_k_reason: str) -> Report:
-    """Do what is missing of the bench, write the results file, and tell."""
+    """Run what the bench still lacks, write the results file, and report."""
     found = bench.run()
     variants, notes = found.variants, found.notes
     rows = make_rows(found.runs, found.seconds, notes)
@@ -54,7 +54,7 @@ def report(bench: Bench, top_k_reason: str) -> Report:
         *notes,
         *_published(bench, rows, published),
         *_cosines(bench, counted, before, after, their_cosines),
-        f"Saved in {bench.folder}: {RESULTS_FILE}, every run as `recon train` leaves it, and pictures. The same "
+        f"Saved in {bench.folder}: {RESULTS_FILE}, every run as `recon train` writes it, and pictures. The same "
         "command again prints this from there.",
     ]
     if before is not None and after is not None:

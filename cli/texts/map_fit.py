@@ -1,4 +1,4 @@
-"""How a conflict map fits the problem at hand: said on stderr before the work, and in what `recon convert` reports."""
+"""How a conflict map fits the problem: shown on stderr before the work, and in the report of `recon convert`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def match_map(cmap: ConflictMap, problem: Problem, model: nn.Module, rename: Mapping[str, str]) -> Match:
-    """Match the map to the model, and note on stderr whatever does not fit."""
+    """Match the map to the model, and say on stderr what does not fit."""
     from recon.plans import match  # late: it imports torch
 
     found = match(cmap, model, rename)

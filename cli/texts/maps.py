@@ -22,7 +22,7 @@ Files = tuple[Path, Path]
 
 
 def header_text(cmap: ConflictMap) -> str:
-    """How a map was made, a few lines."""
+    """How a map was made, in a few lines."""
     made_by = ", ".join(f"{key} {_value(value)}" for key, value in cmap.made_by.items()) or "unknown"
     steps = "unknown" if cmap.steps is None else f"{cmap.steps}, of which {cmap.skipped} skipped as not finite"
     lines = [
@@ -114,7 +114,7 @@ def _layers(found: MapComparison, top: int | None) -> str:
 
 
 def _value(value: Any) -> str:
-    """An entry of `made_by`; of a merged map, one of them is a list of what its sources were made by."""
+    """An entry of `made_by`; a merged map has a list there that says how each source was made."""
     if isinstance(value, dict):
         return " ".join([str(value.get("map", "")), _details(value)]).strip()
     if isinstance(value, Sequence) and not isinstance(value, str):

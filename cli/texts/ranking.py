@@ -11,18 +11,18 @@ from recon.support.tables import text_table
 if TYPE_CHECKING:
     from recon import ConflictMap
 
-_SURE = 0.95  # of being in the top K, or of not: anything less is within noise of the cut
+_SURE = 0.95  # a probability of being in the top K, or of not: anything less is within noise of the cut
 
 
 def ranked_layers(
     cmap: ConflictMap, threshold: float | None = None, *, top_k: int | None = None
 ) -> list[dict[str, Any]]:
-    """The shared layers, highest score first, each with what the map tells of it.
+    """The shared layers, highest score first, each with what the map knows of it.
 
     Args:
         cmap: the map.
         threshold: S, a multiple of 0.01 in (-1, 0]; the map's own when not given.
-        top_k: of so many layers each one's probability of being among them is wanted.
+        top_k: add each layer's probability of being among the top K.
 
     Returns:
         A record a layer. At the map's own threshold, and if the map knows its scores over time, there is an `interval`
@@ -32,7 +32,9 @@ def ranked_layers(
         UsageError: the threshold is off the grid or not one that the map can score, or there are not `top_k` layers.
     """
     if top_k is not None and not 1 <= top_k <= len(cmap.layers):
-        raise UsageError(f"The top {top_k} of {len(cmap.layers)} shared layers: take 1 to {len(cmap.layers)}.")
+        raise UsageError(
+            f"There is no top {top_k} of {len(cmap.layers)} shared layers: choose 1 to {len(cmap.layers)}."
+        )
     scores, shares = cmap.scores(threshold), cmap.shares(threshold)
     quarters = dict(zip(scores, cmap.stage_shares().tolist(), strict=True))
     layers = {layer.name: layer for layer in cmap.layers}
@@ -53,7 +55,7 @@ def ranked_layers(
 
 
 def _confidence(cmap: ConflictMap, threshold: float | None, top_k: int | None) -> dict[str, dict[str, Any]]:
-    """What resampling tells of each layer; nothing if the map cannot be resampled."""
+    """What resampling says of each layer; nothing if the map cannot be resampled."""
     if not cmap.has_series or threshold not in (None, cmap.threshold):
         return {}
     found: dict[str, dict[str, Any]] = {name: {"interval": list(ends)} for name, ends in cmap.intervals().items()}
@@ -64,17 +66,17 @@ def _confidence(cmap: ConflictMap, threshold: float | None, top_k: int | None) -
 
 
 def unsure_why(cmap: ConflictMap, threshold: float | None = None) -> str:
-    """Why `ranked_layers` tells nothing of how sure the ranking is; empty if it does."""
+    """Why `ranked_layers` does not say how sure the ranking is; empty if it does."""
     if threshold not in (None, cmap.threshold):
         return (
-            f"No intervals: the map keeps its scores over time at its own S={cmap.threshold:g} alone. How sure the "
-            f"ranking is at {threshold:g}, a profile with --threshold {threshold:g} would tell."
+            f"No intervals: the map keeps its scores over time only at its own S={cmap.threshold:g}. To see how sure "
+            f"the ranking is at {threshold:g}, profile with --threshold {threshold:g}."
         )
     if cmap.has_series:
         return ""
     if cmap.steps == 1:
-        return "No intervals: one step tells nothing of how sure the ranking is. Profile more."
-    return "No intervals: merged and imported maps do not know their scores over time, and so not how sure they are."
+        return "No intervals: one step does not show how sure the ranking is. Profile more steps."
+    return "No intervals: merged and imported maps do not keep the scores over time that intervals come from."
 
 
 def ranking_table(
@@ -84,9 +86,9 @@ def ranking_table(
 
     Args:
         layers: what `ranked_layers` gave.
-        top: show so many of them; all when not given.
+        top: how many to show; all when not given.
         quarters: show the shares by quarter of the training.
-        top_k: draw a line under so many layers, and say which are within noise of it.
+        top_k: draw a line under the first K, and say which layers are within noise of it.
     """
     shown = layers[:top]
     columns = [

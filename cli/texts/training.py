@@ -1,4 +1,4 @@
-"""What `recon train` says of a run in the end."""
+"""What `recon train` prints of a run in the end."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def report(job: Training, run: Run) -> Report:
 
 
 def static_option(weights: Mapping[str, float], tasks: Sequence[str]) -> str | None:
-    """The method that trains with these weights; None where a task has none, or one that no training would survive."""
+    """The method that trains with these weights; None where a task has none, or one that is too large to train with."""
     listed = [f"{weights[task]:.4g}" for task in tasks if task in weights]
     sound = [0 <= float(weight) <= _LARGEST for weight in listed]
     if len(listed) < len(tasks) or not all(sound) or not any(map(float, listed)):
@@ -88,7 +88,7 @@ def _best_folders(job: Training) -> list[str]:
 
 
 def _weights(job: Training, run: Run) -> tuple[dict[str, float], str | None]:
-    """The mean weights of the tasks, and the file of their picture if they are not always the same."""
+    """The mean weights of the tasks, and the file of their picture if they change."""
     path = job.folder / METRICS_FILE
     records = read_records(path) if path.exists() else []
     means = mean_weights(records, run.tasks)

@@ -27,11 +27,12 @@ def add_parser(verbs: Verbs) -> None:
         """,
         "Δm is the mean relative change against single-task models in percent, higher is better. Ratios refer to the "
         "first plain run, or else the smallest. Multiply-adds are of one sample's forward pass. Step times, loading "
-        "included, are each run's own: for a ratio that holds, see `recon convert`, which times both models in turn.",
+        "included, were measured in each run: for a ratio to rely on, see `recon convert`, which times both models in "
+        "turn.",
     )
     parser.add_argument("runs", nargs="+", type=any_path, metavar="RUN", help="a folder that `recon train` wrote")
     parser.add_argument(
-        "--baseline", type=any_path, metavar="RUN", help="of Δm (default: the single-task run among RUN)"
+        "--baseline", type=any_path, metavar="RUN", help="what Δm is against (default: the single-task run among RUN)"
     )
 
 
@@ -39,7 +40,7 @@ def run(args: argparse.Namespace) -> Report:
     """Load the runs and put them side by side."""
     baseline = Run.load(args.baseline) if args.baseline else None
     comparison = compare({str(folder): Run.load(folder) for folder in args.runs}, baseline)
-    if not args.json:  # there they are in the object
+    if not args.json:  # with it, they are in the object
         for note in comparison.notes:
             tell(f"note: {note}")
     return Report(comparison.text(), comparison.as_dict())

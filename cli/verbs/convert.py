@@ -71,7 +71,7 @@ def add_parser(verbs: Verbs) -> None:
     )
     add_problem(parser)
     add_selection_options(parser)
-    parser.add_argument("--seed", type=seed, default=0, help="of the weights and of --select random (default: 0)")
+    parser.add_argument("--seed", type=seed, default=0, help="seed of the weights and of --select random (default: 0)")
     parser.add_argument(
         "--mode",
         choices=("fan", "per-task"),

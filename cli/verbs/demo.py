@@ -28,11 +28,17 @@ def add_parser(verbs: Verbs) -> None:
         "Profiles once; trains single-task models, joint training and PCGrad, with and without Recon, and with as many "
         "layers branched at random; prints one table, whoever wins.",
     )
-    parser.add_argument("--out", type=any_path, default=Path("demo"), metavar="FOLDER", help="default: demo")
-    parser.add_argument("--seeds", type=positive_integer, default=2, help="train everything this often (default: 2)")
-    parser.add_argument("--epochs", type=positive_integer, default=6, help="of every training (default: 6)")
+    parser.add_argument(
+        "--out", type=any_path, default=Path("demo"), metavar="FOLDER", help="where the results go (default: demo)"
+    )
+    parser.add_argument(
+        "--seeds", type=positive_integer, default=2, help="train everything with so many seeds (default: 2)"
+    )
+    parser.add_argument("--epochs", type=positive_integer, default=6, help="epochs of every training (default: 6)")
     parser.add_argument("--top-k", type=positive_integer, default=8, metavar="K", help="layers to branch (default: 8)")
-    parser.add_argument("--workers", type=positive_integer, help="trainings at a time (default: one a core, up to 4)")
+    parser.add_argument(
+        "--workers", type=positive_integer, help="trainings at the same time (default: one a core, up to 4)"
+    )
     add_device_option(parser)
 
 

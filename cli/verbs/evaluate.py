@@ -32,7 +32,9 @@ def add_parser(verbs: Verbs) -> None:
     )
     add_problem(parser)
     parser.add_argument("--model", type=any_path, required=True, metavar="FOLDER", help="what train or convert saved")
-    parser.add_argument("--seed", type=seed, help="of the loaders (default: the one that the model was trained with)")
+    parser.add_argument(
+        "--seed", type=seed, help="seed of the loaders (default: the one that the model was trained with)"
+    )
     add_device_option(parser)
 
 
@@ -52,7 +54,7 @@ def _evaluate(problem: Problem, folder: Path, seed: int | None, device: torch.de
     from recon.experiments import saved_models
 
     record = saved_models.read_record(problem, folder)
-    # A problem may split its data by the seed: another one would test on what was trained on.
+    # A problem may split its data by the seed: with another one, the model would be tested on its training data.
     seed = (record.seed if record else 0) if seed is None else seed
     problem = saved_models.as_recorded(problem, record, folder)
     _, test = workbench.make_loaders(problem, seed, device)

@@ -35,12 +35,12 @@ def add_parser(verbs: Verbs) -> None:
         recon map merge seed0.json seed1.json --out both.json
         recon map import 0_Baseline_ep39_lw_cos_S-0.1.json --threshold -0.1 --out map.json
         """,
-        "`recon map ACTION --help` tells more of each.",
+        "`recon map ACTION --help` says more about each.",
     )
     actions = parser.add_subparsers(title="actions", dest="action", metavar="ACTION", required=True)
     for add_action in (_add_show, _add_compare, _add_merge, _add_import):
         for option in add_action(actions)._actions:
-            if option.dest in ("json", "debug"):  # given before the action, they hold all the same
+            if option.dest in ("json", "debug"):  # given before the action, they apply too
                 option.default = argparse.SUPPRESS
 
 
@@ -56,8 +56,8 @@ def _add_show(actions: Verbs) -> Parser:
         recon map show map.json --threshold -0.05 --top 10
         recon map show map.json --plot map.png
         """,
-        "The interval holds the scores of 90 % of resampled trainings, by a block bootstrap over the steps: it tells "
-        "what other batches would have done, not what another seed would.",
+        "The interval holds the scores of 90 % of resampled trainings, by a block bootstrap over the steps: it "
+        "shows what other batches would have done, not what another seed would.",
     )
     parser.add_argument(
         "map", type=any_path, metavar="MAP", help="a file that `recon profile` wrote, or one from merge or import"
@@ -132,7 +132,7 @@ def _add_import(actions: Verbs) -> Parser:
         recon map import 0_Baseline_ep39_lw_cos.pt --threshold -0.1 --tasks left,right --out map.json
         """,
         "A .json file holds the scores of its layers at one S and nothing else; a .pt file holds every cosine, so that "
-        "the map answers for every S. The prefix feature_extractor. and the pieces .m_list.0. of its layer names go.",
+        "the map answers for every S. Layer names lose the prefix feature_extractor. and the pieces .m_list.0.",
     )
     parser.add_argument("file", type=any_path, metavar="FILE", help="{layer: score} (.json), or a log of cosines (.pt)")
     parser.add_argument(
@@ -201,7 +201,7 @@ def import_(args: argparse.Namespace) -> Report:
     from recon.maps import read_published  # late: a log of cosines takes torch
 
     check_file(args.out, _MARK)
-    if args.file.suffix != ".json":  # a log of a whole training takes a minute
+    if args.file.suffix != ".json":  # reading the log of a whole training needs a minute
         tell(f"Reading {args.file} ...")
     cmap = read_published(args.file, args.threshold, args.tasks)
     return _save(cmap, args, f"{args.file} imported")
@@ -232,7 +232,9 @@ def _save(cmap: ConflictMap, args: argparse.Namespace, done: str) -> Report:
 
 def _plot(cmap: ConflictMap, args: argparse.Namespace) -> None:
     if any(layer.conflicts is None for layer in cmap.layers):
-        raise UsageError(f"{args.map} holds no counts by quarter of the training to draw. Leave --plot out.")
+        raise UsageError(
+            f"{args.map} holds no counts by quarter of the training, so there is nothing to draw. Leave --plot out."
+        )
     from recon.maps.picture import heatmap  # late: it imports matplotlib
 
     heatmap(cmap, args.plot)

@@ -31,11 +31,11 @@ def add_parser(verbs: Verbs) -> None:
         recon train digits --method uw+pcgrad --out run
         recon train digits --method examples/own_method.py:clipped_sum --out run
         """,
-        "A weighting weighs the losses and takes one backward pass a step; an aggregator combines the task gradients "
-        "and takes one pass a task. A weighting can feed an aggregator, as in uw+pcgrad.",
+        "A weighting weighs the losses and needs one backward pass a step; an aggregator combines the task gradients "
+        "and needs one pass a task. A weighting can feed an aggregator, as in uw+pcgrad.",
     )
-    parser.add_argument("method", nargs="?", metavar="METHOD", help="one of them, not all")
-    parser.add_argument("--markdown", action="store_true", help="print the table of the README")
+    parser.add_argument("method", nargs="?", metavar="METHOD", help="describe this one only")
+    parser.add_argument("--markdown", action="store_true", help="print the README's table")
 
 
 def run(args: argparse.Namespace) -> Report:

@@ -49,12 +49,12 @@ def add_parser(verbs: Verbs) -> None:
         recon plan digits --map map.json --max-macs 1.25 --frontier
         recon plan tox21.py:problem --map map.json --share 0.5 --groups 3
         """,
-        "Nothing is written but the pictures. `recon convert` takes the same options and branches the layers.",
+        "Only the pictures are written. `recon convert` accepts the same options and branches the layers.",
     )
     add_problem(parser)
     add_selection_options(parser)
     add_picture_options(parser)
-    parser.add_argument("--seed", type=seed, default=0, help="of --select random (default: 0)")
+    parser.add_argument("--seed", type=seed, default=0, help="seed of --select random (default: 0)")
 
 
 def run(args: argparse.Namespace) -> Report:

@@ -22,6 +22,6 @@ def run(args: argparse.Namespace) -> Report:
     """List them."""
     problems = descriptions()
     table = text_table(["problem", "what it is"], [[name, line] for name, line in problems.items()], left=2)
-    own = "One of your own: path/to/file.py:function or package.module:function, which returns a recon.Problem."
+    own = "Your own: path/to/file.py:function or package.module:function, which returns a recon.Problem."
     data = {"problems": [{"name": name, "description": line} for name, line in problems.items()]}
     return Report(f"{table}\n\n{own}", data)

@@ -55,11 +55,11 @@ def add_parser(verbs: Verbs) -> None:
         recon profile digits --out map.json --resume
         torchrun --nproc-per-node 2 -m recon_cli profile digits --out map.json
         """,
-        "Until it is done, MAP.checkpoint keeps the training, and the map holds what was counted so far. Ctrl-C leaves "
-        "both, and whatever else ends the training leaves the last good ones.",
+        "Until it is done, MAP.checkpoint keeps the training, and the map holds what was counted so far. Ctrl-C keeps "
+        "both up to the last step, and whatever else ends the training keeps the last ones saved.",
     )
     add_problem(parser)
-    parser.add_argument("--epochs", type=positive_integer, default=3, help="of warm-up training (default: 3)")
+    parser.add_argument("--epochs", type=positive_integer, default=3, help="epochs of warm-up training (default: 3)")
     parser.add_argument(
         "--threshold",
         type=threshold,
@@ -73,13 +73,16 @@ def add_parser(verbs: Verbs) -> None:
         "--until-stable",
         type=share,
         metavar="OVERLAP",
-        help="stop once the top K are expected to overlap by this with those of all epochs, such as 0.9",
+        help="stop once the top K are expected to overlap by this part with those of all epochs, such as 0.9",
     )
     parser.add_argument(
-        "--top-k", type=positive_integer, metavar="K", help="of how many layers (default: a quarter of them)"
+        "--top-k",
+        type=positive_integer,
+        metavar="K",
+        help="K of --until-stable and of the ranking (default: a quarter of the layers)",
     )
     parser.add_argument(
-        "--every", type=positive_integer, default=1, metavar="N", help="profile each N-th step only (default: 1)"
+        "--every", type=positive_integer, default=1, metavar="N", help="profile only every N-th step (default: 1)"
     )
     parser.add_argument(
         "--memory",
@@ -90,7 +93,9 @@ def add_parser(verbs: Verbs) -> None:
     )
     parser.add_argument("--out", type=file_path, required=True, metavar="MAP", help="the conflict map, a JSON file")
     parser.add_argument(
-        "--resume", action="store_true", help="go on from MAP.checkpoint, to the same map; without one, begin"
+        "--resume",
+        action="store_true",
+        help="go on from MAP.checkpoint, to the same map; without one, start from the beginning",
     )
 
 
@@ -112,7 +117,7 @@ def _run(args: argparse.Namespace, begins: bool) -> Report:
     device = workbench.choose_device(args.device)
     checkpoint = checkpoint_beside(args.out)
     finished = _finished_map(args.out)
-    # Whoever was killed before anything was saved was about to replace the map that is there.
+    # A profile that was killed before it saved anything was going to replace the map that is there.
     resumes = args.resume and not checkpoint.exists() and not begins
     if finished is not None and resumes and _is_ours(finished, args, problem):
         tell(f"{args.out} is finished; there is nothing to resume.")

@@ -30,19 +30,20 @@ def save(model: nn.Module, folder: str | Path) -> None:
     order.
 
     Args:
-        model: branched by `recon.convert`, or a plain model; DistributedDataParallel and torch.compile come off.
+        model: branched by `recon.convert`, or a plain model; the wrappers of DistributedDataParallel and torch.compile
+            are left out.
         folder: made if it does not exist; an older model in it is replaced, other files stay.
 
     Raises:
         UsageError: the folder cannot be written to, or the arguments are something else.
-        WriteError: the disk is full, or failed; an older model is as it was.
+        WriteError: the disk is full, or failed; an older model is unchanged.
     """
     _check_arguments(folder, model, "recon.save needs a model and a folder", "recon.save(model, 'branched/')")
     model = unwrapped(model)  # names that begin with module. or _orig_mod. would fit no model
     plan = find_plan(model)
     text = plan_to_json(plan) if plan else ""
     with replacing(folder, (WEIGHTS_FILE, PLAN_FILE)) as new:
-        # The weights carry the plan too, so that files of two different saves are told apart.
+        # The weights hold the plan too, so that files of two different saves are noticed.
         save_weights(model, new / WEIGHTS_FILE, text)
         if text:
             write_text(new / PLAN_FILE, text)
@@ -128,7 +129,7 @@ def _read_plan(folder: Path, text: str) -> str:
         ) from error
     if readable.replace(b"\r\n", b"\n") != text.encode():
         raise CheckpointError(
-            f"{folder / PLAN_FILE} is not the plan that {WEIGHTS_FILE} was saved with. A plan is not changed by "
-            "editing the file: convert and save the model again."
+            f"{folder / PLAN_FILE} is not the plan that {WEIGHTS_FILE} was saved with. Editing the file does not "
+            "change the plan: convert and save the model again."
         )
     return text

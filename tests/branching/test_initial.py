@@ -266,7 +266,7 @@ def another_architecture(folder, trained):
         (a_list, "model.pt holds list, not a state dict"),
         (a_dict, "model.pt holds a dict of 'epoch', 'weights', not a state dict"),
         (of_a_part, r"They are those of its part 'body': load them there before you convert \(model\.body\)"),
-        (branched_folder, "holds a branched model, but a checkpoint from before the surgery is wanted"),
+        (branched_folder, "holds a branched model, but a checkpoint from before the surgery is needed"),
         (
             another_architecture,
             r"model.pt: the weights do not fit this model\. Entries: 18 missing \(body\.0\.0\.weight, .* 32 not in the",

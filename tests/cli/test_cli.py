@@ -750,4 +750,4 @@ def test_recon_on_digits_from_the_map_to_the_table(ask, tmp_path):
 @pytest.mark.parametrize("verb", ["profile", "train"])
 def test_a_folder_that_takes_no_files_is_refused_before_the_training(verb, command):
     code, _, err = command(f"{verb} digits --out /proc/nowhere/out")
-    assert code == 2 and "takes no files" in err and "epoch" not in err
+    assert code == 2 and "No file can be made in" in err and "epoch" not in err

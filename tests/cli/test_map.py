@@ -346,4 +346,4 @@ def test_wrong_input_is_refused_with_a_message(refused, case):
 @pytest.mark.parametrize("line", ["merge seed0.json seed1.json", "import scores.json --threshold -0.1"])
 def test_a_folder_that_takes_no_files_is_refused(command, line):
     code, _, err = command(f"map {line} --out /proc/nowhere/out.json")
-    assert code == 2 and "takes no files" in err
+    assert code == 2 and "No file can be made in" in err

@@ -102,13 +102,13 @@ def test_scores_alone(cmap):
 @pytest.mark.parametrize("k", [0, 7])
 def test_a_cut_outside_the_ranking(cmap, k):
     for some in (cmap, without_series(cmap)):
-        with pytest.raises(UsageError, match=f"top {k} of 6 shared layers: take 1 to 6"):
+        with pytest.raises(UsageError, match=f"top {k} of 6 shared layers: choose 1 to 6"):
             ranked_layers(some, top_k=k)
 
 
-def test_why_a_ranking_tells_nothing_of_how_sure_it_is(cmap):
+def test_why_a_ranking_does_not_say_how_sure_it_is(cmap):
     assert unsure_why(cmap) == unsure_why(cmap, cmap.threshold) == ""
-    assert "at its own S=-0.1 alone" in unsure_why(cmap, -0.2)
+    assert "only at its own S=-0.1" in unsure_why(cmap, -0.2)
     layers = [LayerConflicts(name, "", {}, None, None, None, score=3) for name in RATES]
     assert "merged and imported" in unsure_why(ConflictMap((), -0.1, None, None, (), layers))
     assert "one step" in unsure_why(ConflictMap((), -0.1, 1, 0, (), layers))

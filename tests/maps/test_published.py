@@ -231,7 +231,7 @@ class Other:
 @pytest.mark.parametrize(
     "content, message",
     [
-        ({"cos": {"conv": Other()}}, "holds other objects than tensors"),
+        ({"cos": {"conv": Other()}}, "holds objects other than tensors"),
         ([torch.zeros(1)], "no table of cosines"),
         ({"weight": torch.zeros(3)}, "no table of cosines"),
         ({"cos": {}}, "no table of cosines"),

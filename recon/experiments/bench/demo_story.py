@@ -1,4 +1,4 @@
-"""What `recon demo` tells in the end."""
+"""What `recon demo` prints in the end."""
 
 from __future__ import annotations
 

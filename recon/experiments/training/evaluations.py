@@ -23,7 +23,7 @@ class Evaluations:
 
     Args:
         every: evaluate after each n-th epoch, and after the last.
-        best_by: `task.metric`, which tells the best epoch. When not given, it is the mean over tasks, and over the
+        best_by: `task.metric`, which decides the best epoch. When not given, it is the mean over tasks, and over the
             metrics of each, of the relative improvement on the training's first evaluation.
         keep_best: whether the best epoch's model is kept beside the last one.
     """

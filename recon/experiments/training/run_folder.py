@@ -25,15 +25,15 @@ CHECKPOINT_FILE = "training.checkpoint"
 METRICS_FILE = "metrics.jsonl"
 PICTURE_FILE = "weights.png"
 BEST = "best"
-"""The folder in a run's that holds the model of its best epoch."""
+"""The folder inside a run's that holds the model of its best epoch."""
 RUN_FILES = (
     *MODEL_FILES,
     *(f"{BEST}/{name}" for name in MODEL_FILES),
     *(PICTURE_FILE, "conflicts.json", "cosines.json"),
 )
-"""What goes when another model takes the place of a run's."""
+"""What is removed when another model replaces a run's."""
 RUN_MARKS = (*MODEL_FILES, CHECKPOINT_FILE, METRICS_FILE)
-"""What the folder of a run has, be it interrupted early."""
+"""What the folder of a run has, even of one interrupted early."""
 
 
 @dataclass
@@ -65,7 +65,7 @@ class RunFolder:
     tell: Callable[[str], None]
 
     def end_epoch(self, epoch: training.Epoch) -> None:
-        """Keep the epoch's model, and tell of it; the results go into the epoch's record."""
+        """Keep the epoch's model, and report it; the results go into the epoch's record."""
         self._note(epoch)
         if launch.number() == 0:
             self._keep_last(epoch.number)
@@ -84,12 +84,12 @@ class RunFolder:
         self.tell(f"{alone}{epoch_line(epoch, self.run.epochs)}")
 
     def finish(self, history: training.History) -> None:
-        """Note what the training says of itself."""
+        """Note the history that the training gave."""
         others = [record for record in self.run.history if not self._is_mine(record)]
         self.run.history = others + [asdict(epoch) for epoch in history.epochs]
 
     def _note(self, epoch: training.Epoch) -> None:
-        """A resumed training may come by an epoch once more."""
+        """A resumed training may repeat an epoch."""
         earlier = [r for r in self.run.history if not self._is_mine(r) or r["number"] < epoch.number]
         self.run.history = [*earlier, asdict(epoch)]
 
@@ -120,7 +120,7 @@ class RunFolder:
 
 
 def epoch_line(epoch: training.Epoch, epochs: int) -> str:
-    """What is said of an epoch, one of `epochs`, when it is done."""
+    """The line for an epoch, one of `epochs`, when it is done."""
     losses = ", ".join(f"{task} {loss:.4f}" for task, loss in epoch.losses.items())
     results = ", ".join(
         f"{task} {name} {metric_text(value)}"

@@ -168,7 +168,7 @@ class Training:
         done: list[dict[str, Any]] = []
         if self.resume and any(checkpoint.exists() for checkpoint in self.checkpoints):
             earlier = saved_models.read_record(self.problem, self.folder)
-            # An older run's, which this one has not replaced yet, tells nothing of it.
+            # An older run's, which this one has not replaced yet, says nothing of it.
             if earlier is not None and not earlier.finished and earlier.settings == self.settings():
                 done = earlier.history
         return Run(

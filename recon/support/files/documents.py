@@ -1,8 +1,8 @@
-"""Reading JSON documents that others may have written: bounded, whole, and every field as it should be.
+"""Read JSON documents that others may have written: of limited size, complete, and with every field checked.
 
-A document is refused, naming its file and the field, if it is larger than a bound, no UTF-8, no whole JSON, nested
-deeper than any of recon's is, or if it holds a key twice, NaN, an infinity, or half of a surrogate pair. What its
-fields must be, the reader of each kind of document says, by the methods of `Document`.
+A document is refused if it is too large, not UTF-8, not complete JSON, nested deeper than any of recon's, or if it
+holds a key twice, NaN, an infinity, or half of a surrogate pair; the message names the file and the field. The reader
+of each kind of document says what its fields must be, by the methods of `Document`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ MOST_BYTES = 64 * 2**20
 """The largest document that is read: a conflict map of 1,000 layers and 40 tasks takes 40 MB."""
 
 MOST_LINES = 2**30
-"""The largest file of a document a line that is read: the steps of a training of 40 tasks take 2 KB each."""
+"""The largest file with one document on each line that is read: a training step of 40 tasks takes 2 KB."""
 
 _DEPTH = 24
 _MOST = 2**63 - 1  # what numpy and torch can count
@@ -57,7 +57,7 @@ def read_document(path: str | Path, error: type[UsageError], remedy: str, most: 
 
 
 def read_documents(path: str | Path, error: type[UsageError], remedy: str, most: int = MOST_LINES) -> list[Document]:
-    """The JSON objects in a file of one a line; messages name the line. See `read_document`.
+    """The JSON objects in a file, one on each line; messages name the line. See `read_document`.
 
     Raises:
         UsageError: of the kind `error`: the file cannot be read, or a line holds no such object.
@@ -94,7 +94,7 @@ def parse_document(text: str, source: str, error: type[UsageError], remedy: str)
 
 
 class Document:
-    """A JSON object, and typed access to its fields; what is wrong is said with the file and the field.
+    """A JSON object, with typed access to its fields; errors name the file and the field.
 
     Args:
         values: the fields.
@@ -134,7 +134,7 @@ class Document:
         return shown(f"{self.where}{key}")
 
     def check_format(self, name: str, version: int, hint: str = "") -> None:
-        """See that the document is of this format and version; `hint` is added where it is of another format."""
+        """Check the format and the version; `hint` is added to the message about another format."""
         found = self.get("format", str)
         if found != name:
             self.wrong("format", f"is {shown(found)}, not {name!r}{hint}")
@@ -142,7 +142,7 @@ class Document:
             self.wrong("version", f"is {self.values['version']}, but this recon reads version {version}")
 
     def get(self, key: str, *kinds: type) -> Any:
-        """A field of one of these types; True and False are no numbers."""
+        """A field of one of these types; True and False are not numbers."""
         if key not in self.values:
             self.wrong(key, "is missing")
         value = self.values[key]
@@ -169,7 +169,7 @@ class Document:
         return value
 
     def number(self, key: str, *, least: float | None = None) -> float:
-        """A number; as it is written, a whole one stays one."""
+        """A number; a whole one stays an int."""
         value: float = self.get(key, int, float)
         if (isinstance(value, int) and abs(value) > _MOST) or (least is not None and value < least):
             self.wrong(key, f"is {shown(value)}, not a number {_range(least, _MOST)}")

@@ -1,10 +1,10 @@
-"""Several files of a folder that are replaced together: all of the old ones or all of the new ones, never some of each.
+"""Replace several files of a folder together: afterwards all of them are the old ones, or all the new ones.
 
-The new files are written into a folder of their own in there, `.new.RANDOM.partial`. When the disk has them all, that
-folder is renamed to `.saved`: this one step is the change. From then on the new files count, and only have to be moved
-up into their place, which takes no space and can be done again and again. Whoever is killed in the midst of it leaves
-`.saved`, and the next one who reads or writes there moves the rest: `finish_replacing`. (Two folders could be exchanged
-in one step, but on Linux alone, and a run's folder holds more than a model's files: other files stay where they are.)
+The new files are written into a temporary folder inside, `.new.RANDOM.partial`. When they are all on the disk, it is
+renamed to `.saved`: this one step is the change. From then on the new files are the valid ones. They only have to be
+moved up into place, which needs no space and can be repeated. A process that is killed meanwhile leaves `.saved`, and
+the next one that reads or writes there moves the rest: `finish_replacing`. (Two folders can be swapped in one step on
+Linux only, and a run's folder holds more than a model's files: other files stay where they are.)
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ _SAVED, _NEW, _GONE = ".saved", ".new.", ".gone"
 
 @contextmanager
 def replacing(folder: str | Path, files: Collection[str]) -> Iterator[Path]:
-    """Give an empty folder to write into; at the end of the block, what is in it takes the place of `files`.
+    """Give an empty folder to write into; at the end of the block, its content replaces `files`.
 
     Args:
         folder: made if it does not exist.
-        files: what goes if the block does not write it anew, as paths in the folder. Whatever else lies there stays.
+        files: what is removed unless the block writes it anew, as paths in the folder. Other files stay.
 
     Raises:
-        UsageError: the folder cannot be written to, or something else than a file is in the way.
-        WriteError: the disk is full, or failed. The old files are as they were.
+        UsageError: the folder cannot be written to, or something other than a file is in the way.
+        WriteError: the disk is full, or failed. The old files are unchanged.
     """
     made = not os.path.lexists(folder)
     path = make_folder(folder)
@@ -58,10 +58,10 @@ def replacing(folder: str | Path, files: Collection[str]) -> Iterator[Path]:
 
 
 def finish_replacing(folder: str | Path) -> None:
-    """Move the files into place that a killed writer had saved whole, but not moved yet.
+    """Move the files into place that a killed writer had saved completely, but not moved yet.
 
     Raises:
-        UsageError: we may not.
+        UsageError: we lack the permission.
         WriteError: the disk failed.
     """
     saved = Path(folder) / _SAVED
@@ -69,7 +69,7 @@ def finish_replacing(folder: str | Path) -> None:
         return
     try:
         with held_alone(saved) as is_there:
-            if is_there:  # no one else has just done it
+            if is_there:  # nobody else has just done it
                 _move_up(saved)
     except OSError as error:
         raise cannot_write(folder, error, "finish an interrupted save in") from error
@@ -82,12 +82,12 @@ def sweep(folder: str | Path) -> None:
 
 
 def is_plumbing(name: str) -> bool:
-    """Whether a file or folder of this name is ours, and there for a moment only."""
+    """Whether a file or folder of this name is a temporary one of ours."""
     return name == _SAVED or (name.startswith(_NEW) and name.endswith(PARTIAL))
 
 
 def _check_way(folder: Path, new: Path) -> None:
-    """Once the new files count, nothing may keep them from their place."""
+    """Refuse whatever blocks the place of a new file: after the change, moving must not fail."""
     for file in new.iterdir():
         remove_partial(folder / file.name)
         place = folder / file.name
@@ -108,9 +108,9 @@ def _commit(folder: Path, new: Path) -> None:
 
 def _move_up(saved: Path) -> None:
     folder, gone = saved.parent, saved / _GONE
-    if gone.exists():  # it goes last: as long as it is there, everything here is done again
+    if gone.exists():  # removed last: as long as it exists, all of this is repeated
         for name in filter(None, gone.read_text(encoding="utf-8").split("\0")):
-            if not _lies_in(folder, name):  # a folder that somebody sent must not say what goes elsewhere
+            if not _lies_in(folder, name):  # a folder that somebody sent must not delete files elsewhere
                 continue
             (folder / name).unlink(missing_ok=True)
             if (folder / name).parent != folder:
@@ -124,7 +124,7 @@ def _move_up(saved: Path) -> None:
 
 
 def _lies_in(folder: Path, name: str) -> bool:
-    """Whether a name is that of a file in the folder, or in a folder of its own that is no link."""
+    """Whether a name is of a file in the folder, or in a subfolder that is not a link."""
     parts = Path(name).parts
     inner = folder / parts[0]
     return len(parts) <= 2 and ".." not in parts and not Path(name).is_absolute() and not inner.is_symlink()
@@ -140,7 +140,7 @@ def _new_folder(folder: Path) -> Iterator[Path]:
             break
         handle = os.open(new, os.O_RDONLY)
         try_hold(handle)
-        if new.exists():  # no one took it for a killed writer's before we held it
+        if new.exists():  # nobody took it for a killed writer's before we locked it
             break
         os.close(handle)
     with closed(handle):

@@ -1,4 +1,4 @@
-"""Locks: who writes something at the moment. They end with the process that holds them, however it ends.
+"""Locks: who is writing something right now. A lock ends with the process that holds it, however that ends.
 
 The lock is the operating system's, on an open file (`flock`); where there is none (Windows, some network disks),
 nothing is locked and everything else works.
@@ -26,23 +26,23 @@ _handles: set[int] = set()
 
 @contextmanager
 def written_by_us(path: str | Path, lock: Path) -> Iterator[float | None]:
-    """Let no other process write `path` in here; gives when the last one began, if it was killed while it did.
+    """Keep other processes from writing `path`; gives when the last writer began, if it was killed.
 
     Args:
         path: for the message.
-        lock: the file that says who writes, in a folder that is there; removed in the end. A killed process leaves it,
-            which keeps no one from writing.
+        lock: the lock file, which says who writes, in a folder that exists; removed in the end. One that a killed
+            process left does not keep others from writing.
 
     Raises:
-        UsageError: another process writes there.
-        OSError: the lock's file cannot be made.
+        UsageError: another process is writing there.
+        OSError: the lock file cannot be created.
     """
     if fcntl is None:
         yield None
         return
     handle, killed = _opened(path, lock)
     with closed(handle):
-        with contextlib.suppress(OSError):  # of a full disk: the lock holds all the same
+        with contextlib.suppress(OSError):  # a full disk: the lock works all the same
             os.ftruncate(handle, 0)
             os.write(handle, f"process {os.getpid()} on {socket.gethostname()}".encode())
         try:
@@ -53,7 +53,7 @@ def written_by_us(path: str | Path, lock: Path) -> Iterator[float | None]:
 
 
 def try_hold(handle: int) -> bool:
-    """Take the lock of an open file if no one has it; whether we have it now, or there are no locks here."""
+    """Lock an open file if nobody else has; returns whether we hold the lock now, or there are no locks here."""
     if fcntl is None:
         return True
     try:
@@ -66,7 +66,7 @@ def try_hold(handle: int) -> bool:
 
 
 def is_held(path: Path) -> bool:
-    """Whether someone holds the lock of this file or folder."""
+    """Whether somebody holds the lock of this file or folder."""
     if fcntl is None:
         return False
     with closed(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)) as handle:
@@ -75,7 +75,7 @@ def is_held(path: Path) -> bool:
 
 @contextmanager
 def held_alone(folder: Path) -> Iterator[bool]:
-    """Wait until no one else is in here with the same folder; gives whether it is still there then."""
+    """Wait until nobody else holds the folder; gives whether it still exists then."""
     if fcntl is None:
         yield folder.is_dir()
         return
@@ -92,7 +92,7 @@ def held_alone(folder: Path) -> Iterator[bool]:
 
 @contextmanager
 def closed(handle: int) -> Iterator[int]:
-    """Close an open file, and so let go of its lock, in the end."""
+    """Close an open file in the end, which releases its lock."""
     if fcntl is None:  # Windows renames and removes no file that is open
         os.close(handle)
         yield handle
@@ -113,9 +113,9 @@ def _opened(path: str | Path, lock: Path) -> tuple[int, float | None]:
             with closed(handle):
                 who = os.pread(handle, 200, 0).decode(errors="replace") or "another process"
             raise UsageError(
-                f"{path} is being written by {who}. Wait until that one is done, or choose another place to write to."
+                f"{path} is being written by {who}. Wait until it is done, or choose another place to write to."
             )
-        # Whoever had it may have removed the file just after we opened it.
+        # The last holder may have removed the file just after we opened it.
         if _is_at(handle, lock):
             return handle, os.fstat(handle).st_mtime if was_there else None
         os.close(handle)
@@ -126,7 +126,7 @@ def _is_at(handle: int, path: Path) -> bool:
 
 
 def _let_go() -> None:
-    """A loader's worker, forked from us, must not hold our locks once we are gone."""
+    """A data loader's worker, forked from this process, must not hold its locks when it is gone."""
     for handle in _handles:
         with contextlib.suppress(OSError):
             os.close(handle)

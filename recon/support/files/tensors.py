@@ -1,4 +1,4 @@
-"""Files of tensors that others may have written: no code in them runs, and damage does not pass for weights."""
+"""Read tensor files that others may have written: no code in them runs, and damage is noticed."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ SEAL = "recon.sha256"
 """The entry of a safetensors file's metadata that holds the SHA-256 of the file, itself as zeros."""
 
 UNSEALED = {SEAL: "0" * 64}
-"""Metadata for a file that is going to be sealed."""
+"""Metadata for a file that will be sealed."""
 
 _MARK = f'"{SEAL}":"'.encode()
 
 
 class TensorFileError(Exception):
-    """A file of tensors that is not to be used; the message, a clause, says why."""
+    """A tensor file that must not be used; the message, a clause, says why."""
 
 
 class ForeignObjectError(TensorFileError):
-    """A file that holds other objects than tensors and plain values."""
+    """A file that holds objects other than tensors and plain values."""
 
 
 def read_tensors(path: Path, *, mmap: bool = False) -> Any:
@@ -39,8 +39,8 @@ def read_tensors(path: Path, *, mmap: bool = False) -> Any:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ForeignObjectError: it holds other objects.
-        TensorFileError: it is damaged, truncated or something else.
+        ForeignObjectError: it holds objects of other kinds.
+        TensorFileError: it is damaged, truncated or a file of another kind.
     """
     try:
         if zipfile.is_zipfile(path):
@@ -49,7 +49,7 @@ def read_tensors(path: Path, *, mmap: bool = False) -> Any:
     except (FileNotFoundError, TensorFileError):
         raise
     except pickle.UnpicklingError as error:
-        raise ForeignObjectError("holds other objects than tensors, or is damaged") from error
+        raise ForeignObjectError("holds objects other than tensors, or is damaged") from error
     except Exception as error:  # by pickle's documentation, a damaged file may raise anything
         raise TensorFileError(f"is damaged or truncated ({type(error).__name__})") from error
 
@@ -65,7 +65,7 @@ def seal(path: Path) -> None:
 
 
 def check_seal(path: Path) -> None:
-    """Compare a safetensors file with its checksum; a file of before has none.
+    """Compare a safetensors file with its checksum; older files have none.
 
     Raises:
         TensorFileError: it was changed since it was saved.

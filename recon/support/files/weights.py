@@ -1,4 +1,4 @@
-"""Weights on disk: safetensors files, and state dicts from before the surgery in whatever file they are."""
+"""Weights on disk: safetensors files, and state dicts from before the surgery, in any kind of file."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def save_weights(model: nn.Module, path: Path, plan: str) -> None:
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """What a safetensors file says about itself: the plan, and which tied tensors stand for which.
+    """The metadata of a safetensors file: the plan, and which tied tensors stand for which.
 
     Raises:
         CheckpointError: the file is damaged.
@@ -74,7 +74,7 @@ def load_weights(model: nn.Module, state: Mapping[str, Any]) -> None:
     Raises:
         RuntimeError: the state is not this model's.
     """
-    if not hasattr(state, "_metadata"):  # MNASNet, for one, takes such a state for that of an older version
+    if not hasattr(state, "_metadata"):  # MNASNet, for one, believes that such a state is of an older version
         state = OrderedDict(state)
         state._metadata = getattr(model.state_dict(), "_metadata", None)  # type: ignore[attr-defined]
     model.load_state_dict(state)
@@ -88,7 +88,7 @@ def read_state_dict(path: Path) -> Mapping[str, Tensor]:
             or a training checkpoint that holds one under `state_dict` or `model`.
 
     Raises:
-        CheckpointError: it is missing, damaged, no state dict, or of a branched model.
+        CheckpointError: it is missing, damaged, not a state dict, or of a branched model.
     """
     if path.is_dir():
         finish_replacing(path)
@@ -101,7 +101,7 @@ def read_state_dict(path: Path) -> Mapping[str, Tensor]:
     if path.suffix == ".safetensors":
         if read_metadata(path).get("plan"):
             raise CheckpointError(
-                f"{path} holds a branched model, but a checkpoint from before the surgery is wanted. To go on from a "
+                f"{path} holds a branched model, but a checkpoint from before the surgery is needed. To go on from a "
                 "branched one, use recon.load."
             )
         return read_weights(path)
@@ -109,8 +109,8 @@ def read_state_dict(path: Path) -> Mapping[str, Tensor]:
         return _state_dict_in(read_tensors(path), path)
     except ForeignObjectError as error:
         raise CheckpointError(
-            f"{path} cannot be read as a state dict: it is none, or holds other objects than tensors (a whole model, "
-            "say). Save one by torch.save(model.state_dict(), path)."
+            f"{path} cannot be read as a state dict: it is not one, or holds objects other than tensors (such as a "
+            "whole model). Save one by torch.save(model.state_dict(), path)."
         ) from error
     except TensorFileError as error:
         raise CheckpointError(f"{path} cannot be read as a state dict: it {error}. Save it again.") from error

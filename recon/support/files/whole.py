@@ -1,9 +1,9 @@
 """Writing files so that an interrupted run leaves the old one or the new one, never half of one.
 
 A file is written under another name beside the one that it replaces, `.NAME.RANDOM.partial`, and renamed when the
-disk has all of it. What a killed writer left of that kind is swept by the next one who writes NAME. Symbolic links
-stay: what they point to is written. Nothing but a regular file is ever replaced. Several files that belong together are
-the matter of `recon.support.files.folders`.
+disk has all of it. The next writer of NAME removes what a killed one left. Symbolic links stay: what they point to is
+written. Only regular files are ever replaced. For several files that belong together, see
+`recon.support.files.folders`.
 """
 
 from __future__ import annotations
@@ -60,41 +60,41 @@ def target_of(path: str | Path) -> Path:
 
 
 def mode_of(path: str | Path) -> int | None:
-    """What lies there, links followed, as `os.stat` tells it; None if nothing.
+    """The mode of what lies there, links followed; None if nothing does.
 
     Raises:
-        UsageError: it is a link that leads nowhere, or no name that a file can have.
+        UsageError: it is a link that leads nowhere, or a name that no file can have.
     """
     if "\0" in str(path):
-        raise UsageError(f"Cannot write {str(path)!r}: a name cannot hold the character NUL.")
+        raise UsageError(f"Cannot write {str(path)!r}: a name cannot contain the character NUL.")
     try:
         return os.stat(path).st_mode
     except FileNotFoundError:
         if not os.path.islink(path):
             return None
         raise UsageError(
-            f"Cannot write {path}: it is a symbolic link to {os.readlink(path)}, which is not there. Make that, remove "
-            "the link, or choose another name."
+            f"Cannot write {path}: it is a symbolic link to {os.readlink(path)}, which does not exist. Create that, "
+            "remove the link, or choose another name."
         ) from None
     except NotADirectoryError:
-        return None  # whoever makes the folder says which part is none
+        return None  # making the folder will say which part is not one
     except OSError as error:
         raise cannot_write(path, error) from error
 
 
 def kind_of(mode: int) -> str:
-    """What a mode says, for people."""
+    """What a mode stands for, in a message."""
     kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket", stat.S_IFREG: "a file"}
     return kinds.get(stat.S_IFMT(mode), "a device")
 
 
 @contextmanager
 def temporary_file(path: Path) -> Iterator[Path]:
-    """An empty file beside `path`, which others know to be in use while we live; removed in the end."""
+    """An empty file beside `path`, locked while it is in use, and removed in the end."""
     while True:
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=PARTIAL, dir=path.parent)
         try_hold(handle)
-        if os.path.exists(name):  # no one took it for a killed writer's before we held it
+        if os.path.exists(name):  # nobody took it for a killed writer's before we locked it
             break
         os.close(handle)
     try:
@@ -106,7 +106,7 @@ def temporary_file(path: Path) -> Iterator[Path]:
 
 
 def remove_partial(path: str | Path) -> None:
-    """Remove what writers of `path` left that were killed while they wrote; what a living one writes stays."""
+    """Remove what killed writers of `path` left; the file of one that is still running stays."""
     path = Path(os.path.realpath(path))
     for left in path.parent.glob(f".{glob.escape(path.name)}.*{PARTIAL}"):
         # Of map.json, not of map.json.checkpoint: the random part has no dot.
@@ -115,7 +115,7 @@ def remove_partial(path: str | Path) -> None:
 
 
 def remove_left(left: Path) -> None:
-    """Remove a killed writer's file or folder, unless its writer lives or we may not."""
+    """Remove a killed writer's file or folder, unless the writer is still running or we lack the permission."""
     with contextlib.suppress(OSError):
         if is_held(left):
             return
@@ -127,14 +127,14 @@ def remove_left(left: Path) -> None:
 
 @contextmanager
 def written_alone(path: str | Path, lock: Path | None = None) -> Iterator[float | None]:
-    """Let no other process write there in here; gives when the last one began, if it was killed while it did.
+    """Keep other processes from writing there; gives when the last writer began, if it was killed.
 
     Args:
         path: a file, or whatever `lock` is for.
-        lock: the file that tells others, in a folder that is there; beside `path` if None.
+        lock: the lock file, in a folder that exists; beside `path` if None.
 
     Raises:
-        UsageError: another process writes there, or we may not.
+        UsageError: another process is writing there, or we lack the permission.
         WriteError: the disk is full.
     """
     if lock is None:
@@ -154,7 +154,7 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 def write_from(path: str | Path, place: int, text: str) -> int:
-    """Write text into a file from a byte on, in place of whatever is behind it; give the new end.
+    """Write text into a file from a byte on, in place of what follows there; returns the new end.
 
     Raises:
         UsageError: the path names no file that can be written.
@@ -190,15 +190,15 @@ def make_folder(path: str | Path) -> Path:
 
 
 def settle(path: Path) -> None:
-    """Wait until the disk has the file: a machine that is switched off must not leave an empty one under its name."""
+    """Wait until the file is on the disk: a machine that is switched off must not leave an empty one."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
 
 
 def cannot_write(path: str | Path, error: OSError, what: str = "write") -> ReconError:
-    """The error to raise: a wrong place to write to is the caller's mistake, a disk that is full is not."""
+    """The error to raise: a wrong path is the caller's mistake, a full disk is not."""
     reason = error.strerror or str(error)
-    path = Path(*(part for part in Path(path).parts if not part.endswith(PARTIAL)))  # the name that people know
+    path = Path(*(part for part in Path(path).parts if not part.endswith(PARTIAL)))  # the name that users know
     if error.errno not in _OF_THE_DISK:
         return UsageError(f"Cannot {what} {path}: {reason}. Choose another place to write to.")
     remedy = "Free some space, or choose another place to write to" if error.errno in _FULL else "Try another disk"
