@@ -12,6 +12,7 @@ from typing import Any
 
 import recon
 from recon import ConflictMap
+from recon.comparison import Comparison, compare
 from recon.documents import json_values, read_document, shown
 from recon.errors import MapFileError, PlanError, UsageError
 from recon.files import write_text
@@ -33,6 +34,8 @@ from recon_cli.training import silent
 
 MAP_FILE, RESULTS_FILE = "map.json", "results.json"
 FORMAT, VERSION = "recon bench", 1
+REFERENCE = "joint"
+"""The variant that cost ratios refer to."""
 _TRANSFERRED = "--map of another data set"
 
 
@@ -55,6 +58,11 @@ class BenchRuns:
     notes: list[str]
     runs: dict[str, list[Run]]
     seconds: dict[str, float]
+
+    @cached_property
+    def comparison(self) -> Comparison:
+        """The variants side by side; costs refer to joint training, or else to the first plain model."""
+        return compare(self.runs, reference=REFERENCE if REFERENCE in self.runs else None, seconds=self.seconds)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from recon.comparison_rows import Row
 from recon.pictures import before_after, heatmap
 from recon.problems import paper
 from recon.runs import Run
@@ -15,7 +16,7 @@ from recon_cli import bench_cosines, workbench
 from recon_cli.bench import RESULTS_FILE, Bench, BenchRuns
 from recon_cli.bench_cosines import Cosines
 from recon_cli.bench_job import folder_name
-from recon_cli.bench_table import Row, make_rows, paper_table, results_table, rows_data
+from recon_cli.bench_table import paper_data, paper_key, paper_table
 from recon_cli.parsing import Report
 from recon_cli.study import Variant
 
@@ -23,8 +24,8 @@ from recon_cli.study import Variant
 def report(bench: Bench, top_k_reason: str) -> Report:
     """Do what is missing of the bench, write the results file, and tell."""
     found = bench.run()
-    variants, notes = found.variants, found.notes
-    rows = make_rows(found.runs, found.seconds, notes)
+    variants, rows = found.variants, found.comparison.rows
+    notes = [*found.notes, *found.comparison.notes]
     backbone = type(workbench.make_model(bench.problem, 0)).__name__
     published = paper.results(bench.problem.name, backbone)
     their_cosines = paper.cosines(bench.problem.name, backbone)
@@ -37,7 +38,7 @@ def report(bench: Bench, top_k_reason: str) -> Report:
             "threads": torch.get_num_threads(),
             "seeds": bench.seeds,
             "profiled_steps": found.cmap.steps,
-            "rows": rows_data(rows, published),
+            "rows": [{**row.as_dict(), "paper": paper_data(row, published)} for row in rows],
             "runs": [_without_history(run) for of_seeds in found.runs.values() for run in of_seeds],
             "seconds_per_step": found.seconds,
             "cosines": bench_cosines.data(counted, their_cosines) if counted else None,
@@ -48,7 +49,7 @@ def report(bench: Bench, top_k_reason: str) -> Report:
     text = [
         *_head(bench, found, top_k_reason, backbone),
         "",
-        results_table(rows),
+        found.comparison.text_by_method(),
         "",
         *notes,
         *_published(bench, rows, published),
@@ -104,9 +105,8 @@ def _counted(bench: Bench, variants: Sequence[Variant]) -> list[Cosines]:
     chosen.sort(key=lambda variant: variant.label != "joint")
     found = []
     for variant in chosen:
-        key = variant.method.partition(":")[0], variant.surgery.partition(" ")[0]
         folders = [bench.folder / folder_name(variant.label) / f"seed-{seed}" for seed in range(bench.seeds)]
-        found.append(bench_cosines.read(variant.label, key, folders))
+        found.append(bench_cosines.read(variant.label, paper_key(variant.method, variant.surgery), folders))
     return found
 
 

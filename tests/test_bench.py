@@ -13,6 +13,8 @@ import pytest
 import torch
 
 import recon
+from recon.comparison import Comparison
+from recon.comparison_rows import Row, spread
 from recon.conflict_map import bin_edges
 from recon.evaluation import directions
 from recon.problems import digits, paper
@@ -20,7 +22,7 @@ from recon.runs import Run
 from recon_cli import bench_cosines
 from recon_cli.bench_job import folder_name
 from recon_cli.bench_settings import first_batches
-from recon_cli.bench_table import Row, paper_table, results_table, spread
+from recon_cli.bench_table import paper_table
 from recon_cli.counting import ConflictCounter, Counting, read_cosines
 from recon_cli.main import main
 from recon_cli.run_folder import RunFolder
@@ -313,11 +315,21 @@ def test_the_papers_cosines_add_up(table):
         assert sum(shares) == pytest.approx(100, abs=0.6)
 
 
+def row_of(label, method, surgery, metrics, deltas):
+    runs = []
+    for seed in range(len(deltas)):
+        results = {}
+        for (task, name), values in metrics.items():
+            results.setdefault(task, {})[name] = values[seed]
+        runs.append(Run("faces", label, tuple(results), method, surgery, parameters=10**6, macs=1, results=results))
+    return Row(label, runs, 0.01, deltas=deltas)
+
+
 def test_the_papers_figures_stand_in_the_rows_of_ours():
     table = paper.results("multi-fashion-mnist", "ResNet18")
     metrics = {("digit", "accuracy"): [0.9], ("fashion", "accuracy"): [0.8]}
     rows = [
-        Row(label, method, surgery, metrics, [0.0], 1, 1, 1.0)
+        row_of(label, method, surgery, metrics, [0.0])
         for label, method, surgery in [
             ("cagrad:c=0.2 + Recon K=25", "cagrad:c=0.2", "Recon K=25"),
             ("joint + random K=25", "joint", "random K=25"),
@@ -333,8 +345,9 @@ def test_metrics_of_many_tasks_are_averaged_beside_the_papers_average():
     table = paper.results("celeba", "ResNet18")
     tasks = [f"task{i}" for i in range(40)]
     metrics = {(task, "error"): [0.1 + 0.001 * i, 0.1005] for i, task in enumerate(tasks)}
-    rows = [Row("joint", "joint", "", metrics, [0.5, 0.7], 1e6, 2e6, 0.01)]
-    assert "0.1100 ± 0.0134" in results_table(rows)  # of the two seeds' means, 0.1195 and 0.1005
+    rows = [row_of("joint", "joint", "", metrics, [0.5, 0.7])]
+    text = Comparison(rows, "single-task", "joint", "error", []).text_by_method()
+    assert "0.1100 ± 0.0134" in text  # of the two seeds' means, 0.1195 and 0.1005
     assert paper_table(rows, table).splitlines()[-1].split() == ["joint", "0.0833", "+0.55", "11.3M"]
 
 
