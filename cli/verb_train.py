@@ -21,7 +21,7 @@ from recon_cli.parsing import (
     not_empty,
     positive_integer,
 )
-from recon_cli.problem_options import add_problem, problem_of
+from recon_cli.problem_options import add_problem, model_backbone, problem_of
 from recon_cli.progress import shows_progress
 from recon_cli.recipe_options import add_recipe_options, recipe_of
 from recon_cli.run_folder import CHECKPOINT_FILE, RUN_MARKS
@@ -90,10 +90,12 @@ def run(args: argparse.Namespace) -> Report:
 
 
 def _run(args: argparse.Namespace, begins: bool) -> Report:
-    from recon_cli.backbones import with_backbone  # late: it imports torch
-
     backbone = _backbone(args)
-    problem = with_backbone(problem_of(args), backbone)
+    problem = problem_of(args)
+    if backbone:
+        from recon_cli.backbones import with_backbone  # late: it imports torch
+
+        problem = with_backbone(problem, backbone)
     recon.methods.parse("joint" if args.method is None else args.method)
     job = _job(args, problem, None if backbone or not args.model else Path(args.model))
     from recon_cli.resuming import check_resume, resumable  # late: these import torch
@@ -116,8 +118,6 @@ def _run(args: argparse.Namespace, begins: bool) -> Report:
 
 def _backbone(args: argparse.Namespace) -> str:
     """The backbone that `--model` names; empty if it names a folder, or nothing."""
-    from recon_cli.backbones import model_backbone  # late: it imports torch
-
     backbone = model_backbone(args.model) if args.model else ""
     if backbone and args.backbone:
         args.parser.error(f"--model {args.model} is a backbone, so it does not go with --backbone {args.backbone}")

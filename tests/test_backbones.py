@@ -12,7 +12,8 @@ from recon.conflict_map import ConflictMap
 from recon.errors import UnknownNameError, UsageError
 from recon.problem import Problem, Task
 from recon.runs import Run
-from recon_cli.backbones import backbone_name, with_backbone
+from recon_cli.backbones import with_backbone
+from recon_cli.problem_options import backbone_name
 
 PROBLEM = """
 import torch
