@@ -4,21 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from pathlib import Path
 
 import torch
 
 from recon.comparison_rows import Row
-from recon.pictures import before_after, heatmap
 from recon.problems import paper
 from recon.runs import Run
 from recon_cli import bench_cosines, workbench
-from recon_cli.bench import RESULTS_FILE, Bench, BenchRuns
-from recon_cli.bench_cosines import Cosines
-from recon_cli.bench_job import folder_name
-from recon_cli.bench_table import paper_data, paper_key, paper_table
+from recon_cli.bench import RESULTS_FILE, Bench
+from recon_cli.bench_runs import BenchRuns
+from recon_cli.bench_table import paper_data, paper_table
 from recon_cli.parsing import Report
-from recon_cli.study import Variant
 
 
 def report(bench: Bench, top_k_reason: str) -> Report:
@@ -29,8 +25,6 @@ def report(bench: Bench, top_k_reason: str) -> Report:
     backbone = type(workbench.make_model(bench.problem, 0)).__name__
     published = paper.results(bench.problem.name, backbone)
     their_cosines = paper.cosines(bench.problem.name, backbone)
-    counted = _counted(bench, variants)
-    before, after = _before_after(found, counted)
     data = bench.save(
         {
             "top_k": found.top_k,
@@ -41,7 +35,7 @@ def report(bench: Bench, top_k_reason: str) -> Report:
             "rows": [{**row.as_dict(), "paper": paper_data(row, published)} for row in rows],
             "runs": [_without_history(run) for of_seeds in found.runs.values() for run in of_seeds],
             "seconds_per_step": found.seconds,
-            "cosines": bench_cosines.data(counted, their_cosines) if counted else None,
+            "cosines": bench_cosines.data(found.cosines, their_cosines) if found.cosines else None,
             "branched_layers": {v.label: [list(plan.layers) for plan in v.plans] for v in variants if v.plans},
             "notes": notes,
         }
@@ -53,12 +47,11 @@ def report(bench: Bench, top_k_reason: str) -> Report:
         "",
         *notes,
         *_published(bench, rows, published),
-        *_cosines(bench, counted, before, after, their_cosines),
+        *_cosines(bench, found, their_cosines),
         f"Saved in {bench.folder}: {RESULTS_FILE}, every run as `recon train` leaves it, and pictures. The same "
         "command again prints this from there.",
     ]
-    if before is not None and after is not None:
-        _draw(bench, found, before, after)
+    found.draw(bench.folder)
     return Report("\n".join(text), data)
 
 
@@ -99,29 +92,8 @@ def _published(bench: Bench, rows: Sequence[Row], table: paper.PaperTable | None
     ]
 
 
-def _counted(bench: Bench, variants: Sequence[Variant]) -> list[Cosines]:
-    """What was counted in each variant, plain joint training first."""
-    chosen = [v for v in variants if v.counted]
-    chosen.sort(key=lambda variant: variant.label != "joint")
-    found = []
-    for variant in chosen:
-        folders = [bench.folder / folder_name(variant.label) / f"seed-{seed}" for seed in range(bench.seeds)]
-        found.append(bench_cosines.read(variant.label, paper_key(variant.method, variant.surgery), folders))
-    return found
-
-
-def _before_after(found: BenchRuns, counted: Sequence[Cosines]) -> tuple[Cosines | None, Cosines | None]:
-    by_title = {one.title: one for one in counted}
-    return by_title.get("joint"), by_title.get(f"joint + Recon K={found.top_k}")
-
-
-def _cosines(
-    bench: Bench,
-    counted: Sequence[Cosines],
-    before: Cosines | None,
-    after: Cosines | None,
-    table: paper.CosineTable | None,
-) -> list[str]:
+def _cosines(bench: Bench, found: BenchRuns, table: paper.CosineTable | None) -> list[str]:
+    before, after = found.before, found.after
     if before is None:
         return ["Add joint to --methods to see how often gradients conflict before and after branching.", ""]
     every = "every step" if bench.settings.count_every == 1 else f"one step in {bench.settings.count_every}"
@@ -130,7 +102,7 @@ def _cosines(
     lines = [
         f"Cosines between the tasks' gradients over all shared parameters, % in {bins}{theirs}; counted at {every}:",
         "",
-        bench_cosines.whole_table(counted, table),
+        bench_cosines.whole_table(found.cosines, table),
         "",
     ]
     if after is None or not bench_cosines.kept_layers(before, after):
@@ -143,20 +115,6 @@ def _cosines(
         bench_cosines.layers_table(before, after, table),
         "",
     ]
-
-
-def _draw(bench: Bench, found: BenchRuns, before: Cosines, after: Cosines) -> None:
-    plan = next(v.plans[0] for v in found.variants if v.label == after.title)
-    heatmap(found.cmap, _path(bench, "conflicts_by_layer.png"), branched=list(plan.layers))
-    conflicts = [
-        {name: sum(bench_cosines.shares(h, (0.0,))[1:]) for name, h in c.layers.items()} for c in (before, after)
-    ]
-    if bench_cosines.kept_layers(before, after):
-        before_after(conflicts[0], conflicts[1], _path(bench, "conflicts_before_after.png"))
-
-
-def _path(bench: Bench, name: str) -> Path:
-    return bench.folder / name
 
 
 def _without_history(run: Run) -> Mapping[str, object]:

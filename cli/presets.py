@@ -61,3 +61,6 @@ def paper(problem: str) -> Preset:
 
 
 PRESETS = {"quick": quick, "paper": paper}
+
+DEMO = Preset("demo", ("joint", "pcgrad"), 2, epochs=6, profile_epochs=3)
+"""The run of `recon demo`, on `digits`."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import shlex
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -116,7 +115,7 @@ def _run(args: argparse.Namespace) -> Report:
         args.parser.error(f"--methods {' '.join(preset.methods)} names a method twice")
     from recon_cli import bench, bench_report, workbench  # late: these import torch
     from recon_cli.bench_settings import BenchSettings, fingerprint
-    from recon_cli.resuming import TrainingStoppedError, command_line
+    from recon_cli.resuming import goes_on_when_given_again
     from recon_cli.study import default_workers
 
     device = workbench.choose_device(args.device)
@@ -154,13 +153,8 @@ def _run(args: argparse.Namespace) -> Report:
         tell=say,
         progress=shows_progress(),
     )
-    try:
+    with goes_on_when_given_again(args):
         return bench_report.report(job, reason)
-    except KeyboardInterrupt as error:
-        again = shlex.join(command_line(args))
-        raise TrainingStoppedError(
-            f"Interrupted. {args.out} keeps what was trained. Go on with the same command:\n  {again}"
-        ) from error
 
 
 def _preset(args: argparse.Namespace, problem: Problem) -> Preset:

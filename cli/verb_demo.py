@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from recon_cli.outputs import claimed_folder
 from recon_cli.parsing import Report, add_device_option, add_verb, any_path, positive_integer
+from recon_cli.presets import DEMO
 from recon_cli.progress import say
 
 if TYPE_CHECKING:
@@ -26,11 +27,14 @@ def add_parser(verbs: Verbs) -> None:
         recon demo --seeds 1 --epochs 3 --out quick
         """,
         "Profiles once; trains single-task models, joint training and PCGrad, with and without Recon, and with as many "
-        "layers branched at random; prints one table, whoever wins.",
+        "layers branched at random; prints one table, whoever wins. Give the same command again after an interruption: "
+        "it goes on.",
     )
     parser.add_argument("--out", type=any_path, default=Path("demo"), metavar="FOLDER", help="default: demo")
-    parser.add_argument("--seeds", type=positive_integer, default=2, help="train everything this often (default: 2)")
-    parser.add_argument("--epochs", type=positive_integer, default=6, help="of every training (default: 6)")
+    parser.add_argument(
+        "--seeds", type=positive_integer, default=DEMO.seeds, help="train everything this often (default: 2)"
+    )
+    parser.add_argument("--epochs", type=positive_integer, default=DEMO.epochs, help="of every training (default: 6)")
     parser.add_argument("--top-k", type=positive_integer, default=8, metavar="K", help="layers to branch (default: 8)")
     parser.add_argument("--workers", type=positive_integer, help="trainings at a time (default: one a core, up to 4)")
     add_device_option(parser)
@@ -38,16 +42,18 @@ def add_parser(verbs: Verbs) -> None:
 
 def run(args: argparse.Namespace) -> Report:
     """Run it all and report."""
-    with claimed_folder(args.out, marks=("map.json", "results.json")):
+    with claimed_folder(args.out, marks=("map.json", "results.json", "runs")):
         return _run(args)
 
 
 def _run(args: argparse.Namespace) -> Report:
     from recon_cli import workbench  # late: these import torch
     from recon_cli.demo import Demo
+    from recon_cli.resuming import goes_on_when_given_again
     from recon_cli.study import default_workers
 
     device = workbench.choose_device(args.device)
     workers = args.workers or default_workers(device)
-    story = Demo(args.out, args.seeds, args.epochs, args.top_k, device, workers, say).run()
+    with goes_on_when_given_again(args):
+        story = Demo(args.out, args.seeds, args.epochs, args.top_k, device, workers, say).run()
     return Report(story.text(args.out), story.data())
