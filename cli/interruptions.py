@@ -63,6 +63,22 @@ def resumable(
         checkpoint.unlink(missing_ok=True)
 
 
+@contextmanager
+def goes_on_when_given_again(args: argparse.Namespace) -> Iterator[None]:
+    """A command whose folder keeps what was trained: whoever stops it learns how to go on.
+
+    Raises:
+        TrainingStoppedError: the user pressed Ctrl-C.
+    """
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        again = shlex.join(command_line(args))
+        raise TrainingStoppedError(
+            f"Interrupted. {args.out} keeps what was trained. Go on with the same command:\n  {again}"
+        ) from error
+
+
 def command_line(args: argparse.Namespace) -> list[str]:
     """The command that gives these arguments, without `--resume`."""
     words = ["recon", args.verb]

@@ -1,36 +1,31 @@
-"""What `recon bench` prints in the end. Imports torch."""
+"""What `recon bench` tells in the end. Imports torch."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from pathlib import Path
 
 import torch
 
-from recon.experiments import Bench, Run, Variant
+from recon.experiments import Bench, Run
 from recon.experiments import inputs as workbench
 from recon.experiments.bench import cosines as bench_cosines
-from recon.experiments.bench.bench import RESULTS_FILE, BenchRuns
-from recon.experiments.bench.cosines import Cosines
-from recon.experiments.bench.job import folder_name
-from recon.experiments.bench.table import Row, make_rows, paper_table, results_table, rows_data
-from recon.experiments.pictures import before_after
-from recon.maps.picture import heatmap
+from recon.experiments.bench.bench import RESULTS_FILE
+from recon.experiments.bench.runs import BenchRuns
+from recon.experiments.bench.table import paper_data, paper_table
+from recon.experiments.comparison_rows import Row
 from recon.problems import paper
 from recon_cli.parser import Report
 
 
 def report(bench: Bench, top_k_reason: str) -> Report:
-    """Run what the bench still lacks, write the results file, and report."""
+    """Do what is missing of the bench, write the results file, and tell."""
     found = bench.run()
-    variants, notes = found.variants, found.notes
-    rows = make_rows(found.runs, found.seconds, notes)
+    variants, rows = found.variants, found.comparison.rows
+    notes = [*found.notes, *found.comparison.notes]
     backbone = type(workbench.make_model(bench.problem, 0)).__name__
     published = paper.results(bench.problem.name, backbone)
     their_cosines = paper.cosines(bench.problem.name, backbone)
-    counted = _counted(bench, variants)
-    before, after = _before_after(found, counted)
     data = bench.save(
         {
             "top_k": found.top_k,
@@ -38,10 +33,10 @@ def report(bench: Bench, top_k_reason: str) -> Report:
             "threads": torch.get_num_threads(),
             "seeds": bench.seeds,
             "profiled_steps": found.cmap.steps,
-            "rows": rows_data(rows, published),
+            "rows": [{**row.as_dict(), "paper": paper_data(row, published)} for row in rows],
             "runs": [_without_history(run) for of_seeds in found.runs.values() for run in of_seeds],
             "seconds_per_step": found.seconds,
-            "cosines": bench_cosines.data(counted, their_cosines) if counted else None,
+            "cosines": bench_cosines.data(found.cosines, their_cosines) if found.cosines else None,
             "branched_layers": {v.label: [list(plan.layers) for plan in v.plans] for v in variants if v.plans},
             "notes": notes,
         }
@@ -49,16 +44,15 @@ def report(bench: Bench, top_k_reason: str) -> Report:
     text = [
         *_head(bench, found, top_k_reason, backbone),
         "",
-        results_table(rows),
+        found.comparison.text_by_method(),
         "",
         *notes,
         *_published(bench, rows, published),
-        *_cosines(bench, counted, before, after, their_cosines),
-        f"Saved in {bench.folder}: {RESULTS_FILE}, every run as `recon train` writes it, and pictures. The same "
+        *_cosines(bench, found, their_cosines),
+        f"Saved in {bench.folder}: {RESULTS_FILE}, every run as `recon train` leaves it, and pictures. The same "
         "command again prints this from there.",
     ]
-    if before is not None and after is not None:
-        _draw(bench, found, before, after)
+    found.draw(bench.folder)
     return Report("\n".join(text), data)
 
 
@@ -99,30 +93,8 @@ def _published(bench: Bench, rows: Sequence[Row], table: paper.PaperTable | None
     ]
 
 
-def _counted(bench: Bench, variants: Sequence[Variant]) -> list[Cosines]:
-    """What was counted in each variant, plain joint training first."""
-    chosen = [v for v in variants if v.counted]
-    chosen.sort(key=lambda variant: variant.label != "joint")
-    found = []
-    for variant in chosen:
-        key = variant.method.partition(":")[0], variant.surgery.partition(" ")[0]
-        folders = [bench.folder / folder_name(variant.label) / f"seed-{seed}" for seed in range(bench.seeds)]
-        found.append(bench_cosines.read(variant.label, key, folders))
-    return found
-
-
-def _before_after(found: BenchRuns, counted: Sequence[Cosines]) -> tuple[Cosines | None, Cosines | None]:
-    by_title = {one.title: one for one in counted}
-    return by_title.get("joint"), by_title.get(f"joint + Recon K={found.top_k}")
-
-
-def _cosines(
-    bench: Bench,
-    counted: Sequence[Cosines],
-    before: Cosines | None,
-    after: Cosines | None,
-    table: paper.CosineTable | None,
-) -> list[str]:
+def _cosines(bench: Bench, found: BenchRuns, table: paper.CosineTable | None) -> list[str]:
+    before, after = found.before, found.after
     if before is None:
         return ["Add joint to --methods to see how often gradients conflict before and after branching.", ""]
     every = "every step" if bench.settings.count_every == 1 else f"one step in {bench.settings.count_every}"
@@ -131,7 +103,7 @@ def _cosines(
     lines = [
         f"Cosines between the tasks' gradients over all shared parameters, % in {bins}{theirs}; counted at {every}:",
         "",
-        bench_cosines.whole_table(counted, table),
+        bench_cosines.whole_table(found.cosines, table),
         "",
     ]
     if after is None or not bench_cosines.kept_layers(before, after):
@@ -144,20 +116,6 @@ def _cosines(
         bench_cosines.layers_table(before, after, table),
         "",
     ]
-
-
-def _draw(bench: Bench, found: BenchRuns, before: Cosines, after: Cosines) -> None:
-    plan = next(v.plans[0] for v in found.variants if v.label == after.title)
-    heatmap(found.cmap, _path(bench, "conflicts_by_layer.png"), branched=list(plan.layers))
-    conflicts = [
-        {name: sum(bench_cosines.shares(h, (0.0,))[1:]) for name, h in c.layers.items()} for c in (before, after)
-    ]
-    if bench_cosines.kept_layers(before, after):
-        before_after(conflicts[0], conflicts[1], _path(bench, "conflicts_before_after.png"))
-
-
-def _path(bench: Bench, name: str) -> Path:
-    return bench.folder / name
 
 
 def _without_history(run: Run) -> Mapping[str, object]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import shlex
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -47,7 +46,8 @@ def add_parser(verbs: Verbs) -> None:
         """,
         "Profiles once; trains one model for each task, then every method on the plain model and on Recon's, and joint "
         "training on as many layers at random and on the best plan within a budget too. Prints the table in the "
-        "paper's layout, with costs and the paper's own figures. After an interruption, the same command goes on.",
+        "paper's layout, with costs and the paper's own figures. Give the same command again after an interruption: it "
+        "goes on.",
     )
     add_problem(parser)
     parser.add_argument(
@@ -59,11 +59,11 @@ def add_parser(verbs: Verbs) -> None:
     )
     size = parser.add_argument_group("instead of the preset's")
     size.add_argument("--methods", nargs="+", metavar="METHOD", help=METHOD)
-    size.add_argument("--seeds", type=positive_integer, metavar="N", help="train everything with N seeds")
-    size.add_argument("--epochs", type=positive_integer, help="epochs of every training")
-    size.add_argument("--profile-epochs", type=positive_integer, metavar="N", help="epochs of the profile")
-    size.add_argument("--train-batches", type=positive_integer, metavar="N", help="use at most N batches an epoch")
-    size.add_argument("--test-batches", type=positive_integer, metavar="N", help="use at most N test batches")
+    size.add_argument("--seeds", type=positive_integer, metavar="N", help="train everything this often")
+    size.add_argument("--epochs", type=positive_integer, help="of every training")
+    size.add_argument("--profile-epochs", type=positive_integer, metavar="N", help="of the profile")
+    size.add_argument("--train-batches", type=positive_integer, metavar="N", help="at most so many batches an epoch")
+    size.add_argument("--test-batches", type=positive_integer, metavar="N", help="at most so many test batches")
     layers = parser.add_argument_group("which layers")
     layers.add_argument(
         "--top-k",
@@ -72,17 +72,10 @@ def add_parser(verbs: Verbs) -> None:
         help="branch K layers (default: the paper's K on its own network, else half of the shared layers)",
     )
     layers.add_argument(
-        "--threshold",
-        type=threshold,
-        metavar="S",
-        help="a conflict is a cosine below S (default: the problem's own, else -0.1)",
+        "--threshold", type=threshold, metavar="S", help="of conflicts (default: the problem's own, else -0.1)"
     )
     layers.add_argument(
-        "--max-macs",
-        type=positive_number,
-        default=1.25,
-        metavar="RATIO",
-        help="multiply-adds of the budgeted plan (default: 1.25 times)",
+        "--max-macs", type=positive_number, default=1.25, metavar="RATIO", help="of the budgeted plan (default: 1.25)"
     )
     layers.add_argument(
         "--controls",
@@ -94,17 +87,14 @@ def add_parser(verbs: Verbs) -> None:
         "--map",
         type=any_path,
         metavar="MAP",
-        help="a map of this problem replaces the profile; of another data set's map, the plan is trained too: the "
-        "paper's Recon*",
+        help="of this problem: take it and do not profile; of another data set: train its plan too, the paper's Recon*",
     )
     add_rename_option(parser, "the map's layers")
     parser.add_argument(
-        "--workers", type=positive_integer, help="trainings at the same time (default: one a core; 1 on a GPU)"
+        "--workers", type=positive_integer, help="trainings at a time (default: one a core; 1 on a GPU)"
     )
     add_device_option(parser)
-    parser.add_argument(
-        "--out", type=any_path, default=Path("bench"), metavar="FOLDER", help="where everything goes (default: bench)"
-    )
+    parser.add_argument("--out", type=any_path, default=Path("bench"), metavar="FOLDER", help="default: bench")
 
 
 def run(args: argparse.Namespace) -> Report:
@@ -127,7 +117,7 @@ def _run(args: argparse.Namespace) -> Report:
     from recon.experiments.bench import bench
     from recon.experiments.bench.settings import BenchSettings, fingerprint
     from recon.experiments.bench.variants import default_workers
-    from recon_cli.interruptions import TrainingStoppedError, command_line
+    from recon_cli.interruptions import goes_on_when_given_again
     from recon_cli.texts import bench as bench_report
 
     device = workbench.choose_device(args.device)
@@ -165,17 +155,12 @@ def _run(args: argparse.Namespace) -> Report:
         tell=say,
         progress=shows_progress(),
     )
-    try:
+    with goes_on_when_given_again(args):
         return bench_report.report(job, reason)
-    except KeyboardInterrupt as error:
-        again = shlex.join(command_line(args))
-        raise TrainingStoppedError(
-            f"Interrupted. {args.out} keeps what was trained. Go on with the same command:\n  {again}"
-        ) from error
 
 
 def _preset(args: argparse.Namespace, problem: Problem) -> Preset:
-    preset = PRESETS[args.preset](problem)
+    preset = PRESETS[args.preset](problem.name)
     names = ("seeds", "epochs", "profile_epochs", "train_batches", "test_batches")
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     return replace(preset, methods=tuple(args.methods or preset.methods), **given)

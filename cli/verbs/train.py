@@ -15,7 +15,7 @@ from recon.experiments.training.evaluations import Evaluations
 from recon.experiments.training.run_folder import CHECKPOINT_FILE, RUN_MARKS
 from recon.support import launch
 from recon_cli.options.outputs import claimed_folder
-from recon_cli.options.problem import add_problem, problem_of
+from recon_cli.options.problem import add_problem, model_backbone, problem_of
 from recon_cli.options.recipe import add_recipe_options, recipe_of
 from recon_cli.parser import (
     METHOD,
@@ -53,40 +53,32 @@ def add_parser(verbs: Verbs) -> None:
         recon compare joint recon4 single
         """,
         "FOLDER gets the model after the last epoch, the best one in FOLDER/best, and a line for every step in "
-        "metrics.jsonl. Until it is done, a checkpoint in there keeps the training: Ctrl-C loses nothing, anything "
-        "else that ends it a minute at most.",
+        "metrics.jsonl. Until it is done, a checkpoint in there keeps the training: Ctrl-C loses nothing, whatever "
+        "else ends it a minute at most.",
     )
     add_problem(parser)
     parser.add_argument(
         "--model",
         type=not_empty,
         metavar="MODEL",
-        help="the folder of a model to start from, which convert or train saved; or a name that --backbone accepts",
+        help="the folder of a model to start from, which convert or train saved; or what --backbone takes",
     )
     parser.add_argument("--method", help=f"{METHOD} (default: joint)")
-    parser.add_argument("--epochs", type=positive_integer, help="epochs to train (default: the problem's own)")
+    parser.add_argument("--epochs", type=positive_integer, help="default: the problem's own")
     parser.add_argument("--single-task", action="store_true", help="train one model for each task: the baselines of Δm")
     add_training_options(parser)
     add_recipe_options(parser)
     parser.add_argument(
-        "--evaluate-every",
-        type=positive_integer,
-        default=1,
-        metavar="N",
-        help="evaluate every N epochs, and after the last (default: 1)",
+        "--evaluate-every", type=positive_integer, default=1, metavar="N", help="epochs (default: 1); the last one too"
     )
     parser.add_argument(
         "--best-by",
         metavar="TASK.METRIC",
-        help="the metric that decides which epoch is best (default: the mean relative gain on the first evaluation)",
+        help="what tells the best epoch (default: the mean relative improvement on the first evaluation)",
     )
     parser.add_argument("--tensorboard", action="store_true", help="write TensorBoard's events into FOLDER/tensorboard")
     parser.add_argument("--out", type=any_path, required=True, metavar="FOLDER", help="where the run goes")
-    parser.add_argument(
-        "--resume",
-        action="store_true",
-        help="go on from the checkpoint in FOLDER; without one, start from the beginning",
-    )
+    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in FOLDER; without one, begin")
 
 
 def run(args: argparse.Namespace) -> Report:
@@ -100,10 +92,12 @@ def run(args: argparse.Namespace) -> Report:
 
 
 def _run(args: argparse.Namespace, begins: bool) -> Report:
-    from recon.experiments import with_backbone  # late: it imports torch
-
     backbone = _backbone(args)
-    problem = with_backbone(problem_of(args), backbone)
+    problem = problem_of(args)
+    if backbone:
+        from recon.experiments import with_backbone  # late: it imports torch
+
+        problem = with_backbone(problem, backbone)
     recon.methods.parse("joint" if args.method is None else args.method)
     job = _job(args, problem, None if backbone or not args.model else Path(args.model))
     from recon_cli.interruptions import check_resume, resumable  # late: these import torch
@@ -111,7 +105,7 @@ def _run(args: argparse.Namespace, begins: bool) -> Report:
 
     check_resume(args)
     _refuse_other_checkpoints(job)
-    # A training that was killed before it saved anything was going to replace the run that is there.
+    # Whoever was killed before anything was saved was about to replace the run that is there.
     finished = None if begins else _finished(args, job)
     replaces = (args.out / RUN_FILE).exists() and not args.resume and not any(path.exists() for path in job.checkpoints)
     if finished is None and launch.number() == 0 and replaces:
@@ -126,13 +120,11 @@ def _run(args: argparse.Namespace, begins: bool) -> Report:
 
 def _backbone(args: argparse.Namespace) -> str:
     """The backbone that `--model` names; empty if it names a folder, or nothing."""
-    from recon.experiments.backbones import model_backbone  # late: it imports torch
-
     backbone = model_backbone(args.model) if args.model else ""
     if backbone and args.backbone:
         args.parser.error(f"--model {args.model} is a backbone, so it does not go with --backbone {args.backbone}")
     if backbone and args.pretrained is not None:
-        args.parser.error(f"--pretrained is for the problem's own network, so it does not go with --model {args.model}")
+        args.parser.error(f"--pretrained is of the problem's own network, so it does not go with --model {args.model}")
     return backbone
 
 
@@ -177,10 +169,10 @@ def _refuse_other_checkpoints(job: Training) -> None:
 
 
 def _finished(args: argparse.Namespace, job: Training) -> Run | None:
-    """The finished run in the folder, if `--resume` finds one.
+    """The run in the folder that `--resume` finds finished.
 
     Raises:
-        UsageError: it is not the run that the command would make.
+        UsageError: it is another one than the command would make.
     """
     if not args.resume or not (args.out / RUN_FILE).exists() or any(path.exists() for path in job.checkpoints):
         return None

@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from recon import models
-from recon.errors import ProblemError, ReconError, UnknownNameError, UsageError, shortened
+from recon.errors import ProblemError, ReconError, UsageError, shortened
 from recon.experiments import inputs as workbench
 from recon.problems import call_function
 from recon.problems.problem import Problem
@@ -24,46 +23,11 @@ from recon.training.evaluation import eval_mode
 Shapes = dict[str, tuple[int, ...]]
 """`{task name: shape of its output}`; of what is no tensor, `()`."""
 
-_OWN = "A backbone of your own is named path/to/file.py:function, where the function returns a module."
 _KINDS = {
     "images": "takes images (N, C, H, W) and gives logits (N, classes)",
     "dense": "takes images (N, C, H, W) and gives maps (N, channels, H, W)",
     "vectors": "takes vectors (N, F) and gives logits (N, classes)",
 }
-
-
-def backbone_name(text: str) -> str:
-    """The backbone that a text names, as a run keeps it.
-
-    Raises:
-        UnknownNameError: there is none.
-    """
-    name = _name(text)
-    if not name:
-        raise UnknownNameError("backbone", text, models.__all__, _OWN)
-    return name
-
-
-def model_backbone(text: str) -> str:
-    """The backbone that a text names, as a run keeps it; empty if it is the path of a folder.
-
-    Raises:
-        UnknownNameError: it is neither.
-    """
-    name = "" if Path(text).exists() else _name(text)
-    if name or Path(text).exists() or Path(text).name != text:
-        return name
-    folders = sorted(path.name for path in Path().iterdir() if path.is_dir())
-    raise UnknownNameError("folder or backbone", text, [*models.__all__, *folders], _OWN)
-
-
-def _name(text: str) -> str:
-    if text in models.__all__:
-        return text
-    target, colon, function = text.rpartition(":")
-    if not colon:
-        return ""
-    return f"{Path(target).resolve()}:{function}" if target.endswith(".py") else text
 
 
 def is_own(name: str) -> bool:

@@ -1,56 +1,17 @@
-"""Training runs side by side: how well each does, against single-task models, and what it costs."""
+"""Training runs side by side, over their seeds: how well each does, against single-task models, and what it costs."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from statistics import fmean
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from recon import problems
 from recon.errors import UsageError
+from recon.experiments.comparison_rows import Row, cells, columns_of, mean_of, row_title
 from recon.experiments.run import Run
 from recon.support.files.documents import json_values
-from recon.support.tables import metric_text, short_number, text_table, with_ratio
-
-_MOST_METRICS = 12  # more columns than that do not fit on a line
-
-
-@dataclass(frozen=True)
-class Row:
-    """One run of a comparison.
-
-    Args:
-        name: the run's name in this comparison.
-        run: its record.
-        mean: over the tasks, of their first metric; None where that is not the same metric for all.
-        delta_m: Δm in percent against the baseline; None without one.
-        parameters_ratio: parameters, divided by those of the reference run.
-        macs_ratio: forward multiply-adds per sample, divided by those of the reference run; None if it has none.
-    """
-
-    name: str
-    run: Run
-    mean: float | None
-    delta_m: float | None
-    parameters_ratio: float | None
-    macs_ratio: float | None
-
-    def as_dict(self) -> dict[str, Any]:
-        """The row as plain values."""
-        return {
-            "name": self.name,
-            "label": self.run.label,
-            "backbone": self.run.backbone,
-            "results": self.run.results,
-            "mean": self.mean,
-            "delta_m": self.delta_m,
-            "parameters": self.run.parameters,
-            "parameters_ratio": self.parameters_ratio,
-            "macs": self.run.macs,
-            "macs_ratio": self.macs_ratio,
-            "seconds_per_step": self.run.seconds_per_step,
-        }
+from recon.support.tables import text_table, with_ratio
 
 
 @dataclass(frozen=True)
@@ -58,9 +19,9 @@ class Comparison:
     """Runs of one problem side by side.
 
     Args:
-        rows: one a run.
+        rows: one a name.
         baseline: the label of the run that Δm refers to; None without one.
-        reference: the name of the run that cost ratios refer to.
+        reference: the name of the row that cost ratios refer to.
         mean_metric: the first metric of every task, if it is the same one.
         notes: what a reader of the table should know.
     """
@@ -73,29 +34,34 @@ class Comparison:
 
     def text(self) -> str:
         """The comparison as a plain text table."""
-        metrics = [(task, name) for task, values in self.rows[0].run.results.items() for name in values]
-        metrics = metrics if len(metrics) <= _MOST_METRICS else []
-        labelled = any(row.name != row.run.label for row in self.rows)
-        header = ["run", "how"][: 1 + labelled] + [f"{task} {name}" for task, name in metrics]
-        header += [f"mean {self.mean_metric}"] if self.mean_metric else []
+        columns = columns_of(self.rows[0])
+        if self.mean_metric and all(len(names) == 1 for _, names in columns):
+            firsts = [(task, self.mean_metric) for task in self.rows[0].first.results]
+            columns = [*columns, (("mean", self.mean_metric), firsts)]
+        labelled = any(row.name != row.first.label for row in self.rows)
+        header = [*["run", "how"][: 1 + labelled], *(" ".join(title) for title, _ in columns)]
         header += ["Δm %", "parameters", "multiply-adds", "ms/step"]
-        rows = []
-        for row in self.rows:
-            run = row.run
-            cells = [row.name, run.label][: 1 + labelled]
-            cells += [metric_text(run.results[task][name]) for task, name in metrics]
-            cells += [] if row.mean is None else [metric_text(row.mean)]
-            cells += ["-" if row.delta_m is None else f"{row.delta_m:+.2f}"]
-            cells += [with_ratio(short_number(run.parameters), row.parameters_ratio)]
-            cells += [with_ratio(short_number(run.macs), row.macs_ratio)]
-            rows.append([*cells, f"{1000 * run.seconds_per_step:.1f}"])
+        rows = [
+            [*[row.name, row.first.label][: 1 + labelled], *cells(row, columns), f"{1000 * row.seconds:.1f}"]
+            for row in self.rows
+        ]
         return text_table(header, rows, left=1 + labelled)
+
+    def text_by_method(self) -> str:
+        """The same in the layout of the paper's tables: a branched model stands under its plain one."""
+        columns = columns_of(self.rows[0])
+        header = ["method", *("\n".join(title) for title, _ in columns), "Δm %", "#P", "multiply-\nadds", "ms/step"]
+        rows = [
+            [row_title(row), *cells(row, columns), with_ratio(f"{1000 * row.seconds:.1f}", row.seconds_ratio)]
+            for row in self.rows
+        ]
+        return text_table(header, rows)
 
     def as_dict(self) -> dict[str, Any]:
         """The comparison as plain JSON values."""
         return json_values(
             {
-                "problem": self.rows[0].run.problem,
+                "problem": self.rows[0].first.problem,
                 "baseline": self.baseline,
                 "reference": self.reference,
                 "mean_metric": self.mean_metric,
@@ -105,55 +71,92 @@ class Comparison:
         )
 
 
-def compare(runs: Mapping[str, Run], baseline: Run | None = None) -> Comparison:
+def compare(
+    runs: Mapping[str, Run | Sequence[Run]],
+    baseline: Run | None = None,
+    *,
+    reference: str | None = None,
+    seconds: Mapping[str, float] | None = None,
+) -> Comparison:
     """Put finished runs of one problem side by side.
 
     Args:
-        runs: `{name: run}`, in the order of the table.
-        baseline: what Δm refers to; the first single-task run among `runs` when not given.
+        runs: `{name: run}`, or the runs of several seeds, in the order of the table.
+        baseline: what Δm refers to. When not given, it is the first single-task run among `runs`; where that has
+            several seeds, each run's Δm refers to the one of its own seed.
+        reference: the name of what cost ratios refer to; the first plain run, or else the smallest, when not given.
+        seconds: of a training step, by name; those that the runs have noted when not given.
 
     Raises:
         UsageError: no runs, an unfinished one, or runs of different problems, tasks or metrics.
     """
     if not runs:
         raise UsageError("There are no runs to compare.")
-    baselines = {name: run for name, run in runs.items() if run.is_single_task}
-    everything = {**runs, **({} if baseline is None else {f"the baseline {baseline.label!r}": baseline})}
+    seeds = {name: [of] if isinstance(of, Run) else list(of) for name, of in runs.items()}
+    everything = [(name, run) for name, of_seeds in seeds.items() for run in of_seeds]
+    everything += [] if baseline is None else [(f"the baseline {baseline.label!r}", baseline)]
     _check(everything)
-    notes = [*_notes(runs), *_backbone_notes(everything)]
-    if baseline is None and baselines:
-        name, baseline = next(iter(baselines.items()))
-        notes += [f"There are several single-task runs; Δm refers to {name}."] if len(baselines) > 1 else []
-    elif baseline is None:
+    notes = [*_notes(dict(everything[: len(everything) - (baseline is not None)])), *_backbone_notes(dict(everything))]
+    baselines = _baselines(seeds, notes) if baseline is None else [baseline]
+    plain = (name for name, of_seeds in seeds.items() if of_seeds[0].is_plain)
+    reference = reference or next(plain, min(seeds, key=lambda name: seeds[name][0].parameters))
+    metric = _common_metric(everything[0][1])
+    seconds = seconds or {name: mean_of([run.seconds_per_step for run in of_seeds]) for name, of_seeds in seeds.items()}
+    other = Row(reference, seeds[reference], seconds[reference])
+    rows = []
+    for name, of_seeds in seeds.items():
+        row = Row(name, of_seeds, seconds[name])
+        firsts = [(task, metric) for task in of_seeds[0].results] if metric else []
+        rows.append(
+            replace(
+                row,
+                mean=mean_of(row.mean_over(firsts)) if metric else None,
+                deltas=_deltas(of_seeds, baselines, notes),
+                parameters_ratio=_ratio(row.parameters, other.parameters),
+                macs_ratio=_ratio(row.macs, other.macs),
+                seconds_ratio=_ratio(row.seconds, other.seconds),
+            )
+        )
+    return Comparison(rows, baselines[0].label if baselines else None, reference, metric, notes)
+
+
+def _baselines(runs: Mapping[str, Sequence[Run]], notes: list[str]) -> Sequence[Run]:
+    """The single-task runs, if there are any; and a note where there are none, or several."""
+    found = {name: of_seeds for name, of_seeds in runs.items() if of_seeds[0].is_single_task}
+    if not found:
         notes.append(
             "Δm needs a single-task run: train one with `recon train PROBLEM --single-task --out single`, then add it "
             "to the runs or pass `--baseline single`."
         )
-    deltas = _deltas(runs, baseline, notes)
-    plain = (name for name, run in runs.items() if run.is_plain)
-    reference = next(plain, min(runs, key=lambda name: runs[name].parameters))
-    metric = _common_metric(next(iter(runs.values())))
-    rows = [
-        Row(
-            name,
-            run,
-            mean=None if metric is None else fmean(results[metric] for results in run.results.values()),
-            delta_m=deltas[name],
-            parameters_ratio=_ratio(run.parameters, runs[reference].parameters),
-            macs_ratio=_ratio(run.macs, runs[reference].macs),
-        )
-        for name, run in runs.items()
-    ]
-    return Comparison(rows, None if baseline is None else baseline.label, reference, metric, notes)
+        return []
+    name = next(iter(found))
+    if len(found) > 1:
+        notes.append(f"There are several single-task runs; Δm refers to {name}.")
+    return found[name]
 
 
-def _check(runs: Mapping[str, Run]) -> None:
-    for name, run in runs.items():
+def _deltas(runs: Sequence[Run], baselines: Sequence[Run], notes: list[str]) -> list[float]:
+    """Δm by seed; empty where it cannot be had, and then the notes say why."""
+    if not baselines:
+        return []
+    from recon.training import delta_m  # late: it imports torch
+
+    alone = baselines if len(baselines) > 1 else [baselines[0]] * len(runs)
+    try:
+        return [delta_m(r.results, b.results, r.higher_is_better) for r, b in zip(runs, alone, strict=True)]
+    except UsageError as error:
+        note = f"Δm cannot be had: {error}"
+        notes += [] if note in notes else [note]
+        return []
+
+
+def _check(runs: Sequence[tuple[str, Run]]) -> None:
+    for name, run in runs:
         if not run.finished:
             raise UsageError(f"{name} is not a finished run: {_how_to_finish(name, run)}")
-    _check_same("problem", {name: run.problem for name, run in runs.items()})
-    _check_same("tasks", {name: ", ".join(sorted(run.tasks)) for name, run in runs.items()})
-    _check_same("metrics", {name: ", ".join(_metrics(run)) for name, run in runs.items()})
+    _check_same("problem", [(name, run.problem) for name, run in runs])
+    _check_same("tasks", [(name, ", ".join(sorted(run.tasks))) for name, run in runs])
+    _check_same("metrics", [(name, ", ".join(_metrics(run))) for name, run in runs])
 
 
 def _how_to_finish(name: str, run: Run) -> str:
@@ -166,8 +169,8 @@ def _how_to_finish(name: str, run: Run) -> str:
     return f"it was never trained. Train it: {train} --model {name} --out FOLDER."
 
 
-def _check_same(what: str, values: Mapping[str, str]) -> None:
-    (first, expected), *others = values.items()
+def _check_same(what: str, values: Sequence[tuple[str, str]]) -> None:
+    (first, expected), *others = values
     for name, value in others:
         if value != expected:
             raise UsageError(
@@ -186,18 +189,6 @@ def _common_metric(run: Run) -> str | None:
     return first.pop() or None if len(first) == 1 else None
 
 
-def _deltas(runs: Mapping[str, Run], baseline: Run | None, notes: list[str]) -> dict[str, float | None]:
-    if baseline is None:
-        return dict.fromkeys(runs)
-    from recon.training import delta_m  # late: it imports torch
-
-    try:
-        return {name: delta_m(run.results, baseline.results, run.higher_is_better) for name, run in runs.items()}
-    except UsageError as error:
-        notes.append(f"Δm cannot be had: {error}")
-        return dict.fromkeys(runs)
-
-
 def _notes(runs: Mapping[str, Run]) -> list[str]:
     epochs = {name: run.epochs for name, run in runs.items()}
     if len(set(epochs.values())) == 1:
@@ -213,5 +204,5 @@ def _backbone_notes(runs: Mapping[str, Run]) -> list[str]:
     return [f"The runs have different networks: {', '.join(f'{name} {of}' for name, of in backbones.items())}."]
 
 
-def _ratio(count: int, reference: int) -> float | None:
+def _ratio(count: float, reference: float) -> float | None:
     return count / reference if reference else None

@@ -9,10 +9,11 @@ from torch import nn
 
 from recon import models
 from recon.errors import UnknownNameError, UsageError
-from recon.experiments.backbones import backbone_name, with_backbone
+from recon.experiments.backbones import with_backbone
 from recon.experiments.run import Run
 from recon.maps.conflict_map import ConflictMap
 from recon.problems.problem import Problem, Task
+from recon_cli.options.problem import backbone_name
 
 PROBLEM = """
 import torch

@@ -44,6 +44,24 @@ def test_the_demo_tells_the_whole_story(tmp_path, capsys, few_digits):
     assert list(branched.branch_plan.layers) == results["branched_layers"]
 
 
+def test_an_interrupted_demo_goes_on_and_other_settings_are_another_demo(tmp_path, capsys, few_digits, monkeypatch):
+    line = ["demo", "--seeds", "1", "--epochs", "1", "--top-k", "3", "--workers", "1", "--out", str(tmp_path)]
+    with monkeypatch.context() as patch:
+        patch.setattr("recon.experiments.bench.bench.time_steps", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert main(line) == 1
+    assert "Go on with the same command:\n  recon demo --out" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.glob("[!.]*")] == ["runs"]
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("runs/**/run.json")}
+    assert main(line) == 0 and len(before) == 6
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    line[line.index("--epochs") + 1] = "2"
+    monkeypatch.setattr(
+        "recon.experiments.bench.bench.time_steps", lambda problem, variants, *_: {v.label: 1.0 for v in variants}
+    )
+    assert main(line) == 0
+    assert json.loads((tmp_path / "results.json").read_text())["epochs"] == 2
+
+
 @pytest.mark.slow
 def test_the_demos_numbers_are_those_of_the_same_training_by_hand(tmp_path, few_digits):
     main(["demo", "--seeds", "1", "--epochs", "1", "--top-k", "3", "--workers", "1", "--out", str(tmp_path)])
@@ -51,11 +69,9 @@ def test_the_demos_numbers_are_those_of_the_same_training_by_hand(tmp_path, few_
     problem = digits.digits()
     loaded = recon.load(tmp_path / "branched", problem.make_model())
     measured = recon.evaluate(loaded, problem.make_loaders(0)[1], problem.tasks)
-    # Again, into the same folder: nothing of the first run may be in the way.
-    assert (
-        main(["demo", "--seeds", "1", "--epochs", "1", "--top-k", "3", "--workers", "1", "--out", str(tmp_path)]) == 0
-    )
-    again = json.loads((tmp_path / "results.json").read_text())
+    other = tmp_path / "other"
+    main(["demo", "--seeds", "1", "--epochs", "1", "--top-k", "3", "--workers", "1", "--out", str(other)])
+    again = json.loads((other / "results.json").read_text())
     assert again["results_by_seed"] == results["results_by_seed"]
     assert measured == results["results_by_seed"]["pcgrad + Recon K=3"][0]
 

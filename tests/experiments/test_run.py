@@ -143,7 +143,26 @@ def test_delta_m_refers_to_the_single_task_run():
     # seg: accuracy doubled, +100 %; depth: error halved and accuracy halved, 0 % on average.
     assert one.delta_m == pytest.approx(50.0)
     assert two.delta_m == 0
-    assert one.delta_m == delta_m(one.run.results, two.run.results, DIRECTIONS)
+    assert one.delta_m == delta_m(one.first.results, two.first.results, DIRECTIONS)
+
+
+def test_runs_of_several_seeds_are_a_row_and_each_refers_to_the_baseline_of_its_seed():
+    ours = [run(results=accuracies(0.8)), run(results=accuracies(0.6), seed=1, parameters=2000)]
+    theirs = [single(results=accuracies(0.4)), single(results=accuracies(0.5), seed=1)]
+    comparison = compare({"joint": ours, "alone": theirs}, seconds={"joint": 0.25, "alone": 0.5})
+    one, two = comparison.rows
+    assert list(one.deltas) == pytest.approx([100.0, 20.0]) and one.delta_m == pytest.approx(60.0)
+    assert one.parameters == 1500 and two.parameters_ratio == pytest.approx(2000 / 1500)
+    assert two.seconds_ratio == 2
+    assert "0.7000 ± 0.1414" in comparison.text() and "+60.00 ± 56.57" in comparison.text_by_method()
+    found = comparison.as_dict()["rows"][0]["results_by_seed"]
+    assert found == {"seg": {"accuracy": [0.8, 0.6]}, "depth": {"accuracy": [0.8, 0.6]}}
+    with pytest.raises(UsageError, match="same metrics"):
+        compare({"joint": [run(), ours[1]]})
+
+
+def accuracies(value):
+    return {"seg": {"accuracy": value}, "depth": {"accuracy": value}}
 
 
 def test_a_baseline_that_is_not_in_the_table():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,8 @@ from typing import Any
 from recon import branching, methods, profiling
 from recon.errors import MapFileError, PlanError, UsageError
 from recon.experiments import inputs as workbench
-from recon.experiments.bench.job import Job, folder_name, train, weight
+from recon.experiments.bench.job import Job, run_folder, train, weight
+from recon.experiments.bench.runs import BenchRuns
 from recon.experiments.bench.settings import BenchSettings, device_of
 from recon.experiments.bench.variants import Variant, in_turn_or_parallel, time_steps
 from recon.experiments.optimizers import make_optimizer
@@ -34,28 +35,7 @@ FORMAT, VERSION = "recon bench", 1
 _TRANSFERRED = "--map of another data set"
 
 
-@dataclass(frozen=True)
-class BenchRuns:
-    """Everything that a bench found.
-
-    Args:
-        cmap: the problem's own conflict map.
-        top_k: how many layers Recon branches.
-        variants: in the order of the table.
-        notes: what a reader should know of them.
-        runs: each variant's, by seed.
-        seconds: of each variant's training step.
-    """
-
-    cmap: ConflictMap
-    top_k: int
-    variants: list[Variant]
-    notes: list[str]
-    runs: dict[str, list[Run]]
-    seconds: dict[str, float]
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Bench:
     """The runs of one problem, in one folder.
 
@@ -65,8 +45,9 @@ class Bench:
         methods: gradient methods, each plain and branched.
         seeds: how often everything is trained.
         top_k: how many layers are branched; half of the shared ones if None.
-        max_macs: the budget of the budgeted plan.
+        max_macs: the budget of the budgeted plan; there is none if None.
         controls: which methods train the random and the budgeted plan: `joint`, `all` or `none`.
+        count_controls: whether conflicts are counted while those train.
         given: a map and its fingerprint: in place of the profile where it was made on the same
             problem, else beside it, as Recon*.
         rename: of the given map's layers.
@@ -80,13 +61,14 @@ class Bench:
     folder: Path
     methods: tuple[str, ...]
     seeds: int
-    top_k: int | None
-    max_macs: float
-    controls: str
-    given: tuple[ConflictMap, str] | None
-    rename: Mapping[str, str]
-    workers: int
-    rounds: int
+    top_k: int | None = None
+    max_macs: float | None = None
+    controls: str = "joint"
+    count_controls: bool = True
+    given: tuple[ConflictMap, str] | None = None
+    rename: Mapping[str, str] = field(default_factory=dict)
+    workers: int = 1
+    rounds: int = 15
     tell: Callable[[str], None] = silent
     progress: bool = False
 
@@ -118,7 +100,7 @@ class Bench:
             self.tell("Timing the training steps of all, in turn")
             warm_up = min(3, self.rounds // 3)
             seconds = time_steps(self.problem, variants, device_of(self.settings), self.rounds, warm_up)
-        return BenchRuns(cmap, top_k, variants, notes, runs, seconds)
+        return BenchRuns(self.folder, cmap, top_k, variants, notes, runs, seconds)
 
     def save(self, found: Mapping[str, Any]) -> dict[str, Any]:
         """Write the results file; gives what is in it."""
@@ -241,6 +223,7 @@ class Bench:
         controls: dict[str, tuple[branching.BranchPlan, ...]] = {}
         if self.controls != "none":
             controls[f"random K={k}"] = tuple(chosen(found, top_k=k, select="random", seed=seed) for seed in seeds)
+        if self.controls != "none" and self.max_macs is not None:
             try:
                 example = workbench.example_inputs(problem, 0)
                 budgeted = plans.plan(found, model, example, max_macs=self.max_macs, tasks=tasks)
@@ -252,12 +235,15 @@ class Bench:
             counted = not isinstance(methods.parse(method), FeatureMethod)
             mine = {**plans, **(controls if self.controls == "all" or method == "joint" else {})}
             variants.append(Variant(method, counted=counted))
-            variants += [Variant(method, surgery, of_seed, counted) for surgery, of_seed in mine.items()]
+            variants += [
+                Variant(method, surgery, of_seed, counted and (self.count_controls or surgery not in controls))
+                for surgery, of_seed in mine.items()
+            ]
         return variants, notes
 
     def _train(self, variants: Sequence[Variant]) -> dict[str, list[Run]]:
         jobs = [
-            Job(self.settings, v, seed, self.folder / folder_name(v.label) / f"seed-{seed}")
+            Job(self.settings, v, seed, run_folder(self.folder, v.label, seed))
             for seed in range(self.seeds)
             for v in variants
         ]

@@ -33,6 +33,11 @@ class Cosines:
     whole: Counts
     layers: Mapping[str, Counts]
 
+    @property
+    def conflicts(self) -> dict[str, float]:
+        """`{shared layer: share of its cosines below 0}`."""
+        return {name: sum(shares(histogram, (0.0,))[1:]) for name, histogram in self.layers.items()}
+
 
 def read(title: str, key: tuple[str, str], folders: Sequence[Path]) -> Cosines:
     """Add up what the runs in these folders counted."""

@@ -1,40 +1,33 @@
-"""What `recon demo` does: one profile, then every way to train, plain and branched, side by side. Imports torch."""
+"""The demo: a bench of the problem `digits`, and what it tells. Imports torch."""
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import fmean
+from typing import Any
 
 import torch
-from torch import nn
 
-from recon import branching, maps, plans, problems, profiling, training
-from recon.experiments import inputs as workbench
-from recon.experiments.bench.demo_story import Outcome, Results, Story
-from recon.experiments.bench.variants import (
-    Variant,
-    in_turn_or_parallel,
-    mean_table,
-    one_thread,
-    time_steps,
-    variant_costs,
-)
-from recon.experiments.optimizers import make_optimizer, make_scheduler
-from recon.experiments.pictures import before_after
-from recon.experiments.recipe import Recipe
-from recon.experiments.run import SINGLE_TASK, Run
+from recon.branching import load, save
+from recon.experiments.bench.bench import MAP_FILE, RESULTS_FILE, Bench
+from recon.experiments.bench.job import run_folder
+from recon.experiments.bench.presets import DEMO
+from recon.experiments.bench.runs import BenchRuns
+from recon.experiments.bench.settings import BenchSettings
+from recon.experiments.bench.variants import one_thread
+from recon.experiments.comparison import Comparison, compare
+from recon.experiments.inputs import make_model
+from recon.experiments.run import Run
 from recon.experiments.training.training import silent
-from recon.maps.picture import heatmap
-from recon.problems.problem import Problem
 from recon.support.files.documents import json_values
 from recon.support.files.whole import write_text
-from recon.training.evaluation import directions
+from recon.support.tables import text_table
 
 PROBLEM = "digits"
-_PROFILE_EPOCHS = 3
 
 
 @dataclass(frozen=True)
@@ -42,7 +35,7 @@ class Demo:
     """The demo on the problem `digits`.
 
     Args:
-        folder: where the map, the branched model, the results and the pictures go.
+        folder: where the map, the branched model, the results and the pictures go, and the runs in `runs/`.
         seeds: how often everything is trained.
         epochs: of every training.
         top_k: how many layers are branched.
@@ -60,138 +53,141 @@ class Demo:
     tell: Callable[[str], None] = silent
 
     @property
-    def surgery(self) -> str:
-        """What the tables call Recon's plan."""
-        return f"Recon K={self.top_k}"
+    def bench(self) -> Bench:
+        """The bench; a demo of other settings, in the same folder, has another one."""
+        settings = BenchSettings(
+            problem_name=PROBLEM,
+            preset=DEMO.name,
+            epochs=self.epochs,
+            profile_epochs=DEMO.profile_epochs or self.epochs,
+            device=self.device.type,
+        )
+        return Bench(
+            settings=settings,
+            folder=self.folder / "runs" / f"{self.epochs}-epochs-{self.device.type}",
+            methods=DEMO.methods,
+            seeds=self.seeds,
+            top_k=self.top_k,
+            count_controls=False,
+            workers=self.workers,
+            tell=self.tell,
+        )
 
     def run(self) -> Story:
         """Profile, train, time; what was found is in the folder too."""
+        start, bench = time.perf_counter(), self.bench
         with one_thread():
-            start = time.perf_counter()
-            cmap = self._profile()
-            variants = self._variants(cmap)
-            plan = next(variant.plans[0] for variant in variants if variant.surgery == self.surgery)
-            heatmap(cmap, self.folder / "conflicts_by_layer.png", branched=list(plan.layers))
-            outcomes = self._train_all(variants)
-            runs = self._runs(variants, outcomes)
-            before, after = (
-                mean_table([o.conflicts for o in outcomes[k]]) for k in ("joint", f"joint + {self.surgery}")
-            )
-            before_after(before, after, self.folder / "conflicts_before_after.png")
-            minutes = (time.perf_counter() - start) / 60
-            story = Story(self.seeds, self.epochs, self.surgery, cmap, plan, runs, outcomes, before, after, minutes)
-        write_text(self.folder / "results.json", json.dumps(json_values(story.data()), indent=1) + "\n")
+            found = bench.run()
+        story = Story(found, self.epochs, (time.perf_counter() - start) / 60)
+        bench.save({**story.data(), "seconds_per_step": found.seconds})
+        found.cmap.save(self.folder / MAP_FILE)
+        found.draw(self.folder)
+        model = make_model(bench.problem, 0)
+        save(load(run_folder(bench.folder, f"pcgrad + {story.surgery}", 0), model), self.folder / "branched")
+        write_text(self.folder / RESULTS_FILE, json.dumps(json_values(story.data()), indent=1) + "\n")
         return story
 
-    def _profile(self) -> maps.ConflictMap:
-        self.tell(f"Profiling {PROBLEM}: {_PROFILE_EPOCHS} epochs of joint training")
-        problem = problems.get(PROBLEM)
-        model = workbench.make_model(problem, 0).to(self.device)
-        train, _ = workbench.make_loaders(problem, 0, self.device)
-        cmap = profiling.profile(
-            model,
-            train,
-            problem.losses,
-            optimizer=make_optimizer(problem, model, Recipe()),
-            epochs=_PROFILE_EPOCHS,
-            made_by={"problem": PROBLEM, "backbone": type(model).__name__, "seed": 0},
-        )
-        cmap.save(self.folder / "map.json")
-        return cmap
 
-    def _variants(self, cmap: maps.ConflictMap) -> list[Variant]:
-        model = workbench.make_model(problems.get(PROBLEM), 0)
-        plan = plans.plan(cmap, model, top_k=self.top_k)
-        seeds = range(self.seeds)
-        chosen = tuple(plan for _ in seeds)
-        random = tuple(plans.plan(cmap, model, top_k=self.top_k, select="random", seed=seed) for seed in seeds)
-        control = f"random K={self.top_k}"
-        return [
-            Variant(SINGLE_TASK),
-            Variant("joint", counted=True),
-            Variant("pcgrad"),
-            Variant("joint", self.surgery, chosen, counted=True),
-            Variant("pcgrad", self.surgery, chosen),
-            Variant("joint", control, random),
-        ]
+@dataclass(frozen=True)
+class Story:
+    """What was measured, as text and as plain values.
 
-    def _train_all(self, variants: Sequence[Variant]) -> dict[str, list[Outcome]]:
-        """Every variant's outcomes, by seed."""
-        jobs = [(variant, seed) for seed in range(self.seeds) for variant in variants]
-        done: dict[tuple[str, int], Outcome] = {}
-        for number, (job, outcome) in enumerate(in_turn_or_parallel(self.train, jobs, self.workers), start=1):
-            variant, seed = job
-            done[variant.label, seed] = outcome
-            self.tell(f"Trained {number} of {len(jobs)}: {variant.label}, seed {seed}")
-        return {variant.label: [done[variant.label, seed] for seed in range(self.seeds)] for variant in variants}
+    Args:
+        found: what the bench found.
+        epochs: of every training.
+        minutes: what it took.
+    """
 
-    def train(self, job: tuple[Variant, int]) -> Outcome:
-        """Train and evaluate one variant with one seed."""
-        variant, seed = job
-        problem = problems.get(PROBLEM)
-        if variant.is_single_task:
-            models = {task: variant.model(problem, seed, self.device) for task in problem.task_names}
-            return Outcome(
-                {k: v for task in models for k, v in self._fit(problem, models[task], "joint", seed, [task]).items()},
-                {},
-            )
-        model = variant.model(problem, seed, self.device)
-        profiler = profiling.Profiler(model) if variant.counted else None
-        results = self._fit(problem, model, variant.method, seed, problem.task_names, profiler)
-        if variant.label == f"pcgrad + {self.surgery}" and seed == 0:
-            branching.save(model, self.folder / "branched")
-        return Outcome(results, profiler.conflict_map().shares(0.0) if profiler else {})
+    found: BenchRuns
+    epochs: int
+    minutes: float
 
-    def _fit(
-        self,
-        problem: Problem,
-        model: nn.Module,
-        method: str,
-        seed: int,
-        tasks: Sequence[str],
-        profiler: profiling.Profiler | None = None,
-    ) -> Results:
-        train, test = workbench.make_loaders(problem, seed, self.device)
-        torch.manual_seed(seed)
-        optimizer = make_optimizer(problem, model, Recipe())
-        losses = {task: loss for task, loss in problem.losses.items() if task in tasks}
-        training.train(
-            model,
-            train,
-            losses,
-            optimizer=optimizer,
-            scheduler=make_scheduler(problem, train, self.epochs),
-            method=method,
-            epochs=self.epochs,
-            profiler=profiler,
-        )
-        return training.evaluate(model, test, [task for task in problem.tasks if task.name in tasks])
+    @property
+    def surgery(self) -> str:
+        """What the tables call Recon's plan."""
+        return f"Recon K={self.found.top_k}"
 
-    def _runs(self, variants: Sequence[Variant], outcomes: Mapping[str, Sequence[Outcome]]) -> dict[str, Run]:
-        """Each variant's mean results and its costs."""
-        self.tell("Timing the training steps of all, in turn")
-        problem = problems.get(PROBLEM)
-        seconds = time_steps(problem, variants, self.device)
+    @property
+    def layers(self) -> list[str]:
+        """What Recon branched."""
+        return list(next(v.plans[0].layers for v in self.found.variants if v.surgery == self.surgery))
+
+    @property
+    def comparison(self) -> Comparison:
+        """The means over the seeds side by side, plain models first."""
+        runs = self.found.runs
+        surgeries = list(dict.fromkeys(of_seeds[0].surgery for of_seeds in runs.values()))
+        labels = sorted(runs, key=lambda label: surgeries.index(runs[label][0].surgery))
+        return compare({label: _mean_run(runs[label]) for label in labels}, seconds=self.found.seconds)
+
+    @property
+    def conflicts(self) -> tuple[Mapping[str, float], Mapping[str, float]]:
+        """The share of conflicting steps by shared layer, in joint training without and with Recon."""
+        before, after = self.found.before, self.found.after
+        assert before is not None and after is not None
+        return before.conflicts, after.conflicts
+
+    def data(self) -> dict[str, Any]:
+        """As plain values."""
+        before, after = self.conflicts
         return {
-            variant.label: self._run_of(problem, variant, outcomes[variant.label], seconds[variant.label])
-            for variant in variants
+            **self.comparison.as_dict(),
+            "seeds": self._seeds,
+            "epochs": self.epochs,
+            "branched_layers": self.layers,
+            "results_by_seed": {label: [run.results for run in runs] for label, runs in self.found.runs.items()},
+            "conflicting_steps": {"before": before, "after": after},
+            "profiled_steps": self.found.cmap.steps,
+            "minutes": self.minutes,
         }
 
-    def _run_of(self, problem: Problem, variant: Variant, outcomes: Sequence[Outcome], seconds: float) -> Run:
-        costs = variant_costs(problem, variant, self.device)
-        tables = [outcome.results for outcome in outcomes]
-        return Run(
-            problem=PROBLEM,
-            label=variant.label,
-            tasks=problem.task_names,
-            method=variant.method,
-            surgery=variant.surgery,
-            branched_layers=tuple(variant.plans[0].layers) if variant.plans else (),
-            epochs=self.epochs,
-            parameters=costs.parameters,
-            macs=costs.macs,
-            seconds_per_step=seconds,
-            results={task: mean_table([table[task] for table in tables]) for task in problem.task_names},
-            higher_is_better=directions(problem.tasks),
-            finished=True,
+    def text(self, folder: Path) -> str:
+        """As text; `folder` is where everything was saved."""
+        return "\n".join(
+            [
+                f"{PROBLEM}: {self.epochs} epochs each, mean of {self._seeds} seed(s). Accuracies on the test pairs;",
+                "Δm is against one model for each task; ms/step was measured for all in turn, on one thread.",
+                "",
+                self.comparison.text(),
+                "",
+                self._spread(),
+                "",
+                f"Recon branched {len(self.layers)} of {len(self.found.cmap.layers)} shared layers:",
+                f"  {', '.join(self.layers)}",
+                "",
+                "Conflicting steps (cos < 0), in %, in the layers that stay shared, under joint training:",
+                "",
+                self._conflicts_table(),
+                "",
+                f"{self.minutes:.1f} minutes. Saved in {folder}: map.json, results.json, conflicts_by_layer.png,",
+                f"conflicts_before_after.png, and branched/, the model of pcgrad + {self.surgery} with seed 0. Every",
+                "run is in runs/, as `recon train` leaves it.",
+            ]
         )
+
+    @property
+    def _seeds(self) -> int:
+        return len(next(iter(self.found.runs.values())))
+
+    def _spread(self) -> str:
+        """How far the seeds of one variant lie apart: differences in the table above that are noise."""
+        if self._seeds == 1:
+            return "One seed: differences of a few tenths of a point are noise. More seeds show how much."
+        rows = self.found.comparison.rows
+        widest = max(max(means) - min(means) for means in (row.mean_over(row.metrics) for row in rows))
+        return f"Between its seeds, the mean accuracy of one row differs by up to {widest:.4f}."
+
+    def _conflicts_table(self) -> str:
+        before, after = self.conflicts
+        kept = [name for name in before if name in after]
+        rows = [[name, f"{100 * before[name]:.1f}", f"{100 * after[name]:.1f}"] for name in kept]
+        if kept:
+            means = (fmean(shares[name] for name in kept) for shares in (before, after))
+            rows.append(["mean", *(f"{100 * mean:.1f}" for mean in means)])
+        return text_table(["layer", "joint", self.found.branched], rows)
+
+
+def _mean_run(runs: list[Run]) -> Run:
+    tables = [run.results for run in runs]
+    means = {t: {name: fmean(table[t][name] for table in tables) for name in of} for t, of in tables[0].items()}
+    return replace(runs[0], results=means)

@@ -77,3 +77,8 @@ def _training(job: Job, log: TextIO) -> Training:
 def folder_name(label: str) -> str:
     """A run's label as the name of a folder."""
     return re.sub(r"[^\w.=-]+", "-", label.replace("*", "-transferred")).strip("-")
+
+
+def run_folder(bench: Path, label: str, seed: int) -> Path:
+    """Where a run of a bench goes."""
+    return bench / folder_name(label) / f"seed-{seed}"

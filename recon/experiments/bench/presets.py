@@ -64,3 +64,6 @@ def paper(problem: Problem) -> Preset:
 
 
 PRESETS = {"quick": quick, "paper": paper}
+
+DEMO = Preset("demo", ("joint", "pcgrad"), 2, epochs=6, profile_epochs=3)
+"""The run of `recon demo`, on `digits`."""

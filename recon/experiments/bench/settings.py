@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator, Sized
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache
 from itertools import islice
 from pathlib import Path
@@ -20,41 +20,41 @@ from recon.problems.problem import Problem
 from recon.support.network.forward import Batch
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class BenchSettings:
     """One problem and how its runs are trained; plain values, which workers can be given.
 
     Args:
         problem_name: as `recon.problems.get` takes it.
+        preset: the preset's name.
+        epochs: of every training.
+        profile_epochs: of the profile.
+        device: where the models run.
         data_root: where its data are.
         train_samples: how many training samples to use; all if None.
         pretrained: weights to start from, of a problem that takes them.
         backbone: the network; the problem's own if empty.
-        preset: the preset's name.
-        epochs: of every training.
-        profile_epochs: of the profile.
         train_batches: at most so many of an epoch's batches.
         test_batches: at most so many of the test batches.
         count_every: count conflicts at each n-th step.
         threshold: S, of the profile and of what is counted.
         recipe: optimizer and schedule.
-        device: where the models run.
     """
 
     problem_name: str
-    data_root: Path | None
-    train_samples: int | None
-    pretrained: Path | None
-    backbone: str
     preset: str
     epochs: int
     profile_epochs: int
-    train_batches: int | None
-    test_batches: int | None
-    count_every: int
-    threshold: float
-    recipe: Recipe
     device: str
+    data_root: Path | None = None
+    train_samples: int | None = None
+    pretrained: Path | None = None
+    backbone: str = ""
+    train_batches: int | None = None
+    test_batches: int | None = None
+    count_every: int = 1
+    threshold: float = -0.1
+    recipe: Recipe = field(default_factory=Recipe)
 
     def problem(self) -> Problem:
         """The problem with this network and these batches."""
@@ -120,7 +120,7 @@ class _CountedFirst(_First):
 
 
 def fingerprint(path: Path) -> str:
-    """What distinguishes one map file from another."""
+    """What tells one map file from another."""
     return hashlib.sha256(path.read_bytes()).hexdigest()[:12]
 
 

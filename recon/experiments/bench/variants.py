@@ -4,24 +4,21 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import get_context, parent_process
-from statistics import fmean
 from typing import TypeVar
 
 import torch
 from torch import nn
 
 from recon import branching, methods
-from recon.experiments import costs as run_costs
 from recon.experiments import inputs as workbench
 from recon.experiments.optimizers import make_optimizer
 from recon.experiments.recipe import Recipe
 from recon.experiments.run import SINGLE_TASK
-from recon.plans import Costs
 from recon.problems.problem import Problem
 from recon.support.network.forward import Batch
 from recon.support.timing import step_seconds
@@ -122,15 +119,6 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def variant_costs(problem: Problem, variant: Variant, device: torch.device) -> Costs:
-    """What the variant's models of the first seed cost, multiply-adds and activations for one sample."""
-    inputs = _batch(problem, device)[0]
-    model = variant.model(problem, 0, device)
-    if variant.is_single_task:
-        return run_costs.single_task_costs(model, problem.task_names, inputs)
-    return run_costs.costs_per_sample(model, inputs)
-
-
 def time_steps(
     problem: Problem, variants: Sequence[Variant], device: torch.device, rounds: int = 15, warm_up: int = 3
 ) -> dict[str, float]:
@@ -173,8 +161,3 @@ def _step_of(
 def _batch(problem: Problem, device: torch.device) -> Batch:
     train, _ = workbench.make_loaders(problem, 0)
     return workbench.first_batch(problem, train, device)
-
-
-def mean_table(tables: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """The mean of several tables with the same keys."""
-    return {key: fmean(table[key] for table in tables) for key in tables[0]}
