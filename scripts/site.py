@@ -1,0 +1,68 @@
+"""What MkDocs is told beside the pages in `docs/`: the reference, files of the repository, and what must not be missing."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import reference
+from mkdocs.exceptions import PluginError
+from mkdocs.structure.files import File
+
+ROOT = Path(__file__).resolve().parent.parent
+COPIED = {"CHANGELOG.md": "changelog.md", "CONTRIBUTING.md": "contributing.md"}
+"""Pages that lie outside of `docs/`, because there is where one looks for them."""
+
+_UP = re.compile(r"\]\((?:\.\./)+(examples/[\w./-]*)\)")
+_DOWN = re.compile(r"\]\(docs/([^)]*)\)")
+
+
+def on_config(config: Any) -> Any:
+    """Add the pages of the reference and of the examples to the navigation."""
+    sections = {title: pages for entry in config["nav"] for title, pages in entry.items()}
+    sections["Reference"] += [{page.package: page.path} for page in reference.pages()]
+    sections["Examples"] += [{path.name: f"examples/{path.stem}.md"} for path in _examples()]
+    return config
+
+
+def on_files(files: Any, *, config: Any) -> Any:
+    """Add the pages that are made, and the examples."""
+    found = reference.pages()
+    made = {page.path: reference.markdown(page) for page in found}
+    made["reference/index.md"] = reference.index(found)
+    for source, target in COPIED.items():
+        made[target] = _DOWN.sub(r"](\1)", (ROOT / source).read_text(encoding="utf-8"))
+    for path in _examples():
+        made[f"examples/{path.stem}.md"] = _example(path)
+    for target, content in made.items():
+        files.append(File.generated(config, target, content=content))
+    return files
+
+
+def _examples() -> list[Path]:
+    return sorted((ROOT / "examples").glob("*.py"))
+
+
+def _example(path: Path) -> str:
+    return f"# examples/{path.name}\n\n~~~~python\n{path.read_text(encoding='utf-8')}~~~~\n"
+
+
+def on_page_markdown(markdown: str, *, page: Any, config: Any, files: Any) -> str:
+    """Let links to the examples, which a reader of the repository can follow, lead to their pages here."""
+    up = "../" * page.file.src_uri.count("/")
+
+    def link(found: re.Match[str]) -> str:
+        return f"]({up}{found[1].removesuffix('.py')}.md)"
+
+    return _UP.sub(link, markdown)
+
+
+def on_post_build(*, config: Any) -> None:
+    """Every public name must have its place in the site."""
+    texts: dict[str, str] = {}
+    for page, anchor in reference.documented(reference.pages()):
+        path = Path(config["site_dir"], page.removesuffix(".md") + ".html")
+        text = texts.setdefault(page, path.read_text(encoding="utf-8") if path.exists() else "")
+        if f'id="{anchor}"' not in text:
+            raise PluginError(f"The public name {anchor} is missing from {page}.")
