@@ -1,4 +1,4 @@
-"""What MkDocs is told beside the pages in `docs/`: the reference, files of the repository, and what must not be missing."""
+"""What MkDocs needs beside the pages in `docs/`: the reference, other files of the repository, and a last check."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ ROOT = Path(__file__).resolve().parent.parent
 COPIED = {"CHANGELOG.md": "changelog.md", "CONTRIBUTING.md": "contributing.md"}
 """Pages that lie outside of `docs/`, because there is where one looks for them."""
 
-_UP = re.compile(r"\]\((?:\.\./)+(examples/[\w./-]*)\)")
-_DOWN = re.compile(r"\]\(docs/([^)]*)\)")
+_OUT = re.compile(r"\]\((?:\.\./)+(examples/[\w./-]+|[A-Z]+\.md)(#[^)]*)?\)")
+_IN = re.compile(r"\]\((?:docs/)?([^):]+)\)")
 
 
 def on_config(config: Any) -> Any:
@@ -32,7 +32,8 @@ def on_files(files: Any, *, config: Any) -> Any:
     made = {page.path: reference.markdown(page) for page in found}
     made["reference/index.md"] = reference.index(found)
     for source, target in COPIED.items():
-        made[target] = _DOWN.sub(r"](\1)", (ROOT / source).read_text(encoding="utf-8"))
+        text = (ROOT / source).read_text(encoding="utf-8")
+        made[target] = _IN.sub(lambda link: f"]({COPIED.get(link[1], link[1])})", text)
     for path in _examples():
         made[f"examples/{path.stem}.md"] = _example(path)
     for target, content in made.items():
@@ -49,13 +50,14 @@ def _example(path: Path) -> str:
 
 
 def on_page_markdown(markdown: str, *, page: Any, config: Any, files: Any) -> str:
-    """Let links to the examples, which a reader of the repository can follow, lead to their pages here."""
+    """Let links out of `docs/`, which work in the repository, lead to the pages of the same files here."""
     up = "../" * page.file.src_uri.count("/")
 
     def link(found: re.Match[str]) -> str:
-        return f"]({up}{found[1].removesuffix('.py')}.md)"
+        target = COPIED.get(found[1], found[1].removesuffix(".py") + ".md")
+        return f"]({up}{target}{found[2] or ''})"
 
-    return _UP.sub(link, markdown)
+    return _OUT.sub(link, markdown)
 
 
 def on_post_build(*, config: Any) -> None:

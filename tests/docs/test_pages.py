@@ -11,7 +11,8 @@ from recon_cli.main import VERBS, main
 from tests.docs.pages import PAGES, ROOT
 
 NAME = re.compile(r"(?<![\w./-])recon((?:\.[A-Za-z_]\w*)+)")
-FILE = re.compile(r"(?<![\w/])((?:recon|cli|tests|benchmarks|examples|scripts|artifacts|docs)/[\w/.-]+\.(?:py|json|md|toml))")
+FOLDERS = "recon|cli|tests|benchmarks|examples|scripts|artifacts|docs"
+FILE = re.compile(rf"(?<![\w/])((?:{FOLDERS})/(?:[\w.-]+/)*(?:[\w.-]+\.(?:py|json|md|toml))?)")
 LINK = re.compile(r"\]\((?!https?:|#)([^)#]+)(?:#[^)]*)?\)")
 MADE = ("docs/reference/", "docs/contributing.md", "docs/changelog.md")  # by `make docs`
 
