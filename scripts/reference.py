@@ -7,6 +7,7 @@ import inspect
 import pkgutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cache
 from types import ModuleType
 from typing import Any
 
@@ -60,6 +61,7 @@ def public_names(face: ModuleType) -> list[str]:
     return [name for name in own if not name.startswith("_") and inspect.isclass(getattr(face, name))]
 
 
+@cache
 def pages() -> list[Page]:
     """All pages. A name that two packages list is documented on the page of the one that it is defined below."""
     modules = faces()
@@ -129,6 +131,7 @@ def index(found: list[Page]) -> str:
     """The first page of the reference: the packages."""
     lines = ["# Reference", "", "Every public name of recon, by the package that it is imported from.", ""]
     lines += [f"- [`{page.package}`]({page.path.rpartition('/')[2]}): {page.summary}" for page in found]
+    lines += ["", "[On the command line](command_line.md): the verbs and their options."]
     return "\n".join(lines) + "\n"
 
 
