@@ -33,7 +33,7 @@ def summary(folder: Path) -> str:
     """The first sentence of a package's docstring, or of a file's."""
     path = folder / "__init__.py" if folder.is_dir() else folder.with_suffix(".py")
     text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
-    return re.split(r"(?<=[.:;]) ", " ".join(text.split()))[0].rstrip(".:;")
+    return re.split(r"(?<=\.) ", " ".join(text.split()))[0].rstrip(".")
 
 
 def draw() -> str:
