@@ -8,6 +8,7 @@ import pytest
 
 import recon
 from recon_cli.main import VERBS, main
+from scripts import packages_picture
 from tests.docs.pages import PAGES, ROOT
 
 NAME = re.compile(r"(?<![\w./-])recon((?:\.[A-Za-z_]\w*)+)")
@@ -75,3 +76,8 @@ def test_the_methods_table_is_that_of_the_registry(capsys):
         entry = recon.methods.entry(name)
         (line,) = [line for line in table.splitlines() if line.startswith(f"| `{name}` |")]
         assert all(part in line for part in (entry.title, entry.family, entry.scale, entry.paper, *entry.options))
+
+
+def test_the_picture_of_the_packages_is_that_of_the_contract():
+    """After a change: `python scripts/packages_picture.py` draws the new one."""
+    assert packages_picture.PICTURE.read_text(encoding="utf-8") == packages_picture.draw()
