@@ -13,6 +13,14 @@ from tests.docs.pages import PAGES, ROOT, blocks, command_lines, with_blocks
 SMALL = ["--train-samples", "256"]
 QUICK = {"profile": [*SMALL, "--epochs", "1"], "train": [*SMALL, "--epochs", "1"], "plan": SMALL, "convert": SMALL}
 
+LEAVES = {
+    "docs/guides/profile.md": ["map.json"],
+    "docs/guides/branch.md": ["branched/plan.json", "branched/weights.safetensors"],
+    "docs/guides/train.md": ["metrics.jsonl", "run.checkpoint"],
+    "docs/guides/bench.md": ["runs/joint/run.json"],
+}
+"""Files that the code of a page writes."""
+
 
 @pytest.fixture
 def in_a_folder(tmp_path, monkeypatch):
@@ -34,6 +42,7 @@ def run(page, change=lambda code: code):
 @pytest.mark.parametrize("page", with_blocks("python"))
 def test_the_python_of_a_page_runs(page, in_a_folder):
     run(page)
+    assert all((in_a_folder / name).exists() for name in LEAVES.get(page, ()))
 
 
 def test_the_readme_leaves_a_branched_model_that_loads(in_a_folder):
