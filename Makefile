@@ -3,8 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+READY_FOR_DOCS := $(VENV)/.ready-for-docs
 
-.PHONY: demo test test-slow lint bench models clean
+.PHONY: demo test test-slow lint docs bench models clean
 
 demo: $(READY)
 	$(BIN)/recon demo --out demo
@@ -23,6 +24,9 @@ lint: $(READY)
 	$(BIN)/mypy benchmarks examples
 	$(BIN)/lint-imports
 
+docs: $(READY_FOR_DOCS)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 bench: $(READY)
 	$(BIN)/python benchmarks/profile_step.py
 	$(BIN)/python benchmarks/branched_step.py
@@ -36,6 +40,10 @@ models: $(READY)
 
 $(READY): pyproject.toml scripts/install.sh
 	@sh scripts/install.sh "$(PYTHON)" "$(VENV)"
+	@touch $@
+
+$(READY_FOR_DOCS): $(READY)
+	@sh scripts/install.sh "$(PYTHON)" "$(VENV)" docs
 	@touch $@
 
 clean:

@@ -59,7 +59,7 @@ def _parse(argv: list[str]) -> argparse.Namespace | None:
     if argv and not argv[0].startswith("-") and argv[0] not in VERBS:
         raise UnknownNameError("verb", argv[0], VERBS, "See `recon --help`.")
     try:
-        args, unknown = _root_parser().parse_known_args(argv)
+        args, unknown = root_parser().parse_known_args(argv)
     except SystemExit:
         flush()
         return None
@@ -84,7 +84,8 @@ def _silenced() -> Iterator[None]:
         yield
 
 
-def _root_parser() -> Parser:
+def root_parser() -> Parser:
+    """The parser of the whole command line."""
     parser = Parser(
         prog="recon",
         description="Find the layers where the tasks of a multi-task network fight, and give each task its own copy.",

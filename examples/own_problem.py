@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset, random_split
 from torchmetrics import MeanAbsoluteError
 from torchmetrics.classification import MulticlassAccuracy
 
-from recon.problems.problem import Metric, Problem, Task
+from recon import Metric, Problem, Task
 
 
 class DigitNet(nn.Module):

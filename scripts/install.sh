@@ -1,9 +1,11 @@
 #!/bin/sh
-# install.sh PYTHON FOLDER: makes the virtual environment in which the Makefile's targets run.
+# install.sh PYTHON FOLDER [EXTRA]: makes the virtual environment in which the Makefile's targets run, with what the
+# extra in pyproject.toml names (dev, if none is given).
 # A run that was stopped is taken up where it ended; what goes wrong is said with what to do about it.
 
 python=$1
 folder=$2
+extra=${3:-dev}
 
 fail() {
     printf 'error: %s\n' "$*" >&2
@@ -33,10 +35,13 @@ is_made() {
 }
 
 is_made || check_python
-echo "Installing recon and PyTorch into $folder: about 5 GB and some minutes, the first time only." >&2
+case $extra in
+    dev) echo "Installing recon and PyTorch into $folder: about 5 GB and some minutes, the first time only." >&2 ;;
+    *) echo "Installing what '$extra' needs beside recon into $folder: a minute, the first time only." >&2 ;;
+esac
 is_made || "$python" -m venv --clear "$folder" ||
     fail "$python could not make the virtual environment $folder (see above). Is the disk full, or the folder not yours?"
-pip install --quiet --disable-pip-version-check --editable '.[dev]' ||
+pip install --quiet --disable-pip-version-check --editable ".[$extra]" ||
     fail "pip could not install what recon needs (see above). It downloads from PyPI, or from where PIP_INDEX_URL" \
         "points to: check the network, proxies (HTTPS_PROXY) and the free disk space, then run make again; it goes on" \
         "with what it has."

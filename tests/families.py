@@ -1,7 +1,7 @@
 """The model families that people use, each with a head per task, and what is checked of every one of them.
 
 `python -m tests.families [part of a name ...]` checks them all, or those named, and prints the tables of
-docs/models.md.
+docs/method/verified_models.md.
 """
 
 from __future__ import annotations

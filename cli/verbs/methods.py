@@ -35,7 +35,7 @@ def add_parser(verbs: Verbs) -> None:
         "and needs one pass a task. A weighting can feed an aggregator, as in uw+pcgrad.",
     )
     parser.add_argument("method", nargs="?", metavar="METHOD", help="describe this one only")
-    parser.add_argument("--markdown", action="store_true", help="print the README's table")
+    parser.add_argument("--markdown", action="store_true", help="print the documentation's table")
 
 
 def run(args: argparse.Namespace) -> Report:
