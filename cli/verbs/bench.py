@@ -160,7 +160,7 @@ def _run(args: argparse.Namespace) -> Report:
 
 
 def _preset(args: argparse.Namespace, problem: Problem) -> Preset:
-    preset = PRESETS[args.preset](problem.name)
+    preset = PRESETS[args.preset](problem)
     names = ("seeds", "epochs", "profile_epochs", "train_batches", "test_batches")
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     return replace(preset, methods=tuple(args.methods or preset.methods), **given)

@@ -23,7 +23,7 @@ from recon.experiments.training.run_folder import epoch_line
 from recon.experiments.training.training import silent
 from recon.maps import ConflictMap
 from recon.methods import FeatureMethod
-from recon.plans import Match, Selection, choose, match
+from recon.plans import Match, Selection, choose, match, plan
 from recon.problems.problem import Problem
 from recon.support.files.documents import json_values, read_document, shown
 from recon.support.files.whole import write_text
@@ -217,23 +217,23 @@ class Bench:
             return choose(found, model, Selection(**how), tasks).plan
 
         # The same plan for every seed, but for the random one.
-        plans = {f"Recon K={k}": (chosen(found, top_k=k),) * self.seeds}
+        recon = {f"Recon K={k}": (chosen(found, top_k=k),) * self.seeds}
         if self.transfers:
-            plans[f"Recon* K={k}"] = (chosen(self._match_given(model), top_k=k),) * self.seeds
+            recon[f"Recon* K={k}"] = (chosen(self._match_given(model), top_k=k),) * self.seeds
         controls: dict[str, tuple[branching.BranchPlan, ...]] = {}
         if self.controls != "none":
             controls[f"random K={k}"] = tuple(chosen(found, top_k=k, select="random", seed=seed) for seed in seeds)
         if self.controls != "none" and self.max_macs is not None:
             try:
                 example = workbench.example_inputs(problem, 0)
-                budgeted = plans.plan(found, model, example, max_macs=self.max_macs, tasks=tasks)
+                budgeted = plan(found, model, example, max_macs=self.max_macs, tasks=tasks)
                 controls[f"max_macs={self.max_macs:g}"] = (budgeted,) * self.seeds
             except PlanError as error:
                 notes.append(f"No budgeted plan: {error}")
         variants = [Variant(SINGLE_TASK)]
         for method in self.methods:
             counted = not isinstance(methods.parse(method), FeatureMethod)
-            mine = {**plans, **(controls if self.controls == "all" or method == "joint" else {})}
+            mine = {**recon, **(controls if self.controls == "all" or method == "joint" else {})}
             variants.append(Variant(method, counted=counted))
             variants += [
                 Variant(method, surgery, of_seed, counted and (self.count_controls or surgery not in controls))
