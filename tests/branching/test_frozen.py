@@ -54,10 +54,6 @@ def test_a_saved_model(name):
     check_outputs(loaded, name)
 
 
-def test_a_pickled_model():
-    check_outputs(torch.load(FROZEN / "model.pickle", weights_only=False), "saved")
-
-
 def check_outputs(model, name):
     expected = json.loads((FROZEN / "expected.json").read_text())[name]
     outputs = model.eval()(tiny.inputs(8))

@@ -78,7 +78,6 @@ def make() -> None:
     for name, model in (("saved", tiny.branched()), ("rotated", tiny.rotated())):
         recon.save(model, name)
         expected[name] = outputs(model)
-    torch.save(tiny.branched(), "model.pickle")
     for kind in ("joint", "gradnorm", "profile"):
         interrupted(lambda stop, kind=kind: tiny.train(kind, Path(f"{kind}.checkpoint"), stop=stop))
         model, found = tiny.train(kind)
