@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from recon.maps import ConflictMap
     from recon.methods import backward
     from recon.plans import Costs, costs, plan
-    from recon.problems.problem import Metric, Problem, Search, Task
+    from recon.problems import Metric, Problem, Search, Task
     from recon.profiling import Profiler, profile
     from recon.support.network.forward import inputs
     from recon.training import Epoch, History, Recorder, delta_m, evaluate, train
@@ -67,12 +67,12 @@ _public, __dir__ = lazy_face(
         "Costs": "plans",
         "Epoch": "training",
         "History": "training",
-        "Metric": "problems.problem",
-        "Problem": "problems.problem",
+        "Metric": "problems",
+        "Problem": "problems",
         "Profiler": "profiling",
         "Recorder": "training",
-        "Search": "problems.problem",
-        "Task": "problems.problem",
+        "Search": "problems",
+        "Task": "problems",
         "Verification": "branching",
         "backward": "methods",
         "branching": "branching",

@@ -9,6 +9,7 @@ from recon.support.lazy import lazy_face
 if TYPE_CHECKING:
     from recon.experiments.backbones import with_backbone
     from recon.experiments.bench.bench import Bench
+    from recon.experiments.bench.settings import BenchSettings
     from recon.experiments.bench.variants import Variant
     from recon.experiments.comparison import compare
     from recon.experiments.inputs import make_loaders, make_model
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Bench",
+    "BenchSettings",
     "Recipe",
     "Run",
     "Training",
@@ -32,6 +34,7 @@ __getattr__, __dir__ = lazy_face(
     __name__,
     {
         "Bench": "bench.bench",
+        "BenchSettings": "bench.settings",
         "Recipe": "recipe",
         "Run": "run",
         "Training": "training.training",

@@ -14,11 +14,27 @@ from typing import TYPE_CHECKING, Any
 from recon.errors import ProblemError, UnknownNameError, UsageError
 from recon.problems.options import check_options
 from recon.support.importing import call, functions_of, import_target
+from recon.support.lazy import lazy_face
 
 if TYPE_CHECKING:
-    from recon.problems.problem import Problem
+    from recon.problems.problem import Metric, Problem, ReducedRun, Search, Task
 
-__all__ = ["call_function", "descriptions", "get", "home_of", "names"]
+__all__ = [
+    "Metric",
+    "Problem",
+    "ReducedRun",
+    "Search",
+    "Task",
+    "call_function",
+    "descriptions",
+    "get",
+    "home_of",
+    "names",
+]
+
+__getattr__, __dir__ = lazy_face(
+    __name__, dict.fromkeys(("Metric", "Problem", "ReducedRun", "Search", "Task"), "problem")
+)
 
 _HOME = "recon.problems.sets"
 _BUILT_IN = {
