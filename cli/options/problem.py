@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 PROBLEM = "a built-in problem (see `recon problems`), path/to/file.py:function or package.module:function"
 BACKBONE = f"one that fits of {', '.join(models.__all__)}, or path/to/file.py:function"
+PROBLEM_NAMES = ("problem", "data_root", "train_samples", "backbone", "pretrained")
+"""The arguments that name the same problem to another verb."""
 _OWN = "A backbone of your own is named path/to/file.py:function, where the function returns a module."
 
 
@@ -42,14 +44,6 @@ def add_problem(parser: Parser) -> None:
 def problem_options(args: argparse.Namespace) -> dict[str, Any]:
     """What `recon.problems.get` takes beside the problem's name."""
     return {"data_root": args.data_root, "train_samples": args.train_samples, "pretrained": args.pretrained}
-
-
-def problem_arguments(args: argparse.Namespace) -> list[str]:
-    """The arguments that name the same problem with the same options to another verb."""
-    options = {**problem_options(args), "backbone": args.backbone}
-    given = [(option, value) for option, value in options.items() if value is not None]
-    flags = [word for option, value in given for word in (f"--{option.replace('_', '-')}", str(value))]
-    return [args.problem, *flags]
 
 
 def problem_of(args: argparse.Namespace) -> Problem:

@@ -14,7 +14,7 @@ from recon.experiments.training.run_folder import CHECKPOINT_FILE, RUN_FILES
 from recon.support.files.folders import replacing
 from recon.support.tables import short_number, text_table
 from recon_cli.options.outputs import claimed_folder
-from recon_cli.options.problem import add_problem, problem_arguments, problem_of
+from recon_cli.options.problem import PROBLEM_NAMES, add_problem, problem_of
 from recon_cli.options.rename import renames
 from recon_cli.options.selection import (
     add_selection_options,
@@ -29,6 +29,7 @@ from recon_cli.parser import (
     add_device_option,
     add_verb,
     any_path,
+    command_words,
     seed,
 )
 from recon_cli.terminal import tell
@@ -181,7 +182,7 @@ def _report(
     found: Match | None,
 ) -> Report:
     statistics = [path for path in plan.statistics or {} if path not in plan.layers]
-    next_command = ["recon", "train", *problem_arguments(args), "--model", str(args.out), "--out", "run"]
+    next_command = ["recon", "train", *command_words(args, PROBLEM_NAMES), "--model", str(args.out), "--out", "run"]
     text = [
         *([fit_line(args.map, found), ""] if found else []),
         f"Branched are {choice}.",

@@ -10,17 +10,17 @@ from typing import TYPE_CHECKING, Any
 import recon
 from recon.support.tables import short_number, text_table
 from recon_cli.options.pictures import add_picture_options, check_pictures, show_pictures
-from recon_cli.options.problem import add_problem, problem_arguments, problem_of
+from recon_cli.options.problem import PROBLEM_NAMES, add_problem, problem_of
 from recon_cli.options.rename import renames
 from recon_cli.options.selection import (
+    SELECTION_NAMES,
     add_selection_options,
     check_selection,
     choose,
     groups_lines,
-    selection_arguments,
     surgery_name,
 )
-from recon_cli.parser import Report, add_verb, seed
+from recon_cli.parser import Report, add_verb, command_words, seed
 from recon_cli.texts.map_fit import fit_data, fit_line, match_map
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ def _report(
 ) -> Report:
     layers, runs = _layers(choice, kinds), costs.of(choice.plan.layers).runs
     table = _costs(choice, costs, samples)
-    next_command = ["recon", "convert", *problem_arguments(args), *selection_arguments(args), "--out", "branched"]
+    next_command = ["recon", "convert", *command_words(args, PROBLEM_NAMES + SELECTION_NAMES), "--out", "branched"]
     text = [
         *([fit_line(args.map, found), ""] if found else []),
         textwrap.fill(f"{choice}.", 100, break_on_hyphens=False),
