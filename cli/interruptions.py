@@ -13,6 +13,7 @@ from pathlib import Path
 from recon.errors import CheckpointError, GradientError, ReconError, UsageError
 from recon.support import launch
 from recon.training.checkpoints import refuse_existing
+from recon_cli.parser import command_words
 from recon_cli.terminal import log_handler, tell
 
 
@@ -73,23 +74,14 @@ def goes_on_when_given_again(args: argparse.Namespace) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt as error:
-        again = shlex.join(command_line(args))
+        again = shlex.join(_command(args))
         raise TrainingStoppedError(
             f"Interrupted. {args.out} keeps what was trained. Go on with the same command:\n  {again}"
         ) from error
 
 
-def command_line(args: argparse.Namespace) -> list[str]:
-    """The command that gives these arguments, without `--resume`."""
-    words = ["recon", args.verb]
-    for action in args.parser._actions:
-        value = getattr(args, action.dest, action.default)
-        if value == action.default or action.dest == "resume":
-            continue
-        words += action.option_strings[-1:]
-        if action.nargs != 0:
-            words += map(str, value) if isinstance(value, list) else [str(value)]
-    return words
+def _command(args: argparse.Namespace) -> list[str]:
+    return ["recon", args.verb, *command_words(args)]
 
 
 def _way_on(args: argparse.Namespace, checkpoints: Sequence[Path], error: BaseException) -> str:
@@ -98,7 +90,7 @@ def _way_on(args: argparse.Namespace, checkpoints: Sequence[Path], error: BaseEx
         return "" if launch.count() > 1 else "No step was complete, so nothing was saved."
     if isinstance(error, GradientError):  # it would happen again
         return f"{kept[-1]} keeps the training up to there. To start over with other settings, delete it."
-    return f"{kept[-1]} keeps the training. Go on with:\n  {shlex.join([*command_line(args), '--resume'])}"
+    return f"{kept[-1]} keeps the training. Go on with:\n  {shlex.join([*_command(args), '--resume'])}"
 
 
 @contextmanager

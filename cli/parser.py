@@ -7,7 +7,7 @@ import math
 import os
 import re
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -74,6 +74,34 @@ def add_verb(verbs: Verbs, name: str, run: Run, summary: str, examples: str, det
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     parser.set_defaults(run=run, parser=parser)
     return parser
+
+
+def command_words(args: argparse.Namespace, names: Container[str] | None = None) -> list[str]:
+    """The words of a command line that give these arguments, but for those that are as by default.
+
+    Args:
+        args: of a command line.
+        names: of the arguments; all but `--resume` when not given.
+    """
+    words = []
+    for action in args.parser._actions:
+        value = getattr(args, action.dest, action.default)
+        asked = action.dest != "resume" if names is None else action.dest in names
+        if value == action.default or not asked:
+            continue
+        repeated = isinstance(action, argparse._AppendAction)
+        for values in value if repeated else [value]:
+            words += action.option_strings[-1:]
+            if action.nargs != 0:
+                words += map(_word, values) if isinstance(values, list) else [_word(values)]
+    return words
+
+
+def _word(value: Any) -> str:
+    if isinstance(value, tuple):  # OLD=NEW
+        return "=".join(value)
+    short = f"{value:g}" if isinstance(value, float) else ""
+    return short if short and float(short) == value else str(value)
 
 
 def add_training_options(parser: Parser) -> None:

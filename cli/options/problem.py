@@ -15,11 +15,13 @@ if TYPE_CHECKING:
 
 PROBLEM = "a built-in problem (see `recon problems`), path/to/file.py:function or package.module:function"
 BACKBONE = f"one that fits of {', '.join(models.__all__)}, or path/to/file.py:function"
+PROBLEM_NAMES = ("problem", "data_root", "train_samples", "backbone", "pretrained")
+"""The arguments that name the same problem to another verb."""
 _OWN = "A backbone of your own is named path/to/file.py:function, where the function returns a module."
 
 
 def add_problem(parser: Parser) -> None:
-    """What `problem_of` reads: PROBLEM, the options that some take, and another network for it."""
+    """Add what `problem_of` reads: PROBLEM, the options that some problems have, and another network for it."""
     parser.add_argument("problem", metavar="PROBLEM", help=PROBLEM)
     parser.add_argument(
         "--data-root", type=any_path, metavar="DIR", help="where the problem's data set is, if it needs one"
@@ -28,28 +30,20 @@ def add_problem(parser: Parser) -> None:
         "--train-samples",
         type=positive_integer,
         metavar="N",
-        help="make do with N training samples (default: all), if the problem can",
+        help="use only N training samples (default: all), if the problem can",
     )
     parser.add_argument("--backbone", metavar="NAME", help=f"another network than the problem's: {BACKBONE}")
     parser.add_argument(
         "--pretrained",
         type=any_path,
         metavar="FILE",
-        help="ImageNet weights of torchvision's (.pth) for the problem's backbone, if it takes them",
+        help="torchvision's ImageNet weights (.pth) for the problem's backbone, if it accepts them",
     )
 
 
 def problem_options(args: argparse.Namespace) -> dict[str, Any]:
-    """What `recon.problems.get` takes beside the problem's name."""
+    """What `recon.problems.get` accepts beside the problem's name."""
     return {"data_root": args.data_root, "train_samples": args.train_samples, "pretrained": args.pretrained}
-
-
-def problem_arguments(args: argparse.Namespace) -> list[str]:
-    """The arguments that name the same problem with the same options to another verb."""
-    options = {**problem_options(args), "backbone": args.backbone}
-    given = [(option, value) for option, value in options.items() if value is not None]
-    flags = [word for option, value in given for word in (f"--{option.replace('_', '-')}", str(value))]
-    return [args.problem, *flags]
 
 
 def problem_of(args: argparse.Namespace) -> Problem:
@@ -61,7 +55,7 @@ def problem_of(args: argparse.Namespace) -> Problem:
     """
     backbone = "" if args.backbone is None else backbone_name(args.backbone)
     if backbone and args.pretrained is not None:
-        args.parser.error("--pretrained is of the problem's own network, so it does not go with --backbone")
+        args.parser.error("--pretrained is for the problem's own network, so it does not go with --backbone")
     problem = problems.get(args.problem, **problem_options(args))
     if not backbone:
         return problem

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 _SELECT = ("top", "random", "first", "last", "norms")
 _BUDGETS = ("max_params", "max_macs")
 _WAYS = ("top_k", "share", *_BUDGETS, "auto", "like", "layers", "matching")
+SELECTION_NAMES = ("map", *_WAYS, "select", "groups", "threshold", "rename", "seed")
+"""The arguments that make the same choice with another verb."""
 
 
 def add_selection_options(parser: Parser) -> None:
@@ -160,21 +162,6 @@ def surgery_name(args: argparse.Namespace, plan: BranchPlan) -> str:
         name = "auto" if args.auto else "all norms"
     groups = " ".join(args.groups)
     return name if groups == "per-task" else f"{name}, groups {groups}"
-
-
-def selection_arguments(args: argparse.Namespace) -> list[str]:
-    """The arguments that make the same choice with another verb."""
-    options: dict[str, Any] = {name: getattr(args, name) for name in ("map", *_WAYS, "select", "threshold")}
-    words = []
-    for name, value in options.items():
-        if value is None or value is False:
-            continue
-        values = [] if value is True else value if isinstance(value, list) else [value]
-        words += [_flag(name), *(f"{one:g}" if isinstance(one, float) else str(one) for one in values)]
-    words += [word for pair in renames(args).items() for word in ("--rename", "=".join(pair))]
-    if args.groups != ["per-task"]:
-        words += ["--groups", *args.groups]
-    return words + (["--seed", str(args.seed)] if args.seed else [])
 
 
 def groups_lines(layers: Mapping[str, Any]) -> list[str]:

@@ -1,4 +1,4 @@
-"""What `recon bench` tells in the end. Imports torch."""
+"""What `recon bench` prints in the end. Imports torch."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from recon_cli.parser import Report
 
 
 def report(bench: Bench, top_k_reason: str) -> Report:
-    """Do what is missing of the bench, write the results file, and tell."""
+    """Run what the bench still lacks, write the results file, and report."""
     found = bench.run()
     variants, rows = found.variants, found.comparison.rows
     notes = [*found.notes, *found.comparison.notes]
@@ -49,7 +49,7 @@ def report(bench: Bench, top_k_reason: str) -> Report:
         *notes,
         *_published(bench, rows, published),
         *_cosines(bench, found, their_cosines),
-        f"Saved in {bench.folder}: {RESULTS_FILE}, every run as `recon train` leaves it, and pictures. The same "
+        f"Saved in {bench.folder}: {RESULTS_FILE}, every run as `recon train` writes it, and pictures. The same "
         "command again prints this from there.",
     ]
     found.draw(bench.folder)

@@ -46,8 +46,7 @@ def add_parser(verbs: Verbs) -> None:
         """,
         "Profiles once; trains one model for each task, then every method on the plain model and on Recon's, and joint "
         "training on as many layers at random and on the best plan within a budget too. Prints the table in the "
-        "paper's layout, with costs and the paper's own figures. Give the same command again after an interruption: it "
-        "goes on.",
+        "paper's layout, with costs and the paper's own figures. After an interruption, the same command goes on.",
     )
     add_problem(parser)
     parser.add_argument(
@@ -59,11 +58,11 @@ def add_parser(verbs: Verbs) -> None:
     )
     size = parser.add_argument_group("instead of the preset's")
     size.add_argument("--methods", nargs="+", metavar="METHOD", help=METHOD)
-    size.add_argument("--seeds", type=positive_integer, metavar="N", help="train everything this often")
-    size.add_argument("--epochs", type=positive_integer, help="of every training")
-    size.add_argument("--profile-epochs", type=positive_integer, metavar="N", help="of the profile")
-    size.add_argument("--train-batches", type=positive_integer, metavar="N", help="at most so many batches an epoch")
-    size.add_argument("--test-batches", type=positive_integer, metavar="N", help="at most so many test batches")
+    size.add_argument("--seeds", type=positive_integer, metavar="N", help="train everything with N seeds")
+    size.add_argument("--epochs", type=positive_integer, help="epochs of every training")
+    size.add_argument("--profile-epochs", type=positive_integer, metavar="N", help="epochs of the profile")
+    size.add_argument("--train-batches", type=positive_integer, metavar="N", help="use at most N batches an epoch")
+    size.add_argument("--test-batches", type=positive_integer, metavar="N", help="use at most N test batches")
     layers = parser.add_argument_group("which layers")
     layers.add_argument(
         "--top-k",
@@ -72,10 +71,17 @@ def add_parser(verbs: Verbs) -> None:
         help="branch K layers (default: the paper's K on its own network, else half of the shared layers)",
     )
     layers.add_argument(
-        "--threshold", type=threshold, metavar="S", help="of conflicts (default: the problem's own, else -0.1)"
+        "--threshold",
+        type=threshold,
+        metavar="S",
+        help="a conflict is a cosine below S (default: the problem's own, else -0.1)",
     )
     layers.add_argument(
-        "--max-macs", type=positive_number, default=1.25, metavar="RATIO", help="of the budgeted plan (default: 1.25)"
+        "--max-macs",
+        type=positive_number,
+        default=1.25,
+        metavar="RATIO",
+        help="multiply-adds of the budgeted plan (default: 1.25 times)",
     )
     layers.add_argument(
         "--controls",
@@ -87,14 +93,17 @@ def add_parser(verbs: Verbs) -> None:
         "--map",
         type=any_path,
         metavar="MAP",
-        help="of this problem: take it and do not profile; of another data set: train its plan too, the paper's Recon*",
+        help="a map of this problem replaces the profile; of another data set's map, the plan is trained too: the "
+        "paper's Recon*",
     )
     add_rename_option(parser, "the map's layers")
     parser.add_argument(
-        "--workers", type=positive_integer, help="trainings at a time (default: one a core; 1 on a GPU)"
+        "--workers", type=positive_integer, help="trainings at the same time (default: one a core; 1 on a GPU)"
     )
     add_device_option(parser)
-    parser.add_argument("--out", type=any_path, default=Path("bench"), metavar="FOLDER", help="default: bench")
+    parser.add_argument(
+        "--out", type=any_path, default=Path("bench"), metavar="FOLDER", help="where everything goes (default: bench)"
+    )
 
 
 def run(args: argparse.Namespace) -> Report:

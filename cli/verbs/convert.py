@@ -12,9 +12,8 @@ from recon.errors import UsageError
 from recon.experiments import Run
 from recon.experiments.training.run_folder import CHECKPOINT_FILE, RUN_FILES
 from recon.support.files.folders import replacing
-from recon.support.tables import short_number, text_table
 from recon_cli.options.outputs import claimed_folder
-from recon_cli.options.problem import add_problem, problem_arguments, problem_of
+from recon_cli.options.problem import PROBLEM_NAMES, add_problem, problem_of
 from recon_cli.options.rename import renames
 from recon_cli.options.selection import (
     add_selection_options,
@@ -29,9 +28,11 @@ from recon_cli.parser import (
     add_device_option,
     add_verb,
     any_path,
+    command_words,
     seed,
 )
 from recon_cli.terminal import tell
+from recon_cli.texts.costs import cost_table, with_ratios
 from recon_cli.texts.map_fit import fit_data, fit_line, match_map
 
 if TYPE_CHECKING:
@@ -40,14 +41,9 @@ if TYPE_CHECKING:
     from recon import BranchPlan, Costs, Problem, Verification
     from recon.plans import Choice, Match
     from recon_cli.parser import Verbs
+    from recon_cli.texts.costs import CostsByName
 
 _ROUNDS = 7  # of timing; each takes a step of either model
-_COSTS = {
-    "parameters": "parameters",
-    "macs": "multiply-adds, forward, per sample",
-    "activation_bytes": "bytes of activations, per sample",
-    "seconds_per_step": "training step, joint",
-}
 
 
 def add_parser(verbs: Verbs) -> None:
@@ -134,7 +130,7 @@ def _run(args: argparse.Namespace) -> Report:
     tell("Timing training steps of both models ...")
     steps = {name: run_costs.TrainingStep(problem, model, batch) for name, model in models.items()}
     seconds = step_seconds(steps, rounds=_ROUNDS)
-    table: dict[str, dict[str, float | None]] = {
+    table = {
         name: {
             "parameters": counted[name].parameters,
             "macs": counted[name].macs,
@@ -143,7 +139,7 @@ def _run(args: argparse.Namespace) -> Report:
         }
         for name in models
     }
-    return _report(args, problem, choice, plan_of(branched), table, verified, found)
+    return _report(args, problem, choice, plan_of(branched), with_ratios(table), verified, found)
 
 
 def _check_options(args: argparse.Namespace) -> None:
@@ -176,12 +172,12 @@ def _report(
     problem: Problem,
     choice: Choice,
     plan: BranchPlan,
-    costs: dict[str, dict[str, float | None]],
+    costs: dict[str, CostsByName],
     verified: Verification | None,
     found: Match | None,
 ) -> Report:
     statistics = [path for path in plan.statistics or {} if path not in plan.layers]
-    next_command = ["recon", "train", *problem_arguments(args), "--model", str(args.out), "--out", "run"]
+    next_command = ["recon", "train", *command_words(args, PROBLEM_NAMES), "--model", str(args.out), "--out", "run"]
     text = [
         *([fit_line(args.map, found), ""] if found else []),
         f"Branched are {choice}.",
@@ -192,7 +188,7 @@ def _report(
         "",
         str(verified or "Not verified, as --no-verify asks."),
         "",
-        _cost_table(costs),
+        cost_table(costs),
         "",
         f"Saved {args.out}. Next, train it:",
         f"  {shlex.join(next_command)}",
@@ -210,26 +206,6 @@ def _report(
         "task_modules": {path: list(tasks) for path, tasks in (plan.task_modules or {}).items()},
         "mode": plan.mode,
         "verified": asdict(verified) if verified else None,
-        "costs": {**costs, "ratio": {what: _ratio(costs, what) for what in costs["plain"]}},
+        "costs": costs,
     }
     return Report("\n".join(text), data)
-
-
-def _cost_table(costs: dict[str, dict[str, float | None]]) -> str:
-    rows = []
-    for what, title in _COSTS.items():
-        texts = [_text(what, costs[name][what]) for name in ("plain", "branched")]
-        ratio = _ratio(costs, what)
-        rows.append([title, *texts, "-" if ratio is None else f"{ratio:.2f}x"])
-    return text_table(["cost", "plain", "branched", "ratio"], rows)
-
-
-def _text(what: str, value: float | None) -> str:
-    if value is None:
-        return "-"
-    return f"{1000 * value:.1f} ms" if what == "seconds_per_step" else short_number(value)
-
-
-def _ratio(costs: dict[str, dict[str, float | None]], what: str) -> float | None:
-    plain, branched = costs["plain"][what], costs["branched"][what]
-    return branched / plain if plain and branched is not None else None

@@ -27,8 +27,7 @@ def add_parser(verbs: Verbs) -> None:
         recon demo --seeds 1 --epochs 3 --out quick
         """,
         "Profiles once; trains single-task models, joint training and PCGrad, with and without Recon, and with as many "
-        "layers branched at random; prints one table, whoever wins. Give the same command again after an interruption: "
-        "it goes on.",
+        "layers branched at random; prints one table, whoever wins. After an interruption, the same command goes on.",
     )
     parser.add_argument(
         "--out", type=any_path, default=Path("demo"), metavar="FOLDER", help="where the results go (default: demo)"

@@ -8,30 +8,26 @@ import textwrap
 from typing import TYPE_CHECKING, Any
 
 import recon
-from recon.support.tables import short_number, text_table
+from recon.support.tables import text_table
 from recon_cli.options.pictures import add_picture_options, check_pictures, show_pictures
-from recon_cli.options.problem import add_problem, problem_arguments, problem_of
+from recon_cli.options.problem import PROBLEM_NAMES, add_problem, problem_of
 from recon_cli.options.rename import renames
 from recon_cli.options.selection import (
+    SELECTION_NAMES,
     add_selection_options,
     check_selection,
     choose,
     groups_lines,
-    selection_arguments,
     surgery_name,
 )
-from recon_cli.parser import Report, add_verb, seed
+from recon_cli.parser import Report, add_verb, command_words, seed
+from recon_cli.texts.costs import cost_table, with_ratios
 from recon_cli.texts.map_fit import fit_data, fit_line, match_map
 
 if TYPE_CHECKING:
     from recon.plans import Choice, CostModel, Match
     from recon_cli.parser import Verbs
-
-_COSTS = {
-    "parameters": "parameters",
-    "macs": "multiply-adds, forward, per sample",
-    "activation_bytes": "activation memory, training, per sample",
-}
+    from recon_cli.texts.costs import CostsByName
 
 
 def add_parser(verbs: Verbs) -> None:
@@ -88,7 +84,7 @@ def _report(
 ) -> Report:
     layers, runs = _layers(choice, kinds), costs.of(choice.plan.layers).runs
     table = _costs(choice, costs, samples)
-    next_command = ["recon", "convert", *problem_arguments(args), *selection_arguments(args), "--out", "branched"]
+    next_command = ["recon", "convert", *command_words(args, PROBLEM_NAMES + SELECTION_NAMES), "--out", "branched"]
     text = [
         *([fit_line(args.map, found), ""] if found else []),
         textwrap.fill(f"{choice}.", 100, break_on_hyphens=False),
@@ -98,7 +94,7 @@ def _report(
         *groups_lines(choice.plan.layers),
         *([f"Conflict covered: {100 * choice.covered:.1f} %."] if choice.scores else []),
         "",
-        _cost_table(table),
+        cost_table(table),
         f"{len(runs)} modules run once per group. {_how(costs)}",
         *shown[0],
         "",
@@ -151,9 +147,9 @@ def _layer_table(layers: list[dict[str, Any]]) -> str:
     return text_table(header, rows, left=2)
 
 
-def _costs(choice: Choice, costs: CostModel, samples: int) -> dict[str, dict[str, float | None]]:
+def _costs(choice: Choice, costs: CostModel, samples: int) -> dict[str, CostsByName]:
     """`{before, after, ratio: {parameters, macs, activation_bytes}}`, all but the parameters for one sample."""
-    found: dict[str, dict[str, float | None]] = {}
+    found: dict[str, CostsByName] = {}
     for when, layers in (("before", {}), ("after", choice.plan.layers)):
         of = costs.of(layers)
         found[when] = {
@@ -161,19 +157,7 @@ def _costs(choice: Choice, costs: CostModel, samples: int) -> dict[str, dict[str
             "macs": of.macs // samples,
             "activation_bytes": of.activation_bytes // samples,
         }
-    before, after = found["before"], found["after"]
-    found["ratio"] = {what: after[what] / before[what] if before[what] else None for what in _COSTS}  # type: ignore[operator]
-    return found
-
-
-def _cost_table(table: dict[str, dict[str, float | None]]) -> str:
-    rows = []
-    for what, title in _COSTS.items():
-        unit = "B" if what == "activation_bytes" else ""
-        ratio = table["ratio"][what]
-        values = [f"{short_number(table[when][what] or 0)}{unit}" for when in ("before", "after")]
-        rows.append([title, *values, "-" if ratio is None else f"{ratio:.2f}x"])
-    return text_table(["cost", "before", "after", "ratio"], rows)
+    return with_ratios(found)
 
 
 def _how(costs: CostModel) -> str:

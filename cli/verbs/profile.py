@@ -15,12 +15,13 @@ from recon.errors import MapFileError
 from recon.experiments.training.run_folder import epoch_line
 from recon.support import launch
 from recon_cli.options.outputs import claimed_file
-from recon_cli.options.problem import add_problem, problem_arguments, problem_of
+from recon_cli.options.problem import PROBLEM_NAMES, add_problem, problem_of
 from recon_cli.parser import (
     METHOD,
     Report,
     add_training_options,
     add_verb,
+    command_words,
     file_path,
     positive_integer,
     share,
@@ -215,7 +216,7 @@ def _report(args: argparse.Namespace, problem: Problem, cmap: ConflictMap) -> Re
     unsure = unsure_why(cmap)
     top_k = min(args.top_k or max(1, len(cmap.layers) // 4), len(cmap.layers))
     layers = ranked_layers(cmap, top_k=top_k)
-    next_command = ["recon", "convert", *problem_arguments(args), "--map", str(args.out)]
+    next_command = ["recon", "convert", *command_words(args, PROBLEM_NAMES), "--map", str(args.out)]
     next_command += ["--top-k", str(top_k), "--out", "branched"]
     text = [
         f"{len(layers)} shared layers, {cmap.steps} steps, {cmap.skipped} skipped. "

@@ -53,32 +53,40 @@ def add_parser(verbs: Verbs) -> None:
         recon compare joint recon4 single
         """,
         "FOLDER gets the model after the last epoch, the best one in FOLDER/best, and a line for every step in "
-        "metrics.jsonl. Until it is done, a checkpoint in there keeps the training: Ctrl-C loses nothing, whatever "
-        "else ends it a minute at most.",
+        "metrics.jsonl. Until it is done, a checkpoint in there keeps the training: Ctrl-C loses nothing, anything "
+        "else that ends it a minute at most.",
     )
     add_problem(parser)
     parser.add_argument(
         "--model",
         type=not_empty,
         metavar="MODEL",
-        help="the folder of a model to start from, which convert or train saved; or what --backbone takes",
+        help="the folder of a model to start from, which convert or train saved; or a name that --backbone accepts",
     )
     parser.add_argument("--method", help=f"{METHOD} (default: joint)")
-    parser.add_argument("--epochs", type=positive_integer, help="default: the problem's own")
+    parser.add_argument("--epochs", type=positive_integer, help="epochs to train (default: the problem's own)")
     parser.add_argument("--single-task", action="store_true", help="train one model for each task: the baselines of Δm")
     add_training_options(parser)
     add_recipe_options(parser)
     parser.add_argument(
-        "--evaluate-every", type=positive_integer, default=1, metavar="N", help="epochs (default: 1); the last one too"
+        "--evaluate-every",
+        type=positive_integer,
+        default=1,
+        metavar="N",
+        help="evaluate every N epochs, and after the last (default: 1)",
     )
     parser.add_argument(
         "--best-by",
         metavar="TASK.METRIC",
-        help="what tells the best epoch (default: the mean relative improvement on the first evaluation)",
+        help="the metric that decides which epoch is best (default: the mean relative gain on the first evaluation)",
     )
     parser.add_argument("--tensorboard", action="store_true", help="write TensorBoard's events into FOLDER/tensorboard")
     parser.add_argument("--out", type=any_path, required=True, metavar="FOLDER", help="where the run goes")
-    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in FOLDER; without one, begin")
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on from the checkpoint in FOLDER; without one, start from the beginning",
+    )
 
 
 def run(args: argparse.Namespace) -> Report:
@@ -105,7 +113,7 @@ def _run(args: argparse.Namespace, begins: bool) -> Report:
 
     check_resume(args)
     _refuse_other_checkpoints(job)
-    # Whoever was killed before anything was saved was about to replace the run that is there.
+    # A training that was killed before it saved anything was going to replace the run that is there.
     finished = None if begins else _finished(args, job)
     replaces = (args.out / RUN_FILE).exists() and not args.resume and not any(path.exists() for path in job.checkpoints)
     if finished is None and launch.number() == 0 and replaces:
@@ -124,7 +132,7 @@ def _backbone(args: argparse.Namespace) -> str:
     if backbone and args.backbone:
         args.parser.error(f"--model {args.model} is a backbone, so it does not go with --backbone {args.backbone}")
     if backbone and args.pretrained is not None:
-        args.parser.error(f"--pretrained is of the problem's own network, so it does not go with --model {args.model}")
+        args.parser.error(f"--pretrained is for the problem's own network, so it does not go with --model {args.model}")
     return backbone
 
 
@@ -169,10 +177,10 @@ def _refuse_other_checkpoints(job: Training) -> None:
 
 
 def _finished(args: argparse.Namespace, job: Training) -> Run | None:
-    """The run in the folder that `--resume` finds finished.
+    """The finished run in the folder, if `--resume` finds one.
 
     Raises:
-        UsageError: it is another one than the command would make.
+        UsageError: it is not the run that the command would make.
     """
     if not args.resume or not (args.out / RUN_FILE).exists() or any(path.exists() for path in job.checkpoints):
         return None

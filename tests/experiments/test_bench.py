@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from statistics import fmean, stdev
 
 import numpy as np
@@ -15,14 +16,17 @@ import torch
 import recon
 from recon.experiments.bench import cosines as bench_cosines
 from recon.experiments.bench.job import folder_name
+from recon.experiments.bench.presets import paper as paper_preset
+from recon.experiments.bench.presets import quick
 from recon.experiments.bench.settings import first_batches
 from recon.experiments.bench.table import paper_table
 from recon.experiments.comparison import Comparison
 from recon.experiments.comparison_rows import Row, spread
 from recon.experiments.run import Run
 from recon.experiments.training.run_folder import RunFolder
-from recon.maps.score_table import bin_edges
+from recon.maps.score_table import LayerConflicts, bin_edges
 from recon.problems import paper
+from recon.problems.problem import ReducedRun
 from recon.problems.sets import digits
 from recon.profiling.conflict_counter import ConflictCounter, Counting, read_cosines
 from recon.training.evaluation import directions
@@ -220,7 +224,7 @@ def test_wrong_input_is_refused_before_anything_is_trained(options, words, refus
     (files / "full" / "other.txt").write_text("")
     (files / "wrong").mkdir()
     (files / "wrong" / "results.json").write_text('{"rows": []}')
-    layer = recon.maps.conflict_map.LayerConflicts("nowhere", "", {}, None, None, None, score=3)
+    layer = LayerConflicts("nowhere", "", {}, None, None, None, score=3)
     recon.ConflictMap(("a", "b"), -0.1, None, None, (), [layer]).save(files / "strange.json")
     refused(f"bench digits --out new {options}", words)
     assert not (files / "new").exists()
@@ -287,7 +291,16 @@ def test_first_batches_keep_their_length_and_order():
         len(first_batches(iter(loader), 2))
 
 
-@pytest.mark.parametrize("table", paper._RESULTS.values(), ids=lambda table: f"table {table.number}")
+def test_the_presets_ask_the_problem():
+    problem = digits.digits()
+    assert quick(problem).epochs == 3 and paper_preset(problem).methods[-1] == "cagrad"
+    own = replace(problem, quick=ReducedRun(epochs=7, test_batches=None, schedule="cosine"), cagrad_c=0.25)
+    preset = quick(own)
+    assert (preset.epochs, preset.train_batches, preset.test_batches) == (7, 200, None)
+    assert preset.recipe.schedule == "cosine" and paper_preset(own).methods[-1] == "cagrad:c=0.25"
+
+
+@pytest.mark.parametrize("table", paper.all_results().values(), ids=lambda table: f"table {table.number}")
 def test_the_papers_rows_have_its_own_delta_m(table):
     """Checks every figure: Δm from the rows as printed, but for rounding."""
     alone = table.rows["single-task", ""]
@@ -306,7 +319,7 @@ def test_the_papers_rows_have_its_own_delta_m(table):
         assert delta_m == pytest.approx(row.delta_m, abs=0.6 if table.number == 5 else 0.35), (method, surgery)
 
 
-@pytest.mark.parametrize("table", paper._COSINES.values(), ids=lambda table: f"table {table.number}")
+@pytest.mark.parametrize("table", paper.all_cosines().values(), ids=lambda table: f"table {table.number}")
 def test_the_papers_cosines_add_up(table):
     assert table.severe in table.edges
     for row, shares in table.shares.items():

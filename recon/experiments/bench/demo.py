@@ -161,7 +161,7 @@ class Story:
                 "",
                 f"{self.minutes:.1f} minutes. Saved in {folder}: map.json, results.json, conflicts_by_layer.png,",
                 f"conflicts_before_after.png, and branched/, the model of pcgrad + {self.surgery} with seed 0. Every",
-                "run is in runs/, as `recon train` leaves it.",
+                "run is in runs/, as `recon train` writes it.",
             ]
         )
 
