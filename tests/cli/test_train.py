@@ -142,10 +142,10 @@ def crash(command, monkeypatch):
     def crash(line, at, how="crash"):
         monkeypatch.setenv("CRASH_AT", str(at))
         monkeypatch.setenv("HOW", how)
-        monkeypatch.setattr(recon, "train", partial(train, checkpoint_seconds=0.0))
+        monkeypatch.setattr(recon.training, "train", partial(train, checkpoint_seconds=0.0))
         code, _, err = command(line)
         monkeypatch.delenv("CRASH_AT")
-        monkeypatch.setattr(recon, "train", train)
+        monkeypatch.setattr(recon.training, "train", train)
         assert code == 1
         return err
 
@@ -313,7 +313,7 @@ def test_killed_at_any_moment_it_goes_on(files, ask, tmp_path):
     line = ["train", "tiny.py:problem", "--method", "pcgrad", "--out", "killed", "--resume"]
     code = (
         "import sys, functools, torch, recon; torch.set_num_threads(1);"
-        "recon.train = functools.partial(recon.train, checkpoint_seconds=0.0);"
+        "recon.training.train = functools.partial(recon.training.train, checkpoint_seconds=0.0);"
         "from recon_cli.main import main; sys.exit(main(sys.argv[1:]))"
     )
     chance = random.Random(3)
