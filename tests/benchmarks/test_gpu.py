@@ -73,7 +73,7 @@ def test_branching_and_methods_are_those_of_the_label(bench, tmp_path, monkeypat
     problem = bench.problems.get("multi-fashion-mnist", data_root=tmp_path, train_samples=64)
     harness = bench.Bench(problem, bench.MAP, torch.device("cpu"))
     model = harness.branch(problem.make_model())
-    assert len(bench.recon.branch_plan.plan_of(model).layers) == 25
+    assert len(bench.recon.branching.plan_of(model).layers) == 25
     assert harness.seconds_per_step(wanted[0]) > 0
 
 

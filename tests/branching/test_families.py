@@ -25,7 +25,7 @@ from tests.families import (
     settle,
 )
 
-PAGE = Path(__file__).parents[2] / "docs" / "models.md"
+PAGE = Path(__file__).parents[2] / "docs" / "method" / "verified_models.md"
 
 
 def named(name: str) -> Family:
