@@ -22,11 +22,7 @@ class TrainingStoppedError(ReconError):
 
 
 def check_resume(args: argparse.Namespace) -> None:
-    """Refuse `--resume` where there can be no checkpoint.
-
-    Raises:
-        UsageError: there are several processes.
-    """
+    """Refuse `--resume` where there can be no checkpoint: of several processes."""
     if args.resume and launch.count() > 1:
         raise UsageError("--resume goes on from a checkpoint, which several processes do not keep. Leave it out.")
 
@@ -37,14 +33,8 @@ def resumable(
 ) -> Iterator[None]:
     """Run trainings that have checkpoints: whatever ends one, the user is told how to go on.
 
-    Args:
-        args: the command's.
-        checkpoints: one for each training, in order; deleted when all are done.
-        left: says what else an interruption leaves, as a sentence.
-
-    Raises:
-        UsageError: there is a checkpoint, and no `--resume`.
-        TrainingStoppedError: the user pressed Ctrl-C.
+    `checkpoints` has one for each training, in order; all are deleted when all are done. `left` says, as a sentence,
+    what else an interruption leaves.
     """
     if not args.resume:
         for checkpoint in checkpoints:
@@ -66,11 +56,7 @@ def resumable(
 
 @contextmanager
 def goes_on_when_given_again(args: argparse.Namespace) -> Iterator[None]:
-    """A command whose folder keeps what was trained: whoever stops it learns how to go on.
-
-    Raises:
-        TrainingStoppedError: the user pressed Ctrl-C.
-    """
+    """A command whose folder keeps what was trained: whoever stops it learns how to go on."""
     try:
         yield
     except KeyboardInterrupt as error:

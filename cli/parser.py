@@ -51,16 +51,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def add_verb(verbs: Verbs, name: str, run: Run, summary: str, examples: str, details: str = "") -> Parser:
-    """Add a verb to the root parser.
-
-    Args:
-        verbs: the root parser's subparsers.
-        name: the verb.
-        run: what it does.
-        summary: one line for `recon --help`.
-        examples: command lines, one on each line.
-        details: more for `recon VERB --help`.
-    """
+    """Add a verb: its `summary` for `recon --help`, `details` and `examples`, one a line, for `recon VERB --help`."""
     indented = "\n".join(f"  {line.strip()}" for line in examples.strip().splitlines())
     parser = verbs.add_parser(
         name,

@@ -28,21 +28,13 @@ def tell(text: str) -> None:
 
 
 def show(text: str) -> None:
-    """Print results on stdout.
-
-    Raises:
-        StdoutError: it is full, or failed.
-    """
+    """Print results on stdout."""
     with _refused_by_stdout():
         print(printable(text), flush=True)
 
 
 def flush() -> None:
-    """Flush stdout.
-
-    Raises:
-        StdoutError: it is full, or failed.
-    """
+    """Flush stdout."""
     with _refused_by_stdout():
         print(end="", flush=True)
 

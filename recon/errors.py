@@ -12,13 +12,9 @@ _MOST_COMPARED = 5000  # the nearest name is looked for among so many: difflib n
 
 
 def printable(text: str, keep: str = "\n") -> str:
-    """The text with control, escape and other invisible characters shown escaped: safe for a terminal.
+    """The text with control, escape and other invisible characters, but for `keep`, shown escaped: safe for a terminal.
 
     Names in a message may come from a file that somebody else wrote.
-
-    Args:
-        text: what will be shown.
-        keep: which of these characters stay.
     """
     if text.isprintable():
         return text

@@ -37,16 +37,7 @@ _HEAD = 1 << 16
 
 
 def check_file(path: Path, mark: bytes) -> Path:
-    """Refuse a file that cannot be written, or one that holds something else.
-
-    Args:
-        path: where a file will be written.
-        mark: what such a file contains near its beginning: an older one may be replaced.
-
-    Raises:
-        UsageError: see above.
-        WriteError: the disk is full.
-    """
+    """Refuse a file that cannot be written, or one without `mark` near its beginning: it holds something else."""
     target = target_of(path)
     _check_place(path, target)
     try:
@@ -61,16 +52,7 @@ def check_file(path: Path, mark: bytes) -> Path:
 
 
 def check_folder(folder: Path, marks: Sequence[str] = MODEL_FILES) -> Path:
-    """Refuse a folder that cannot be written to, or one with files of another kind.
-
-    Args:
-        folder: where files will be written.
-        marks: an older folder with any of these files may be written into; the default is a model's or a run's.
-
-    Raises:
-        UsageError: see above.
-        WriteError: the disk is full.
-    """
+    """Refuse a folder that cannot be written to, or one with files of another kind: with none of `marks`."""
     mode = mode_of(folder)
     if mode is not None and not stat.S_ISDIR(mode):
         raise UsageError(f"Cannot write into {folder}: it is {kind_of(mode)}. Give the name of a folder.")

@@ -43,11 +43,7 @@ def add_picture_options(parser: Parser) -> None:
 
 
 def check_pictures(args: argparse.Namespace) -> None:
-    """Name the pictures, and refuse files that are not to be written, before any work is done.
-
-    Raises:
-        UsageError: there is something else already, the folder takes no files, or there is no map for a frontier.
-    """
+    """Name the pictures, and refuse files that are not to be written, before any work is done."""
     if args.frontier is not None and args.map is None:
         args.parser.error("--frontier needs --map MAP: it says what the plans cover. `recon profile` makes one")
     if args.frontier is not None and args.picture is None:
@@ -65,13 +61,7 @@ def show_pictures(
 ) -> tuple[list[str], dict[str, Any]]:
     """What --frontier and --picture ask for: lines of text and plain values; pictures are saved.
 
-    Args:
-        args: of the command line.
-        model: the unbranched model.
-        found: the map, matched to the model.
-        costs: of the model.
-        choice: the chosen plan.
-        samples: how many the costs' example inputs are.
+    `samples` is how many the costs' example inputs are.
     """
     lines: list[str] = []
     data: dict[str, Any] = {}

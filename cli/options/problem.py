@@ -47,12 +47,7 @@ def problem_options(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def problem_of(args: argparse.Namespace) -> Problem:
-    """The problem of a command line, with the network that `--backbone` names.
-
-    Raises:
-        UsageError: there is no such problem or backbone, or the two do not fit.
-        ProblemError: the user's code raised.
-    """
+    """The problem of a command line, with the network that `--backbone` names."""
     backbone = "" if args.backbone is None else backbone_name(args.backbone)
     if backbone and args.pretrained is not None:
         args.parser.error("--pretrained is for the problem's own network, so it does not go with --backbone")
@@ -65,11 +60,7 @@ def problem_of(args: argparse.Namespace) -> Problem:
 
 
 def backbone_name(text: str) -> str:
-    """The backbone that `--backbone` names, as a run keeps it.
-
-    Raises:
-        UnknownNameError: there is none.
-    """
+    """The backbone that `--backbone` names, as a run keeps it."""
     name = _name(text)
     if not name:
         raise UnknownNameError("backbone", text, models.__all__, _OWN)
@@ -77,11 +68,7 @@ def backbone_name(text: str) -> str:
 
 
 def model_backbone(text: str) -> str:
-    """The backbone that `--model` names, as a run keeps it; empty if it names a folder.
-
-    Raises:
-        UnknownNameError: it is neither.
-    """
+    """The backbone that `--model` names, as a run keeps it; empty if it names a folder."""
     name = "" if Path(text).exists() else _name(text)
     if name or Path(text).exists() or Path(text).name != text:
         return name

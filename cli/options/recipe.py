@@ -51,11 +51,7 @@ def add_recipe_options(parser: Parser) -> None:
 
 
 def recipe_of(args: argparse.Namespace, epochs: int) -> Recipe:
-    """The recipe on the command line.
-
-    Raises:
-        CommandLineError: the options do not go together.
-    """
+    """The recipe on the command line."""
     values = {field.name: getattr(args, field.name) for field in fields(Recipe)}
     recipe = Recipe(**{**values, "milestones": tuple(args.milestones or ())})
     try:

@@ -19,17 +19,8 @@ def ranked_layers(
 ) -> list[dict[str, Any]]:
     """The shared layers, highest score first, each with what the map knows of it.
 
-    Args:
-        cmap: the map.
-        threshold: S, a multiple of 0.01 in (-1, 0]; the map's own when not given.
-        top_k: add each layer's probability of being among the top K.
-
-    Returns:
-        A record a layer. At the map's own threshold, and if the map knows its scores over time, there is an `interval`
-        that holds the score in 90 % of resampled runs, and with `top_k` a `top_k_probability`.
-
-    Raises:
-        UsageError: the threshold is off the grid or not one that the map can score, or there are not `top_k` layers.
+    At the map's own threshold, and if the map knows its scores over time, a layer has an `interval` that holds the
+    score in 90 % of resampled runs, and with `top_k` a `top_k_probability`: of being among the top K.
     """
     if top_k is not None and not 1 <= top_k <= len(cmap.layers):
         raise UsageError(
@@ -82,14 +73,7 @@ def unsure_why(cmap: ConflictMap, threshold: float | None = None) -> str:
 def ranking_table(
     layers: list[dict[str, Any]], top: int | None = None, quarters: bool = False, top_k: int | None = None
 ) -> str:
-    """A ranking's first layers as text.
-
-    Args:
-        layers: what `ranked_layers` gave.
-        top: how many to show; all when not given.
-        quarters: show the shares by quarter of the training.
-        top_k: draw a line under the first K, and say which layers are within noise of it.
-    """
+    """A ranking's first layers as text: a line under the first `top_k`, and which layers are within noise of it."""
     shown = layers[:top]
     columns = [
         ("rank", [str(layer["rank"]) for layer in shown]),

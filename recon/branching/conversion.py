@@ -146,12 +146,7 @@ def _per_task_form(model: nn.Module, branched: nn.Module, plan: BranchPlan, exam
 
 
 def refuse_model(model: nn.Module) -> None:
-    """Fail on a model that cannot be branched.
-
-    Raises:
-        PlanError: it is branched already.
-        UsageError: it is wrapped or sharded over processes, or holds RotoGrad's rotations.
-    """
+    """Fail on a model that is branched already, wrapped or sharded over processes, or holds RotoGrad's rotations."""
     _refuse_wrapped(model)
     refuse_sharded(model)
     if hasattr(model, "branch_plan"):

@@ -105,11 +105,7 @@ def find_plan(model: nn.Module) -> BranchPlan | None:
 
 
 def checked_mode(mode: str) -> Mode:
-    """`mode`, if there is such a one.
-
-    Raises:
-        PlanError: there is not.
-    """
+    """`mode`, if there is such a one."""
     if mode not in get_args(Mode):
         raise PlanError(f"mode is {mode!r}. Choose {' or '.join(map(repr, get_args(Mode)))}.")
     return cast(Mode, mode)

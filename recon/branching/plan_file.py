@@ -33,11 +33,7 @@ def plan_to_json(plan: BranchPlan) -> str:
 
 
 def plan_from_json(text: str, source: str) -> BranchPlan:
-    """Read a plan; `source` names it in errors.
-
-    Raises:
-        CheckpointError: not a plan, of an unknown version, or with a wrong field.
-    """
+    """Read a plan; `source` names it in errors."""
     document = parse_document(text, source, CheckpointError, REMEDY)
     document.check_format(FORMAT, VERSION)
     tasks = document.names("tasks", least=2)

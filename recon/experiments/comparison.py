@@ -16,21 +16,13 @@ from recon.support.tables import text_table, with_ratio
 
 @dataclass(frozen=True)
 class Comparison:
-    """Runs of one problem side by side.
+    """Runs of one problem side by side."""
 
-    Args:
-        rows: one a name.
-        baseline: the label of the run that Δm refers to; None without one.
-        reference: the name of the row that cost ratios refer to.
-        mean_metric: the first metric of every task, if it is the same one.
-        notes: what a reader of the table should know.
-    """
-
-    rows: list[Row]
-    baseline: str | None
-    reference: str
-    mean_metric: str | None
-    notes: list[str]
+    rows: list[Row]  # one a name
+    baseline: str | None  # the label of the run that Δm refers to
+    reference: str  # the name of the row that cost ratios refer to
+    mean_metric: str | None  # the first metric of every task, if it is the same one
+    notes: list[str]  # what a reader of the table should know
 
     def text(self) -> str:
         """The comparison as a plain text table."""

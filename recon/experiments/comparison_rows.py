@@ -18,26 +18,15 @@ Column = tuple[tuple[str, str], list[tuple[str, str]]]
 
 @dataclass(frozen=True)
 class Row:
-    """The runs of one name in a comparison, one for each seed.
-
-    Args:
-        name: in this comparison.
-        runs: their records.
-        seconds: of a training step.
-        mean: over the seeds and the tasks, of the tasks' first metric; None where that is not the same metric for all.
-        deltas: Δm of each seed in percent against the baseline; empty without one.
-        parameters_ratio: parameters, divided by those of the reference row.
-        macs_ratio: forward multiply-adds per sample, divided by those of the reference row; None if it has none.
-        seconds_ratio: the same of the training step.
-    """
+    """The runs of one name in a comparison, one for each seed."""
 
     name: str
     runs: Sequence[Run]
-    seconds: float
-    mean: float | None = None
-    deltas: Sequence[float] = ()
-    parameters_ratio: float | None = None
-    macs_ratio: float | None = None
+    seconds: float  # of a training step
+    mean: float | None = None  # of the tasks' first metric over seeds and tasks; None where that differs between tasks
+    deltas: Sequence[float] = ()  # Δm of each seed in percent against the baseline; empty without one
+    parameters_ratio: float | None = None  # to the reference row, as those that follow
+    macs_ratio: float | None = None  # of forward multiply-adds per sample; None if the reference has none
     seconds_ratio: float | None = None
 
     @property

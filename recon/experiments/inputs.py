@@ -22,11 +22,7 @@ _SAMPLES = 8  # enough for batch norm, little enough to be quick
 
 
 def choose_device(name: str | None) -> torch.device:
-    """The device of this name, `cpu` or `cuda`, or the best there is; of several processes, each has a GPU of its own.
-
-    Raises:
-        UsageError: there is no GPU that torch can use.
-    """
+    """The device of this name, `cpu` or `cuda`, or the best there is; of several processes, each has its own GPU."""
     if name == "cuda" and not torch.cuda.is_available():
         raise UsageError("torch finds no usable GPU here. Use the CPU: --device cpu (in Python, device='cpu').")
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -85,22 +81,14 @@ def threshold_of(problem: Problem, asked: float | None) -> float:
 
 
 def first_batch(problem: Problem, loader: Iterable[Batch], device: torch.device) -> Batch:
-    """The train loader's first batch.
-
-    Raises:
-        ProblemError: there is none, or it is no `(inputs, {task name: target})`.
-    """
+    """The train loader's first batch; an error if there is none, or it is no `(inputs, {task name: target})`."""
     for batch in loader:
         return to_device(unpack(batch), device)
     raise ProblemError(f"The train loader of {problem.name!r} gave no batch. Check that its data set is not empty.")
 
 
 def example_inputs(problem: Problem, seed: int) -> Any:
-    """Inputs on the CPU to count costs on: the problem's own examples, or a few samples of its first batch.
-
-    Raises:
-        ProblemError: the problem has no batch.
-    """
+    """Inputs on the CPU to count costs on: the problem's own examples, or a few samples of its first batch."""
     if problem.example_inputs is not None:
         return problem.example_inputs()
     loader, _ = make_loaders(problem, seed)

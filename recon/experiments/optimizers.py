@@ -34,11 +34,7 @@ _OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
 
 
 def make_optimizer(problem: Problem, model: nn.Module, recipe: Recipe) -> Optimizer:
-    """The recipe's optimizer, or the problem's with the recipe's settings.
-
-    Raises:
-        UsageError: the optimizer has no such setting.
-    """
+    """The recipe's optimizer, or the problem's with the recipe's settings."""
     make = problem.make_optimizer if recipe.optimizer is None else _OPTIMIZERS[recipe.optimizer]
     optimizer = make(model.parameters())
     for name in ("lr", "momentum", "weight_decay"):
@@ -60,9 +56,7 @@ def make_scheduler(
 ) -> MakeScheduler | None:
     """What makes the scheduler of an optimizer, stepped after every optimizer step; None where there is none.
 
-    Raises:
-        UsageError: settings that do not go together, or a warm-up that leaves no steps, or goes beyond a milestone.
-        ProblemError: the schedule needs the number of steps, but the train loader has no length.
+    Refused are settings that do not go together, and a warm-up that leaves no steps, or goes beyond a milestone.
     """
     recipe = recipe or Recipe()
     recipe.check(epochs)

@@ -20,12 +20,7 @@ _MOST_LETTERS = 300  # of a name that a message shows to be copied
 
 
 def load_model(problem: Problem, folder: Path, seed: int) -> tuple[nn.Module, Run | None]:
-    """A saved model on the CPU, and its record if it has one.
-
-    Raises:
-        CheckpointError: there is no model, or it is another problem's.
-        UsageError: the folder holds one model for each task, or a model of another backbone than the problem's.
-    """
+    """A saved model of this problem and backbone on the CPU, and its record if it has one."""
     record = read_record(problem, folder)
     if record is not None and record.is_single_task:
         one = task_folder(folder, record.tasks[0])
@@ -34,11 +29,7 @@ def load_model(problem: Problem, folder: Path, seed: int) -> tuple[nn.Module, Ru
 
 
 def read_record(problem: Problem, folder: Path) -> Run | None:
-    """The record of the run in a folder; None for a model that was saved without one.
-
-    Raises:
-        CheckpointError: it cannot be read, or is another problem's.
-    """
+    """The record of the run in a folder; None for a model that was saved without one."""
     finish_replacing(folder)
     if not (folder / RUN_FILE).exists():
         return None
@@ -56,10 +47,6 @@ def as_recorded(problem: Problem, record: Run | None, folder: Path) -> Problem:
 
     A record is no reason to import anything: of recon's own networks it names one; a network of the user's, the user
     names.
-
-    Raises:
-        CheckpointError: the record names no network that there is.
-        UsageError: the problem has another one already, or the user must name it.
     """
     if record is None or record.backbone == problem.backbone:
         return problem

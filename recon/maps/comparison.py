@@ -19,7 +19,6 @@ class LayerRanks:
     """A layer in two maps.
 
     Args:
-        name: the layer's name in the first map.
         ranks: in either map among the layers that both have, 1 the highest score; layers with equal scores share the
             mean of their ranks.
         scores: its S-conflict score in either map.

@@ -115,11 +115,7 @@ class ScoreTable:
     def scores(self, threshold: float | None = None) -> dict[str, int]:
         """`{layer name: S-conflict score}`: how many (step, pair) had a cosine below `threshold`, strictly.
 
-        Args:
-            threshold: S, a multiple of 0.01 in (-1, 0]; the map's own when not given.
-
-        Raises:
-            UsageError: the threshold is off the grid, or the map holds the scores at its own threshold alone.
+        The threshold S is a multiple of 0.01 in (-1, 0]; the map's own when not given.
         """
         below = threshold_bin(self.threshold if threshold is None else threshold)
         return {layer.name: self._score(layer, below) for layer in self.layers}
@@ -162,8 +158,7 @@ class ScoreTable:
     def series(self) -> Counts:
         """(B, layers): cosines below the map's own threshold by bin of `bin_steps` consecutive steps.
 
-        Raises:
-            UsageError: the map does not know them, being imported or merged, or is of one bin.
+        A map that was imported or merged, or is of one bin, does not know them.
         """
         if not self.has_series:
             raise UsageError(
@@ -177,19 +172,12 @@ class ScoreTable:
 
         From a block bootstrap over the steps, see `recon.maps.confidence`: it shows what other batches would have done
         to this training, not what another seed would.
-
-        Raises:
-            UsageError: the map has no series, or `level` is not within (0, 1).
         """
         low_high = intervals(self.series(), level).tolist()
         return {layer.name: (low, high) for layer, (low, high) in zip(self.layers, low_high, strict=True)}
 
     def top_k_probability(self, k: int) -> dict[str, float]:
-        """`{layer name: how often it is among the k highest resampled scores}`; they add up to k. See `intervals`.
-
-        Raises:
-            UsageError: the map has no series, or not so many layers.
-        """
+        """`{layer name: how often it is among the k highest resampled scores}`; they add up to k. See `intervals`."""
         probabilities = top_k_probability(self.series(), k).tolist()
         return {layer.name: p for layer, p in zip(self.layers, probabilities, strict=True)}
 

@@ -17,17 +17,9 @@ def load_pretrained(
     """Load a network of torchvision into the layers of `model` that have its names; the others keep their weights.
 
     The file must hold the whole trunk and nothing else: a ResNet-34 has every layer of a ResNet-18, but a ResNet-18
-    gains little from its weights.
-
-    Args:
-        model: gets the weights.
-        path: a state dict as torchvision publishes it (`resnet18-f37072fd.pth`, say), or as `torch.save` wrote it.
-        network: torchvision's name of the network, for the error.
-        unused: beginnings of names in the file that the model does not need, such as "fc.".
-        fresh: beginnings of names in the model that the file cannot have, such as "heads.".
-
-    Raises:
-        CheckpointError: the file is missing or damaged, or holds another network.
+    gains little from its weights. It is a state dict as torchvision publishes it (`resnet18-f37072fd.pth`, say), or as
+    `torch.save` wrote it. `unused` are beginnings of names in the file that the model does not need, such as "fc.";
+    `fresh` those of names in the model that the file cannot have, such as "heads.".
     """
     given = _named(read_state_dict(Path(path)), without=unused)
     wanted = _named(model.state_dict(), without=fresh)

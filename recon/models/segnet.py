@@ -25,15 +25,11 @@ class SegNetTrunk(nn.Module):
     """The encoder and the decoder of SegNet (Badrinarayanan, Kendall, Cipolla, TPAMI 2017).
 
     The encoder is VGG-16's: five stages of 2, 2, 3, 3 and 3 convolutions, each with batch norm and ReLU, and
-    max-pooling after each stage. The decoder mirrors it; it puts each value back where the encoder's pooling found its
-    maximum. Layers are named as in the code of Liu, Johns and Davison (CVPR 2019), whose multi-task form this is,
-    and within a block as in Recon's published conflict scores: a stage's first convolution lies in `encoder_block` or
-    `decoder_block`, the others in `conv_block_enc` or `conv_block_dec`, and decoder stages have the number of the
-    encoder stage that they mirror.
-
-    Args:
-        in_channels: channels of the input image.
-        width: channels of the first stage; the others have 2, 4, 8 and 8 times as many.
+    max-pooling after each stage; they have 1, 2, 4, 8 and 8 times `width` channels. The decoder mirrors it; it puts
+    each value back where the encoder's pooling found its maximum. Layers are named as in the code of Liu, Johns and
+    Davison (CVPR 2019), whose multi-task form this is, and within a block as in Recon's published conflict scores: a
+    stage's first convolution lies in `encoder_block` or `decoder_block`, the others in `conv_block_enc` or
+    `conv_block_dec`, and decoder stages have the number of the encoder stage that they mirror.
     """
 
     def __init__(self, in_channels: int, width: int) -> None:

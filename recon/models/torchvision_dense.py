@@ -17,14 +17,10 @@ class DenseResNet50(nn.Module):
     """A ResNet-50 that all tasks share, and on it one of torchvision's heads for each task.
 
     Dilations replace the strides of the last two stages, so that its features have an eighth of the image's height and
-    width; bilinear interpolation brings each head's output back to the image's size. The heads, with their atrous
-    pyramids, are the tasks' own, as usual where such networks serve several tasks (Liu, Johns and Davison, "End-to-End
-    Multi-Task Learning with Attention", CVPR 2019, split there after the encoder). Weights start as torchvision's.
-
-    Args:
-        backbone: the shared ResNet-50 as torchvision's segmentation networks hold it.
-        heads: `{task name: module}`, each from `(N, 2048, H / 8, W / 8)` to `(N, channels, H / 8, W / 8)`.
-        in_channels: channels of the input image.
+    width, `(N, 2048, H / 8, W / 8)`; bilinear interpolation brings each head's output back to the image's size. The
+    heads, with their atrous pyramids, are the tasks' own, as usual where such networks serve several tasks (Liu, Johns
+    and Davison, "End-to-End Multi-Task Learning with Attention", CVPR 2019, split there after the encoder). Weights
+    start as torchvision's.
     """
 
     def __init__(self, backbone: nn.Module, heads: Mapping[str, nn.Module], in_channels: int) -> None:

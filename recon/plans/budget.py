@@ -71,10 +71,8 @@ class Chooser:
     which HiGHS (`scipy.optimize.milp`) solves to optimality. Every answer is checked by the cost model; one that it
     refuses is excluded along with all larger ones, since more branching never costs less.
 
-    Args:
-        costs: of the unbranched model.
-        partitions: `{layer: how it splits the tasks}`.
-        values: `{layer: conflicts that branching it parts}`; a layer without any is left alone.
+    `values` are the conflicts that branching a layer parts; a layer without any is left alone. `partitions` say how
+    each layer splits the tasks.
     """
 
     def __init__(self, costs: CostModel, partitions: Mapping[str, Partition], values: Mapping[str, int]) -> None:

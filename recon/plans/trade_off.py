@@ -25,24 +25,17 @@ BUDGETS = (1.05, 1.1, 1.25, 1.5, 1.75, 2.0, 3.0, 5.0, 10.0, 20.0)
 class Point:
     """One plan, what it covers and what it costs.
 
-    Args:
-        selector: how its layers were chosen: `top_k=3`, `max_params=1.05`, `max_macs=1.25`, or `chosen` otherwise.
-        layers: `{layer name: partition of the tasks}`, in model order.
-        covered: the conflicts that it parts, as a share of all; see `recon.plans.planning.Choice`.
-        parameters_ratio: parameters, divided by those of the unbranched model.
-        macs_ratio: forward multiply-adds, likewise.
-        optimal: whether no other point covers as much at no more parameters and no more multiply-adds, one of the
-            three being better (Pareto's condition).
-        chosen: whether this is the caller's own plan.
+    It is optimal if no other point covers as much at no more parameters and no more multiply-adds, one of the three
+    being better (Pareto's condition).
     """
 
-    selector: str
-    layers: Mapping[str, Partition]
-    covered: float
+    selector: str  # `top_k=3`, `max_params=1.05`, `max_macs=1.25`, or `chosen` otherwise
+    layers: Mapping[str, Partition]  # in model order
+    covered: float  # the conflicts that it parts, as a share of all; see `recon.plans.planning.Choice`
     parameters_ratio: float
-    macs_ratio: float
+    macs_ratio: float  # of forward multiply-adds
     optimal: bool = False
-    chosen: bool = False
+    chosen: bool = False  # whether this is the caller's own plan
 
     @property
     def budgeted(self) -> bool:

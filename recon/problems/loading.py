@@ -16,20 +16,11 @@ RESIDENT = 1 / 4
 
 
 class TensorBatches(Dataset[tuple[Tensor, dict[str, Tensor]]]):
-    """A labelled data set in memory, read a whole batch at a time.
+    """A labelled data set in memory, read a whole batch at a time: `inputs` and each task's targets are `(N, ...)`.
 
     Collating sample by sample costs more than a small network's training step; one index into each tensor
-    costs next to nothing.
-
-    Args:
-        inputs: `(N, ...)`.
-        targets: `{task name: (N, ...)}`.
-        transform: makes a batch of inputs from what is stored: floats from bytes, say, which need a quarter of the
-            memory.
-        target_transform: the same for each task's batch of targets.
-
-    Raises:
-        ProblemError: a task has more or fewer targets than there are inputs.
+    costs next to nothing. `transform` makes a batch of inputs from what is stored: floats from bytes, say, which need a
+    quarter of the memory; `target_transform` does so for each task's batch of targets.
     """
 
     def __init__(

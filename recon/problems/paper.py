@@ -45,19 +45,12 @@ class PaperTable:
 
 @dataclass(frozen=True)
 class CosineTable:
-    """One of the paper's tables of the distribution of cosines over all shared parameters.
+    """One of the paper's tables of the distribution of cosines over all shared parameters."""
 
-    Args:
-        number: its number there.
-        edges: the bins' lower ends but for -1, from the top; a bin holds its lower end.
-        severe: the "reduction" is that of cosines below this.
-        shares: in percent, from the top bin to the lowest, by method and surgery.
-    """
-
-    number: int
-    edges: tuple[float, ...]
-    severe: float
-    shares: Mapping[Key, tuple[float, ...]]
+    number: int  # in the paper
+    edges: tuple[float, ...]  # the bins' lower ends but for -1, from the top; a bin holds its lower end
+    severe: float  # the "reduction" is that of cosines below this
+    shares: Mapping[Key, tuple[float, ...]]  # in percent, from the top bin to the lowest
 
 
 def results(problem: str, backbone: str) -> PaperTable | None:

@@ -32,15 +32,10 @@ _FORMAT, _VERSION = "recon cosines", 1
 
 @dataclass(frozen=True)
 class Counting:
-    """How a training's conflicts are counted.
+    """How a training's conflicts are counted."""
 
-    Args:
-        threshold: S, see `recon.Profiler`.
-        every: count at the first and then each n-th step.
-    """
-
-    threshold: float = -0.1
-    every: int = 1
+    threshold: float = -0.1  # S, see `recon.Profiler`
+    every: int = 1  # count at the first and then each n-th step
 
 
 class ConflictCounter(profiling.Profiler):
@@ -83,11 +78,7 @@ class ConflictCounter(profiling.Profiler):
 
 
 def read_cosines(folder: Path) -> Counts:
-    """What `ConflictCounter.save` wrote of the whole gradients' cosines.
-
-    Raises:
-        CheckpointError: the file cannot be read, or holds something else.
-    """
+    """What `ConflictCounter.save` wrote of the whole gradients' cosines."""
     document = read_document(folder / COSINES_FILE, CheckpointError, "Delete the folder of the run to train it again.")
     document.check_format(_FORMAT, _VERSION)
     counts = document.counts("histogram")

@@ -16,18 +16,12 @@ class StableRanking:
     Looks after `next_check` steps, then whenever a tenth more have been profiled: a look costs milliseconds, and
     fewer looks leave fewer chances to stop by luck. `StableRanking(**dataclasses.asdict(stable))` goes on where
     `stable` was.
-
-    Args:
-        overlap: stop when `expected_overlap` is at least this, in (0, 1].
-        top_k: of so many layers; a quarter of the shared layers when not given.
-        next_check: profiled steps before the next look.
-        estimate: the overlap expected at the last look; NaN before the first.
     """
 
-    overlap: float = 0.9
-    top_k: int | None = None
-    next_check: int = 50
-    estimate: float = math.nan
+    overlap: float = 0.9  # stop when `expected_overlap` is at least this, in (0, 1]
+    top_k: int | None = None  # a quarter of the shared layers when not given
+    next_check: int = 50  # profiled steps before the next look
+    estimate: float = math.nan  # the overlap expected at the last look; NaN before the first
 
     def __post_init__(self) -> None:
         if not 0 < self.overlap <= 1:

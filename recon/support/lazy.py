@@ -11,9 +11,7 @@ from typing import Any
 def lazy_face(package: str, homes: Mapping[str, str]) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
     """`__getattr__` and `__dir__` of a package whose `homes` say which of its modules has which public name.
 
-    Args:
-        package: the package's `__name__`.
-        homes: `{public name: module below the package}`; a module that is public itself is its own home.
+    A module that is public itself is its own home.
     """
 
     def getattr_(name: str) -> Any:

@@ -52,11 +52,7 @@ def generator_states(loader: object) -> dict[str, Any]:
 
 
 def set_generator_states(loader: object, states: Mapping[str, Any]) -> None:
-    """Put a loader's generators where `generator_states` found them.
-
-    Raises:
-        KeyError: the loader has other generators.
-    """
+    """Put a loader's generators where `generator_states` found them; a `KeyError` says that it has others."""
     generators = _generators(loader)
     if set(generators) != set(states):
         raise KeyError(f"the loader has the generators {sorted(generators)}, not {sorted(states)}")

@@ -10,12 +10,9 @@ _WIDEST = 200  # letters of a cell: a name of thousands must not make every line
 
 
 def text_table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
-    """Columns of equal width under a ruled header.
+    """Columns of equal width under a ruled header, in which a line break makes a second line.
 
-    Args:
-        header: one title a column; a line break in it makes a second line.
-        rows: one text a column.
-        left: how many of the first columns are aligned to the left; the others, numbers, to the right.
+    The first `left` columns are aligned to the left; the others, numbers, to the right.
     """
     rows = [[cut(printable(cell, keep=""), _WIDEST) for cell in row] for row in rows]
     titles = [title.split("\n") for title in header]

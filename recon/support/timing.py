@@ -10,13 +10,7 @@ import torch
 
 
 def step_seconds(steps: Mapping[str, Callable[[], object]], rounds: int = 15, warm_up: int = 3) -> dict[str, float]:
-    """The median seconds of each callable, called in turn, so that a machine's drifting speed hits all alike.
-
-    Args:
-        steps: `{name: callable}`, each running one step.
-        rounds: how often each is timed.
-        warm_up: how often each is called before that.
-    """
+    """The median seconds of each callable, called in turn, so that a machine's drifting speed hits all alike."""
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for turn in range(warm_up + rounds):
         for name, step in steps.items():

@@ -15,12 +15,10 @@ _INSTALLED = tuple(os.path.join(sysconfig.get_path(kind), "") for kind in ("pure
 
 @lru_cache(maxsize=10_000)
 def is_users(path: str, installed: bool) -> bool:
-    """Whether the code in a file is the user's: not recon's, torch's or Python's.
+    """Whether the code in a file, as frames name it, is the user's: not recon's, torch's or Python's.
 
-    Args:
-        path: as frames name it.
-        installed: count also what users run but did not write: recon's networks and problems, installed packages,
-            and code without a file.
+    With `installed`, so is what users run but did not write: recon's networks and problems, installed packages, and
+    code without a file.
     """
     if path.startswith(_folder("recon")):
         return installed and path.startswith(_folder("recon", "models") + _folder("recon", "problems"))

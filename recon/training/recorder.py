@@ -26,22 +26,13 @@ _MOST_STEPS = 1000  # held before they are written
 
 @dataclass(frozen=True)
 class Step:
-    """One optimizer step.
+    """One optimizer step."""
 
-    Args:
-        epoch: its epoch, from 1.
-        number: counted through all epochs, from 1.
-        losses: `{task: mean loss}` over the step's batches, before the step; NaN for a task without a target.
-        weights: `{task: weight}` that the method gave the tasks, as `recon.backward` returns them: none for a task
-            whose weight has no meaning in the step, since its gradient is zero.
-        lr: the first parameter group's learning rate.
-    """
-
-    epoch: int
-    number: int
-    losses: Mapping[str, Tensor]
-    weights: Mapping[str, Tensor]
-    lr: float
+    epoch: int  # from 1
+    number: int  # counted through all epochs, from 1
+    losses: Mapping[str, Tensor]  # means over the step's batches, before the step; NaN for a task without a target
+    weights: Mapping[str, Tensor]  # that the method gave; none for a task whose gradient is zero in the step
+    lr: float  # the first parameter group's learning rate
 
 
 class Recorder:

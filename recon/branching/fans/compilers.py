@@ -53,9 +53,6 @@ def refuse_full_graph() -> None:
 
     torch fails there as well, but in the first step, and with words about recon's own code. What torch 2.6 keeps of
     this option cannot be seen; there, its error is all.
-
-    Raises:
-        FanError: they do.
     """
     if not _imported():
         return

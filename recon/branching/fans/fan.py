@@ -66,9 +66,6 @@ def map_groups(call: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[
 
     The groups are the common refinement of the fans among the arguments. Tensors come back as fans; anything else
     must be the same for every group.
-
-    Raises:
-        FanError: the arguments have no task in common, or the results differ in something but tensors.
     """
     watch = watcher()
     if not watch and all(map(_is_leaf, args)) and all(map(_is_leaf, kwargs.values())):
@@ -111,11 +108,7 @@ def _is_leaf(value: Any) -> bool:
 
 
 def merge(partition: Partition, results: Sequence[Any]) -> Any:
-    """One structure holding fans, from one structure a group; plain where all groups share one and the same tensor.
-
-    Raises:
-        FanError: the structures, or values in them that are not tensors, differ between groups.
-    """
+    """One structure holding fans, from one structure a group; plain where all groups share one and the same tensor."""
     first = results[0]
     if isinstance(first, Tensor):
         return _fan(partition, results)

@@ -30,11 +30,7 @@ def within(structure: Any, group: Group) -> Any:
 
 
 def value_for(structure: Any, task: str) -> Any:
-    """Any structure as one task sees it: plain values where the fans were.
-
-    Raises:
-        FanError: a fan holds no value for this task.
-    """
+    """Any structure as one task sees it: plain values where the fans were."""
 
     def pick(leaf: Any) -> Any:
         if type(leaf) is not TaskFan:
@@ -49,10 +45,6 @@ def value_for(structure: Any, task: str) -> Any:
 
 
 def partition_of(structure: Any) -> Partition | None:
-    """The common refinement of the fans in a structure; `None` if it holds none.
-
-    Raises:
-        FanError: the fans have no task in common.
-    """
+    """The common refinement of the fans in a structure; `None` if it holds none."""
     partitions = [fan._partition for fan in fans_in(structure)]
     return common_refinement(partitions) if partitions else None

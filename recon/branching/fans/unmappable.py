@@ -20,11 +20,7 @@ UNREADABLE = (
 
 
 def refuse_unmappable(name: str) -> None:
-    """Fail on an operation that reads a fan's values into Python, or starts a backward pass from them.
-
-    Raises:
-        FanError: it does.
-    """
+    """Fail on an operation that reads a fan's values into Python, or starts a backward pass from them."""
     if name in _READS_VALUES:
         raise FanError(
             f"{name}() reads the value of a tensor that differs between tasks{where()}: Python can follow only "

@@ -61,11 +61,7 @@ class FanShell(Tensor):
         return self._by_group[self._partition.label_of[group[0]]]
 
     def restrict(self, tasks: Group) -> FanShell:
-        """The same fan for some tasks only; the other groups' values are left behind.
-
-        Raises:
-            FanError: it holds no value for any of them.
-        """
+        """The same fan for some tasks only; the other groups' values are left behind."""
         partition = self._partition.restrict(tasks)
         if not partition.tasks:
             raise FanError(f"Values computed for {list(self._partition.tasks)} are used for {list(tasks)}{where()}.")
@@ -94,11 +90,7 @@ def fans_in(structure: Any) -> list[FanShell]:
 
 
 def common_refinement(partitions: Sequence[Partition]) -> Partition:
-    """The groups of values that meet.
-
-    Raises:
-        FanError: they have no task in common.
-    """
+    """The groups of values that meet."""
     first = partitions[0]
     if all(p is first for p in partitions):
         return first

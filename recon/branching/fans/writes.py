@@ -24,11 +24,7 @@ def map_write(
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
 ) -> Any:
-    """Run `func`, named `name`, which writes in place into `written`, for every group, by `fan.map_groups`.
-
-    Raises:
-        FanError: it writes values that differ between groups into a tensor that all tasks share.
-    """
+    """Run `func`, named `name`, which writes in place into `written`, for every group, by `fan.map_groups`."""
     fans = [target for target in written if isinstance(target, FanShell)]
     plain = [target for target in written if not isinstance(target, FanShell)]
     common = common_refinement([fan._partition for fan in fans_in((args, dict(kwargs)))])
@@ -51,11 +47,7 @@ def map_write(
 
 
 def assign_data(tensor: Tensor, value: FanShell, assign: Callable[[Tensor, Tensor], None]) -> None:
-    """`tensor.data = value`, by `assign`, where the tensor itself has not fanned out.
-
-    Raises:
-        FanError: all tasks share the tensor.
-    """
+    """`tensor.data = value`, by `assign`, where the tensor itself has not fanned out."""
     watch = watcher()
     if watch:
         watch.passed_origins(value._origins)

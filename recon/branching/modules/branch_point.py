@@ -23,11 +23,7 @@ Nodes = Mapping[str, Node]
 
 
 def find_branch_point(model: nn.Module, tasks: Sequence[str], args: Any, kwargs: Any) -> str:
-    """The path of the last module that can be cut at, found by a dry forward on these inputs.
-
-    Raises:
-        UsageError: there is none.
-    """
+    """The path of the last module that can be cut at, found by a dry forward on these inputs."""
     seen: dict[str, Nodes | None] = {}
 
     def watch(path: str) -> Any:
@@ -63,15 +59,7 @@ def find_branch_point(model: nn.Module, tasks: Sequence[str], args: Any, kwargs:
 
 
 def leaves_behind(values: Mapping[str, Sequence[Tensor]], nodes: Nodes) -> dict[str, list[Tensor]]:
-    """`{task: leaves}` that each task reaches without passing the features.
-
-    Args:
-        values: `{task: its output, or its loss}`.
-        nodes: of the features.
-
-    Raises:
-        UsageError: a task does not depend on the features.
-    """
+    """`{task: leaves}` that each task's output, or loss, reaches without passing the `nodes` of the features."""
     behind = {}
     for task, found in values.items():
         behind[task], met = leaves_before(found, {nodes[task]})

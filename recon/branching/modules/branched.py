@@ -48,9 +48,6 @@ class Branches(nn.Module):
 
         Parameters are tied from then on, as they are between layers to which one parameter is assigned; of any other
         tensor, each has its own.
-
-        Raises:
-            FanError: the value differs between tasks of one group.
         """
         for number, group in enumerate(self._partition.groups):
             mine = within(value, group)
@@ -125,19 +122,11 @@ class Branched(nn.Module):
         return all(hasattr(copy, name) for copy in branches.children())
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """Refuse: the parameters are the copies'.
-
-        Raises:
-            UsageError: always.
-        """
+        """Refuse: the parameters are the copies'."""
         raise _not_here(f"The parameter {name!r}", self.layer_name)
 
     def register_buffer(self, name: str, tensor: Tensor | None, persistent: bool = True) -> None:
-        """Refuse: the buffers are the copies'.
-
-        Raises:
-            UsageError: always.
-        """
+        """Refuse: the buffers are the copies'."""
         raise _not_here(f"The buffer {name!r}", self.layer_name)
 
     def __getattr__(self, name: str) -> Any:

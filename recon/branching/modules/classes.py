@@ -10,14 +10,10 @@ from torch import nn
 
 
 class Surgery(NamedTuple):
-    """What a class has beyond the user's.
+    """What a class has beyond the user's."""
 
-    Args:
-        mixins: classes whose methods go before the user's own.
-        attributes: `(name, function)`: the attributes that `function(module, name)` gives, whatever lies there.
-    """
-
-    mixins: tuple[type[nn.Module], ...] = ()
+    mixins: tuple[type[nn.Module], ...] = ()  # their methods go before the user's own
+    # what `function(module, name)` gives, whatever lies there
     attributes: tuple[tuple[str, Callable[[nn.Module, str], Any]], ...] = ()
 
 

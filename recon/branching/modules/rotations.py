@@ -31,15 +31,10 @@ _ORIGINAL = ".parametrizations.weight.original"
 
 @dataclass(frozen=True)
 class Feature:
-    """What one task's head saw in the latest forward pass.
+    """What one task's head saw in the latest forward pass."""
 
-    Args:
-        shared: z, before the rotation.
-        rotated: where R z was made: its tensor may be written into later.
-    """
-
-    shared: Tensor
-    rotated: GradientEdge
+    shared: Tensor  # z, before the rotation
+    rotated: GradientEdge  # where R z was made: its tensor may be written into later
 
 
 class Features(dict[str, Feature]):
@@ -62,12 +57,9 @@ class Rotations(nn.Module):
     slashes for the dots of the layer's path. The matrices are made by the first forward pass, which shows their size,
     or by the state that is loaded. They start as identities.
 
-    z's dimension of features is the last, or the channels of images and volumes (four dimensions and more).
-
-    Args:
-        tasks: all tasks; empty if the state to be loaded tells.
-        layer: the path of the module whose output is z; found by the first forward pass if empty.
-        size: how many dimensions to rotate, the first ones; 0 for all, up to `LARGEST`.
+    z's dimension of features is the last, or the channels of images and volumes (four dimensions and more). The first
+    `size` of them are rotated; with 0 all, up to `LARGEST`. Without `tasks`, the state to be loaded tells them; without
+    `layer`, the module whose output is z, the first forward pass finds it.
     """
 
     def __init__(self, tasks: Sequence[str] = (), layer: str = "", size: int = 0) -> None:
@@ -186,13 +178,7 @@ class Rotations(nn.Module):
 
 
 def attach_rotations(model: nn.Module, tasks: Sequence[str] = (), layer: str = "", size: int = 0) -> Rotations:
-    """Put rotations into a model, or find those that it has.
-
-    Raises:
-        UnknownNameError: it has no such layer.
-        UsageError: it has rotations of other tasks or at another layer, runs in the mode "per-task", or has something
-            else under their name.
-    """
+    """Put rotations into a model, or find those that it has."""
     known = getattr(model, NAME, None)
     if isinstance(known, Rotations):
         for what, there, wanted in (("tasks", sorted(known.tasks), sorted(tasks)), ("layer", known.layer, layer)):
@@ -217,11 +203,7 @@ def attach_rotations(model: nn.Module, tasks: Sequence[str] = (), layer: str = "
 
 
 def refuse_rotations(model: nn.Module) -> None:
-    """Fail on a model that holds rotations.
-
-    Raises:
-        UsageError: it does.
-    """
+    """Fail on a model that holds rotations."""
     if isinstance(getattr(model, NAME, None), Rotations):
         raise UsageError(
             "The model was trained by RotoGrad, and each task sees the shared features through a rotation of its own, "

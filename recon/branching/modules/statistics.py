@@ -91,11 +91,7 @@ class BranchedStatistics(nn.Module):
 
 
 def keep_by_group(layer: nn.Module, partition: Partition) -> None:
-    """Let a module keep its buffers once per group.
-
-    Raises:
-        UsageError: it has an attribute of the name that they are kept under.
-    """
+    """Let a module keep its buffers once per group."""
     if hasattr(layer, "branches"):
         what = "a child" if "branches" in layer._modules else "an attribute"
         raise UsageError(

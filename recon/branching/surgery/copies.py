@@ -20,11 +20,7 @@ from recon.support.network.references import STRUCTURE, redirect_references
 
 
 def copy_model(model: nn.Module) -> nn.Module:
-    """A model of its own with the same weights.
-
-    Raises:
-        UsageError: the model cannot be copied.
-    """
+    """A model of its own with the same weights."""
     try:
         # With gradients, a scripted module would make its copy a function of the original's parameters.
         with torch.no_grad(), _DetachedCopies():
@@ -128,10 +124,6 @@ class _ParameterCopies:
 
 
 def split_statistics(model: nn.Module, statistics: Mapping[str, Partition]) -> None:
-    """Let these modules keep their buffers by group.
-
-    Raises:
-        UnknownNameError: there is no such module.
-    """
+    """Let these modules keep their buffers by group."""
     for path, partition in statistics.items():
         keep_by_group(module_at(model, path), partition)

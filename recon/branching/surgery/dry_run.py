@@ -27,10 +27,6 @@ def find_statistics(branched: nn.Module, example_inputs: Any) -> dict[str, Parti
 
     BatchNorm is the usual one; anything that keeps running statistics is found, whatever its class and however it
     writes them.
-
-    Raises:
-        UsageError: the forward fails on the example inputs.
-        FanError: a statement of it cannot work on fans, or the statistics are kept by the model as a whole.
     """
     owners: dict[tuple[str, int], str] = {}
     for path, module in branched.named_modules():
@@ -72,9 +68,7 @@ def find_statistics(branched: nn.Module, example_inputs: Any) -> dict[str, Parti
 def with_inner(found: Mapping[str, Partition], changed: Mapping[str, Group]) -> dict[str, Partition]:
     """`found`, and what its modules hold that writes buffers: it runs once per group, as they do.
 
-    Args:
-        found: the modules that keep statistics by group.
-        changed: the modules that write buffers, and the tasks they run for.
+    `changed` has the modules that write buffers, and the tasks they run for.
     """
     result = dict(found)
     for path, tasks in changed.items():
@@ -101,10 +95,6 @@ def find_task_modules(branched: nn.Module, tasks: Group, example_inputs: Any, or
     Which tasks a parameter serves is read off the autograd graph of each task's output. Where a task uses another
     one's result without its gradient (`detach()`, running statistics), the graph does not show it; then nothing is
     restricted.
-
-    Raises:
-        UsageError: the forward fails on the example inputs.
-        FanError: a statement of it cannot work on fans.
     """
     with state_kept(branched), _watch_fans(branched) as arriving, watch_writes(WriteGuard()), torch.enable_grad():
         output = run(branched.train(), fresh(example_inputs))
@@ -127,11 +117,7 @@ def find_task_modules(branched: nn.Module, tasks: Group, example_inputs: Any, or
 
 
 def refuse_foreign(outputs: Mapping[str, Any], original: nn.Module) -> None:
-    """Fail where the copy of a model still computes with the original's parameters.
-
-    Raises:
-        UsageError: it does.
-    """
+    """Fail where the copy of a model still computes with the original's parameters."""
     leaves = reached_leaves([leaf for leaf in leaves_of(dict(outputs)) if isinstance(leaf, Tensor)])
     foreign = [name for name, parameter in original.named_parameters() if parameter in leaves]
     if foreign:

@@ -18,12 +18,7 @@ Init = Literal["copy", "scratch"] | str | Path | Mapping[str, Tensor] | Callable
 
 
 def initialise(model: nn.Module, init: Init) -> None:
-    """Give an unbranched model the weights that `init` stands for, as `recon.convert` describes.
-
-    Raises:
-        UsageError: `init` is nothing of what it may be, or a layer cannot draw new weights by itself.
-        CheckpointError: a checkpoint cannot be read, or is of another architecture.
-    """
+    """Give an unbranched model the weights that `init` stands for, as `recon.convert` describes."""
     if isinstance(init, str) and init == "copy":
         return
     if isinstance(init, nn.Module):
@@ -43,11 +38,7 @@ def initialise(model: nn.Module, init: Init) -> None:
 
 
 def draw_copies(branched: nn.Module, model: nn.Module, init: Init, copies: str) -> None:
-    """Let the second, third, ... copy of each layer start from a draw of its own, if they are to be independent.
-
-    Raises:
-        UsageError: `init` draws nothing.
-    """
+    """Let the second, third, ... copy of each layer start from a draw of its own, if they are to be independent."""
     if copies == "equal":
         return
     draw = _drawing(model, init)

@@ -76,9 +76,6 @@ def find_statistics_by_value(branched: nn.Module, tasks: Group, example_inputs: 
 
     Each task's network runs once in training mode, from the same buffers and random state, with random numbers in
     the place of the weights, so that no two copies are equal and no layer is cut off by a weight of zero.
-
-    Raises:
-        UsageError: the forward fails on the example inputs.
     """
     twin = copy_model(branched).train()
     perturb(twin)
@@ -105,9 +102,6 @@ def refuse_repeated_writes(branched: nn.Module, tasks: Group, example_inputs: An
 
     Run once per task, it would decay the weight once per task, say. A forward that writes the same again (it
     normalises the weight) is fine.
-
-    Raises:
-        UsageError: it does, or fails on the example inputs.
     """
     twin = copy_model(branched)
     perturb(twin)

@@ -23,15 +23,9 @@ class ByTask(dict[str, Any]):
 class TaskView:
     """The original modules, made anew around the branched model's own parameters and buffers: nothing is copied.
 
-    Args:
-        branched: the branched model.
-        task: the task whose copies the view has.
-        beside: all tasks, if the views of all of them are to run, one after the other, as one forward. What they
-            share is then written once: only the first of the tasks that share a buffer has it,
-            the others have scratch copies. Forward hooks on a branched layer run on its copies.
-
-    Attributes:
-        network: the view of the whole model.
+    `network` is the view of the whole model for `task`. `beside` are all tasks, if the views of all of them are to run,
+    one after the other, as one forward. What they share is then written once: only the first of the tasks that share a
+    buffer has it, the others have scratch copies. Forward hooks on a branched layer run on its copies.
     """
 
     def __init__(self, branched: nn.Module, task: str, beside: Group = ()) -> None:

@@ -75,11 +75,7 @@ class WriteGuard(TorchDispatchMode):
 
 @contextmanager
 def watch_writes(guard: WriteGuard) -> Iterator[None]:
-    """Let `guard` look on.
-
-    Raises:
-        FanError: a statement cannot work on fans; the message says where they fan out, and what the way out is.
-    """
+    """Let `guard` look on."""
     try:
         with watching(guard), guard:
             yield

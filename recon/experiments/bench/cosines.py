@@ -19,19 +19,12 @@ from recon.support.tables import text_table
 
 @dataclass(frozen=True)
 class Cosines:
-    """What was counted while one variant trained, over all its seeds.
-
-    Args:
-        title: its label.
-        key: its method and surgery, as the paper's tables know them.
-        whole: (200,) cosines between the whole gradients, over all parameters that are shared.
-        layers: `{shared layer: (200,) cosines}`.
-    """
+    """What was counted while one variant trained, over all its seeds."""
 
     title: str
-    key: tuple[str, str]
-    whole: Counts
-    layers: Mapping[str, Counts]
+    key: tuple[str, str]  # method and surgery, as the paper's tables know them
+    whole: Counts  # (200,): of the whole gradients, over all shared parameters
+    layers: Mapping[str, Counts]  # `{shared layer: (200,) cosines}`
 
     @property
     def conflicts(self) -> dict[str, float]:

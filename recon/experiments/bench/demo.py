@@ -32,25 +32,15 @@ PROBLEM = "digits"
 
 @dataclass(frozen=True)
 class Demo:
-    """The demo on the problem `digits`.
+    """The demo on the problem `digits`."""
 
-    Args:
-        folder: where the map, the branched model, the results and the pictures go, and the runs in `runs/`.
-        seeds: how often everything is trained.
-        epochs: of every training.
-        top_k: how many layers are branched.
-        device: where the models run.
-        workers: how many trainings run at the same time.
-        tell: is given a line of text whenever something is done.
-    """
-
-    folder: Path
+    folder: Path  # gets the map, the branched model, the results and the pictures; the runs go to `runs/`
     seeds: int
     epochs: int
-    top_k: int
+    top_k: int  # how many layers are branched
     device: torch.device
     workers: int
-    tell: Callable[[str], None] = silent
+    tell: Callable[[str], None] = silent  # is given a line of text whenever something is done
 
     @property
     def bench(self) -> Bench:
@@ -90,13 +80,7 @@ class Demo:
 
 @dataclass(frozen=True)
 class Story:
-    """What was measured, as text and as plain values.
-
-    Args:
-        found: what the bench found.
-        epochs: of every training.
-        minutes: what it took.
-    """
+    """What was measured, as text and as plain values."""
 
     found: BenchRuns
     epochs: int

@@ -13,30 +13,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Preset:
-    """The size of a run.
-
-    Args:
-        name: of the preset.
-        methods: gradient methods, each with and without Recon.
-        seeds: how often everything is trained.
-        epochs: of every training; the problem's own if None.
-        profile_epochs: of the profile; the problem's own search's if None, or else a quarter of the epochs.
-        train_batches: at most so many of an epoch's batches.
-        test_batches: at most so many of the test batches.
-        count_every: count conflicts at each n-th step of the trainings.
-        rounds: how often each training step is timed.
-        recipe: optimizer and schedule, where they are not the problem's own.
-    """
+    """The size of a run."""
 
     name: str
-    methods: tuple[str, ...]
+    methods: tuple[str, ...]  # each with and without Recon
     seeds: int
-    epochs: int | None = None
-    profile_epochs: int | None = None
-    train_batches: int | None = None
-    test_batches: int | None = None
-    count_every: int = 1
-    rounds: int = 15
+    epochs: int | None = None  # the problem's own if None
+    profile_epochs: int | None = None  # those of the problem's own search if None, or else a quarter of the epochs
+    train_batches: int | None = None  # at most so many of an epoch's; all if None
+    test_batches: int | None = None  # at most so many; all if None
+    count_every: int = 1  # count conflicts at each n-th step of the trainings
+    rounds: int = 15  # how often each training step is timed
     recipe: Recipe = field(default_factory=Recipe)
 
 

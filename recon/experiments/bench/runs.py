@@ -23,25 +23,15 @@ JOINT = "joint"
 
 @dataclass(frozen=True)
 class BenchRuns:
-    """Everything that a bench found.
-
-    Args:
-        folder: of the bench.
-        cmap: the problem's own conflict map.
-        top_k: how many layers Recon branches.
-        variants: in the order of the table.
-        notes: what a reader should know of them.
-        runs: each variant's, by seed.
-        seconds: of each variant's training step.
-    """
+    """Everything that a bench found."""
 
     folder: Path
     cmap: ConflictMap
-    top_k: int
-    variants: list[Variant]
-    notes: list[str]
-    runs: dict[str, list[Run]]
-    seconds: dict[str, float]
+    top_k: int  # how many layers Recon branches
+    variants: list[Variant]  # in the order of the table
+    notes: list[str]  # what a reader should know of them
+    runs: dict[str, list[Run]]  # each variant's, by seed
+    seconds: dict[str, float]  # of each variant's training step
 
     @cached_property
     def comparison(self) -> Comparison:

@@ -69,12 +69,10 @@ def branched(problem: Problem, model: nn.Module, plan: branching.BranchPlan) -> 
 def in_turn_or_parallel(
     train: Callable[[Job], Outcome], jobs: Sequence[Job], workers: int
 ) -> Iterator[tuple[Job, Outcome]]:
-    """Each job's outcome, as they come. The jobs are independent, so the workers change nothing but time.
+    """Each job's outcome, as they come: of jobs that begin in this order, `workers` at a time, each on one thread.
 
-    Args:
-        train: does one job; it and the jobs can be pickled.
-        jobs: in the order in which they are begun.
-        workers: how many run at the same time, each on one thread; a single one runs right here.
+    The jobs are independent, so the workers change nothing but time. `train` and the jobs can be pickled; a single
+    worker runs right here.
     """
     if workers == 1:
         yield from ((job, train(job)) for job in jobs)

@@ -21,23 +21,16 @@ Directions = Mapping[str, Mapping[str, bool]]
 class Evaluations:
     """The evaluations of a training.
 
-    Args:
-        every: evaluate after each n-th epoch, and after the last.
-        best_by: `task.metric`, which decides the best epoch. When not given, it is the mean over tasks, and over the
-            metrics of each, of the relative improvement on the training's first evaluation.
-        keep_best: whether the best epoch's model is kept beside the last one.
+    `best_by`, `task.metric`, decides the best epoch. When not given, it is the mean over tasks, and over the metrics of
+    each, of the relative improvement on the training's first evaluation.
     """
 
-    every: int = 1
+    every: int = 1  # evaluate after each n-th epoch, and after the last
     best_by: str | None = None
-    keep_best: bool = True
+    keep_best: bool = True  # whether the best epoch's model is kept beside the last one
 
     def check(self, directions: Directions) -> None:
-        """See that there is such a metric.
-
-        Raises:
-            UnknownNameError: there is none.
-        """
+        """See that there is such a metric."""
         known = [f"{task}.{metric}" for task, metrics in directions.items() for metric in metrics]
         if self.best_by is not None and self.best_by not in known:
             raise UnknownNameError("metric", self.best_by, known, "The best epoch is told by TASK.METRIC.")

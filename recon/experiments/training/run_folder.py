@@ -43,26 +43,16 @@ class RunFolder:
     The folder has the last model, and in `best/` the best one, as `recon.load` takes them. A model and its record are
     replaced together, and an older run stays whole until this one's first epoch is done. Of several processes, the
     first one writes; all evaluate, since one that does not would wait for too long.
-
-    Args:
-        folder: of the model; made when there is something to save.
-        run: the record, which lies in `home`.
-        home: the run's folder: that of the model, or the one around it.
-        model: what is trained.
-        tasks: those that the model is trained for.
-        test: the batches to evaluate on.
-        evaluations: when, and what is best.
-        tell: is given a line of text after every epoch.
     """
 
-    folder: Path
+    folder: Path  # the model's; made when there is something to save
     run: Run
-    home: Path
+    home: Path  # the run's, where the record lies: that of the model, or the one around it
     model: nn.Module
-    tasks: Sequence[Task]
-    test: Iterable[Batch]
-    evaluations: Evaluations
-    tell: Callable[[str], None]
+    tasks: Sequence[Task]  # those that the model is trained for
+    test: Iterable[Batch]  # the batches to evaluate on
+    evaluations: Evaluations  # when, and what is best
+    tell: Callable[[str], None]  # is given a line of text after every epoch
 
     def end_epoch(self, epoch: training.Epoch) -> None:
         """Keep the epoch's model, and report it; the results go into the epoch's record."""

@@ -15,21 +15,13 @@ if TYPE_CHECKING:
 
 
 def check_tensorboard() -> None:
-    """See that there is a TensorBoard.
-
-    Raises:
-        UsageError: there is none.
-    """
+    """See that there is a TensorBoard."""
     if importlib.util.find_spec("tensorboard") is None:
         raise UsageError("TensorBoard's events need the package tensorboard: pip install tensorboard.")
 
 
 class Events:
-    """Writes scalars: `loss/TASK`, `weight/TASK` and `learning rate` by step, `test/TASK METRIC` after each epoch.
-
-    Args:
-        folder: where the events go.
-    """
+    """Writes scalars: `loss/TASK`, `weight/TASK` and `learning rate` by step, `test/TASK METRIC` after each epoch."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

@@ -17,19 +17,16 @@ _PIECE = 1 << 17  # scalars of an update that are made at a time, or one paramet
 
 @dataclass
 class TaskJacobian:
-    """The task gradients of one step: J, one row a task.
+    """The task gradients of one step: J, one row a task that had a loss in it.
 
-    Args:
-        tasks: the tasks that had a loss in this step (T of them).
-        shared: the parameters that the columns belong to, one after the other: those that two tasks or more reach.
-        matrix: (T, P), zero where a task does not reach; float32 at least. Complex numbers take two columns.
-        own: `{task: {leaf: gradient}}` for the parameters that one task alone reaches, and for leaves that are no
-            parameters of the model.
+    Its columns belong to the shared parameters, which two tasks or more reach, one after the other; complex numbers
+    take two. It is zero where a task does not reach. `own` is `{task: {leaf: gradient}}` for the parameters that one
+    task alone reaches, and for leaves that are no parameters of the model.
     """
 
     tasks: tuple[str, ...]
     shared: list[nn.Parameter]
-    matrix: Tensor
+    matrix: Tensor  # (T, P), float32 at least
     own: dict[str, dict[Tensor, Tensor]]
 
 

@@ -57,11 +57,7 @@ def _pass(number: int, loss: Tensor, leaves: list[Tensor], retain_graph: bool, r
 
 @contextmanager
 def several_passes() -> Iterator[None]:
-    """Around a backward pass that keeps the graph: a compiled backward may have been made for a single one.
-
-    Raises:
-        UsageError: it was.
-    """
+    """Around a backward pass that keeps the graph; an error if a compiled backward was made for a single one."""
     try:
         yield
     except RuntimeError as error:

@@ -23,17 +23,13 @@ from recon.support.processes import average_, gather, world_size
 
 @dataclass(frozen=True)
 class Reach:
-    """What each task of a step reaches.
+    """What each task of a step reaches: the trainable `parameters` that its loss depends on, in the order of the rows.
 
-    Args:
-        parameters: `{task: trainable parameters}` that the task's loss depends on; the tasks in the order of the rows.
-        shared: those that two tasks or more depend on.
-        outside: `{task: other leaves}` that want a gradient and are none of the parameters: a learned temperature of
-            the loss, an input.
+    `outside` are the other leaves that want a gradient: a learned temperature of the loss, an input.
     """
 
     parameters: Mapping[str, list[nn.Parameter]]
-    shared: list[nn.Parameter]
+    shared: list[nn.Parameter]  # those that two tasks or more depend on
     outside: Mapping[str, list[Tensor]] = field(default_factory=dict)
 
     @classmethod

@@ -34,8 +34,6 @@ class PlanCosts:
             these pass on too. Attention and recurrent layers are computed step by step; fused kernels make less.
         runs: `{module path: partition}`, the modules that run once per group: what is computed directly in them,
             not in their submodules, has fanned out into these groups. Tasks that a module does not serve are in none.
-        parameters_ratio: to the unbranched model.
-        macs_ratio: to the unbranched model.
     """
 
     parameters: int

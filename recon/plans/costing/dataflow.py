@@ -15,63 +15,37 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Call:
-    """One call of a module.
+    """One call of a module."""
 
-    Args:
-        path: the module's (first) path.
-        around: the number of the call that it is made within; that of the model itself is within itself.
-        inputs: the values among its arguments.
-    """
-
-    path: str
-    around: int
-    inputs: tuple[int, ...]
+    path: str  # the module's (first)
+    around: int  # the number of the call that it is made within; that of the model itself is within itself
+    inputs: tuple[int, ...]  # the values among its arguments
 
 
 @dataclass(frozen=True)
 class Operation:
-    """One torch function that made or wrote a value.
-
-    Args:
-        name: of the function.
-        value: the number of its value.
-        within: the number of the innermost module call that it is run in.
-        inputs: the values that it depends on.
-        macs: its multiply-adds.
-        bytes: of the tensors that it makes.
-        written: the values that it writes into in place, and the bytes of the tensors that hold them.
-    """
+    """One torch function that made or wrote a value."""
 
     name: str
-    value: int
-    within: int
-    inputs: tuple[int, ...]
-    macs: int
-    bytes: int
-    written: tuple[tuple[int, int], ...]
+    value: int  # its number
+    within: int  # the number of the innermost module call that it is run in
+    inputs: tuple[int, ...]  # the values that it depends on
+    macs: int  # multiply-adds
+    bytes: int  # of the tensors that it makes
+    written: tuple[tuple[int, int], ...]  # values that it writes into in place, and the bytes of their tensors
 
 
 @dataclass(frozen=True)
 class Dataflow:
-    """What a forward pass does. A value is a number: first come the parameters, then the buffers, then the operations.
+    """What a forward pass does. A value is a number: first the parameters, then the buffers, then the operations."""
 
-    Args:
-        parameters: the first values.
-        owners: the path of the module that holds each buffer, the values that follow.
-        steps: calls and operations, in the order in which they began.
-        outputs: `{task: values in its output}`.
-        writes: the modules whose buffers are written or assigned anew, with the value that is written.
-        served: the tasks whose outputs each parameter gets gradient from.
-        unsupported: kernels that ran outside of any torch function, and so are not among the steps.
-    """
-
-    parameters: tuple[nn.Parameter, ...]
-    owners: tuple[str, ...]
-    steps: tuple[Call | Operation, ...]
-    outputs: Mapping[str, tuple[int, ...]]
-    writes: tuple[tuple[str, int], ...]
-    served: Mapping[Tensor, frozenset[str]]
-    unsupported: tuple[str, ...]
+    parameters: tuple[nn.Parameter, ...]  # the first values
+    owners: tuple[str, ...]  # the path of the module that holds each buffer, the values that follow
+    steps: tuple[Call | Operation, ...]  # in the order in which they began
+    outputs: Mapping[str, tuple[int, ...]]  # `{task: values in its output}`
+    writes: tuple[tuple[str, int], ...]  # the modules whose buffers are written or assigned anew, with the value
+    served: Mapping[Tensor, frozenset[str]]  # the tasks whose outputs each parameter gets gradient from
+    unsupported: tuple[str, ...]  # kernels that ran outside of any torch function, so not among the steps
 
     @cached_property
     def calls(self) -> list[Call]:

@@ -88,15 +88,10 @@ class Partitions:
 
 @dataclass(frozen=True)
 class Fans:
-    """How a forward pass fans out.
+    """How a forward pass fans out."""
 
-    Args:
-        values: the number of each value's partition.
-        arriving: the modules that values which have fanned out reach.
-    """
-
-    values: list[int]
-    arriving: set[str]
+    values: list[int]  # the number of each value's partition
+    arriving: set[str]  # the modules that values which have fanned out reach
 
 
 class FanOut:

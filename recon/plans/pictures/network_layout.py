@@ -24,10 +24,8 @@ _ROWS = 70  # with more, equal neighbours are drawn as one
 class Lane:
     """A layer as one group of tasks runs it.
 
-    Args:
-        tasks: the group.
-        kind: `once` where the layer runs but once, for all the tasks it serves; `shared` where it runs for each group
-            with the same weights; `own` where each group has its own copy.
+    Its kind is `once` where the layer runs but once, for all the tasks it serves; `shared` where it runs for each group
+    with the same weights; `own` where each group has its own copy.
     """
 
     tasks: Group
@@ -36,49 +34,33 @@ class Lane:
 
 @dataclass(frozen=True)
 class LayerRow:
-    """What is drawn at one height.
+    """What is drawn at one height: a layer; or several that serve their own tasks, such as heads, or are drawn alike.
 
-    Args:
-        names: the layer; or several layers that each serve tasks of their own, such as heads; or that are drawn alike.
-        lanes: the groups that run it.
-        fork: `(before, after)` where values first fan out: the groups above this row, and from here on; else None.
+    `fork` is `(before, after)` where values first fan out: the groups above this row, and from here on.
     """
 
     names: tuple[str, ...]
-    lanes: tuple[Lane, ...]
+    lanes: tuple[Lane, ...]  # the groups that run it
     fork: tuple[Partition, Partition] | None = None
 
 
 @dataclass(frozen=True)
 class Stage:
-    """Layers of one module.
+    """Layers of one module."""
 
-    Args:
-        name: the module's path; empty for layers at the root.
-        rows: in model order.
-        plain_macs: forward multiply-adds in the unbranched network, on the example inputs.
-        macs: the same in the branched one.
-    """
-
-    name: str
-    rows: tuple[LayerRow, ...]
-    plain_macs: int
-    macs: int
+    name: str  # the module's path; empty for layers at the root
+    rows: tuple[LayerRow, ...]  # in model order
+    plain_macs: int  # forward multiply-adds in the unbranched network, on the example inputs
+    macs: int  # the same in the branched one
 
 
 @dataclass(frozen=True)
 class Layout:
-    """A branched network, ready to be drawn.
+    """A branched network, ready to be drawn."""
 
-    Args:
-        stages: from the input to the outputs.
-        groups: the groups of tasks that share every copy of every layer.
-        order: the tasks from left to right: every group's side by side, if the plan's groups nest.
-    """
-
-    stages: tuple[Stage, ...]
-    groups: tuple[Group, ...]
-    order: tuple[str, ...]
+    stages: tuple[Stage, ...]  # from the input to the outputs
+    groups: tuple[Group, ...]  # those that share every copy of every layer
+    order: tuple[str, ...]  # from left to right: every group's side by side, if the plan's groups nest
 
     @property
     def rows(self) -> list[LayerRow]:

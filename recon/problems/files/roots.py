@@ -11,10 +11,7 @@ from recon.errors import ProblemError, UsageError, shortened
 def open_root(name: str, data_root: str | Path | None, expected: str) -> Path:
     """The data root as a path; an error if there is none, or no such folder.
 
-    Args:
-        name: of the problem.
-        data_root: from the user.
-        expected: whole sentences for the error: which files belong there, and the data set's official source.
+    The error has the sentences of `expected`: which files belong there, and the data set's official source.
     """
     if data_root is None:
         raise UsageError(

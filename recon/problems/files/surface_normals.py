@@ -8,22 +8,16 @@ CHUNK = 64  # images at a time: the points of all would take gigabytes
 
 
 def normals_from_depth(depth: np.ndarray, focal: tuple[float, float], centre: tuple[float, float]) -> np.ndarray:
-    """The normals of the surface that each pixel sees.
+    """The normals of the surface that each pixel sees: `(N, 3, H, W)`, float16, x right, y up, z towards the viewer.
 
     Each pixel's point in space follows from its depth and the camera. The normal is perpendicular to the differences
     between the points right and left of it, and between those below and above it (at the border, between the point
     itself and the one inside). It points to the camera. Where the depth jumps, at the edge of an object, it is the
-    normal of a surface across the gap.
+    normal of a surface across the gap. It is 0 where the depth of the pixel or of a neighbour is not known.
 
-    Args:
-        depth: `(N, H, W)` along the camera's axis, in any unit; 0 or not finite where it is not known.
-        focal: focal lengths (x, y) in pixels.
-        centre: the principal point (x, y) in pixels from the image's upper left corner, which is half a pixel away
-            from the first pixel's centre.
-
-    Returns:
-        `(N, 3, H, W)`, float16: unit vectors with x to the right, y up, z towards the viewer; 0 where the depth of the
-        pixel or of a neighbour is not known.
+    The depth is `(N, H, W)` along the camera's axis, in any unit; 0 or not finite where it is not known. The focal
+    lengths (x, y) are in pixels, and so is the principal point, from the image's upper left corner, which is half a
+    pixel away from the first pixel's centre.
     """
     rows, columns = depth.shape[1:]
     x = (np.arange(columns) + 0.5 - centre[0]) / focal[0]

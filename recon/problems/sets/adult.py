@@ -72,14 +72,8 @@ def adult(data_root: str | Path | None = None, train_samples: int | None = None)
     each category that adult.names lists, `?` included where there are unknown values. Targets are `(N,)`, float32,
     1 for yes. Outputs are logits `(N, 1)`.
 
-    Args:
-        data_root: the folder that holds `adult/adult.data` and `adult/adult.test`, or these files themselves.
-        train_samples: train on the first so many people only. All if not given.
-
-    Raises:
-        UsageError: `data_root` is not given, or `train_samples` is below a batch or above what there is (the latter
-            when the data are read).
-        ProblemError: files are missing or, when they are read, damaged: the error names the line.
+    `data_root` holds `adult/adult.data` and `adult/adult.test`, or these files themselves. `train_samples` takes the
+    first so many people only.
     """
     root = open_root(NAME, data_root, _EXPECTED)
     check_train_samples(NAME, train_samples, BATCH)

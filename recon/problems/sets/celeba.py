@@ -54,16 +54,8 @@ def celeba(
     the 162,770 images of the training partition, the test set the 19,962 of the test partition. A seed shuffles the
     batches.
 
-    Args:
-        data_root: the folder that holds `celeba`, as torchvision lays it out.
-        train_samples: train on only the first so many images. All if not given.
-        pretrained: a file of torchvision's ResNet-18 weights, from which all but the heads start.
-
-    Raises:
-        UsageError: `data_root` is not given, or `train_samples` is below a batch or above what there is (the latter
-            when the data are read).
-        ProblemError: files are missing or, when they are read, damaged.
-        CheckpointError: when a model is made, `pretrained` is no such file.
+    `data_root` holds `celeba`, as torchvision lays it out; `train_samples` takes the first so many images only;
+    `pretrained` is a file of torchvision's ResNet-18 weights, from which all but the heads start.
     """
     root = open_root(NAME, data_root, _EXPECTED)
     check_train_samples(NAME, train_samples, BATCH)

@@ -42,11 +42,7 @@ def digits(train_samples: int | None = None) -> Problem:
     digit is in both a training and a test pair. The data are the same for every seed, which only shuffles the
     batches.
 
-    Args:
-        train_samples: train on only the first so many pairs, which are in random order. All if not given.
-
-    Raises:
-        UsageError: `train_samples` is below a batch or above what there is.
+    `train_samples` takes the first so many pairs only; they are in random order.
     """
     check_train_samples(NAME, train_samples, BATCH)
     check_available(NAME, TRAIN_PAIRS, train_samples)

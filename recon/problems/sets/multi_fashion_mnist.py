@@ -61,15 +61,8 @@ def multi_fashion_mnist(data_root: str | Path | None = None, train_samples: int 
 
     Inputs are `(N, 1, 36, 36)`, float32 from 0 to 1; targets are `(N,)` class indices.
 
-    Args:
-        data_root: the folder that holds `MNIST/raw` and `FashionMNIST/raw`, as torchvision lays them out, or the
-            pickle.
-        train_samples: train on only the first so many canvases, which are in random order. All if not given.
-
-    Raises:
-        UsageError: `data_root` is not given, or `train_samples` is below a batch or above what there is (the latter
-            when the data are read).
-        ProblemError: files are missing or, when they are read, damaged.
+    `data_root` holds `MNIST/raw` and `FashionMNIST/raw`, as torchvision lays them out, or the pickle. `train_samples`
+    takes the first so many canvases only; they are in random order.
     """
     root = open_root(NAME, data_root, _EXPECTED)
     check_train_samples(NAME, train_samples, BATCH)

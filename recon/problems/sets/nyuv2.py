@@ -67,14 +67,7 @@ def nyuv2(data_root: str | Path | None = None, train_samples: int | None = None)
     Inputs are `(N, 3, H, W)`, float32 from 0 to 1; targets are class indices `(N, H, W)` with 255 for no class, depths
     in metres `(N, 1, H, W)` with 0 for not known, and unit vectors `(N, 3, H, W)` with 0 for not known.
 
-    Args:
-        data_root: the folder that holds `nyuv2`, or that folder.
-        train_samples: train on only so many frames, always the same ones, spread over all. All if not given.
-
-    Raises:
-        UsageError: `data_root` is not given, or `train_samples` is below a batch or above what there is (the latter
-            when the data are read).
-        ProblemError: files are missing or, when they are read, damaged.
+    `train_samples` takes only so many frames, always the same ones, spread over all.
     """
     root = open_root(NAME, data_root, _EXPECTED)
     check_train_samples(NAME, train_samples, BATCH)

@@ -68,16 +68,8 @@ def pascal_context(
     Edges are judged pixel by pixel: do not compare the number with the literature's odsF. See
     `recon.problems.tasks.pascal_metrics`, also for saliency's.
 
-    Args:
-        data_root: the folder that holds `PASCAL_MT`, as ASTMT's archive lays it out.
-        train_samples: train on only the first so many images. All if not given.
-        pretrained: a file of torchvision's MobileNetV2 weights, from which the trunk starts.
-
-    Raises:
-        UsageError: `data_root` is not given, or `train_samples` is below a batch or above what there is (the latter
-            when the data are read).
-        ProblemError: files are missing or, when they are read, damaged.
-        CheckpointError: when a model is made, `pretrained` is no such file.
+    `data_root` holds `PASCAL_MT`, as ASTMT's archive lays it out; `train_samples` takes the first so many images only;
+    `pretrained` is a file of torchvision's MobileNetV2 weights, from which the trunk starts.
     """
     root = open_root(NAME, data_root, _EXPECTED)
     check_train_samples(NAME, train_samples, BATCH)
@@ -141,11 +133,9 @@ def _names(folder: Path, train_samples: int | None) -> dict[str, list[str]]:
 def balanced_cross_entropy(output: Tensor, target: Tensor, positive_weight: float | None = None) -> Tensor:
     """Binary cross-entropy that keeps many pixels of one kind from outweighing few of the other.
 
-    Args:
-        output: logits `(N, 1, H, W)`.
-        target: `(N, H, W)` of 0, 1 and `IGNORE`.
-        positive_weight: of ones, from 0 to 1; zeros have 1 minus this. The share of zeros in the batch if not given
-            (Xie and Tu, "Holistically-Nested Edge Detection", ICCV 2015, eq. 2).
+    The output is logits `(N, 1, H, W)`, the target `(N, H, W)` of 0, 1 and `IGNORE`. Ones have `positive_weight`, from
+    0 to 1, and zeros 1 minus this; when not given, it is the share of zeros in the batch (Xie and Tu,
+    "Holistically-Nested Edge Detection", ICCV 2015, eq. 2).
     """
     logits = output[:, 0].to(torch.promote_types(output.dtype, torch.float32))  # so many pixels overflow half precision
     known, ones = target != IGNORE, (target == 1).to(logits.dtype)
@@ -155,12 +145,7 @@ def balanced_cross_entropy(output: Tensor, target: Tensor, positive_weight: floa
 
 
 def normals_loss(output: Tensor, target: Tensor) -> Tensor:
-    """The mean absolute error of the coordinates, once the output is of length 1.
-
-    Args:
-        output: `(N, 3, H, W)`.
-        target: unit vectors, `(N, 3, H, W)`, 0 where not known.
-    """
+    """The mean absolute error of the coordinates, `(N, 3, H, W)`, once the output is of length 1; 0 is not known."""
     known = target.any(dim=1, keepdim=True)
     return ((F.normalize(output, dim=1) - target).abs() * known).sum() / (3 * known.sum())
 

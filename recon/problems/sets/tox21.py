@@ -55,14 +55,8 @@ def tox21(data_root: str | Path | None = None, train_samples: int | None = None)
     leaves out the tasks for which it has no label. Outputs are logits `(N, 1)`. Few molecules are toxic (3 to 16 % of
     the labels of a task), so that the AUC is the metric, over the labelled molecules.
 
-    Args:
-        data_root: the folder that holds `tox21/tox21.csv`, or the file itself.
-        train_samples: train on only so many molecules, in random order. All if not given.
-
-    Raises:
-        UsageError: `data_root` is not given, or `train_samples` is below a batch or above what there is (the latter
-            when the data are read).
-        ProblemError: the file is missing or, when it is read, damaged: the error names the line.
+    `data_root` holds `tox21/tox21.csv`, or the file itself. `train_samples` takes only so many molecules, in random
+    order.
     """
     root = open_root(NAME, data_root, _EXPECTED)
     check_train_samples(NAME, train_samples, BATCH)

@@ -22,12 +22,7 @@ def binary_task(name: str, *metrics: Metric) -> Task:
 
 
 def binary_cross_entropy(output: Tensor, target: Tensor) -> Tensor:
-    """The mean over the samples that have a label; NaN where none has.
-
-    Args:
-        output: logits `(N, 1)`.
-        target: `(N,)`, 1, 0 or NaN.
-    """
+    """The mean over the samples with a label (logits `(N, 1)`, targets `(N,)`: 1, 0 or NaN); NaN where none has one."""
     # Weights, not an index: with an index, the CPU would wait at every step to learn how many rows it picks on the GPU.
     labelled = (~target.isnan()).to(output.dtype)
     losses = F.binary_cross_entropy_with_logits(

@@ -66,12 +66,7 @@ def _masked_mean(values: Tensor, mask: Tensor) -> Tensor:
 
 
 def batches(images: np.ndarray, targets: Mapping[str, np.ndarray]) -> TensorBatches:
-    """Batches of images from 0 to 1 and of targets, both float32, and of int64 labels.
-
-    Args:
-        images: `(N, 3, H, W)`, bytes or floats from 0 to 1.
-        targets: `{task: (N, ...)}`.
-    """
+    """Batches of `(N, 3, H, W)` images from 0 to 1, bytes or floats, and of float32 targets or int64 labels."""
     tensors = {task: torch.from_numpy(target) for task, target in targets.items()}
     return TensorBatches(torch.from_numpy(images), tensors, _unit_interval, _unpacked)
 

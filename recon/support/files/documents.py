@@ -42,26 +42,15 @@ def shown(value: Any) -> str:
 
 
 def read_document(path: str | Path, error: type[UsageError], remedy: str, most: int = MOST_BYTES) -> Document:
-    """The JSON object in a file.
+    """The JSON object in a file of at most `most` bytes.
 
-    Args:
-        path: the file.
-        error: what is raised.
-        remedy: what to try, as a sentence; every message ends with it.
-        most: how many bytes are read.
-
-    Raises:
-        UsageError: of the kind `error`: the file cannot be read, or holds no such object (see the module).
+    Where there is none, `error` is raised; every message ends with `remedy`, a sentence that says what to try.
     """
     return parse_document(_read(path, error, remedy, most), str(path), error, remedy)
 
 
 def read_documents(path: str | Path, error: type[UsageError], remedy: str, most: int = MOST_LINES) -> list[Document]:
-    """The JSON objects in a file, one on each line; messages name the line. See `read_document`.
-
-    Raises:
-        UsageError: of the kind `error`: the file cannot be read, or a line holds no such object.
-    """
+    """The JSON objects in a file, one on each line; messages name the line. See `read_document`."""
     text = _read(path, error, remedy, most)
     return [
         parse_document(line, f"{path}, line {number}", error, remedy)
@@ -71,11 +60,7 @@ def read_documents(path: str | Path, error: type[UsageError], remedy: str, most:
 
 
 def parse_document(text: str, source: str, error: type[UsageError], remedy: str) -> Document:
-    """The JSON object in a text; `source` names it in messages. See `read_document`.
-
-    Raises:
-        UsageError: of the kind `error`: the text holds no such object.
-    """
+    """The JSON object in a text; `source` names it in messages. See `read_document`."""
     try:
         values = json.loads(text, object_pairs_hook=_each_once, parse_constant=_no_number, parse_float=_finite)
         _check_depth(values)
@@ -96,12 +81,7 @@ def parse_document(text: str, source: str, error: type[UsageError], remedy: str)
 class Document:
     """A JSON object, with typed access to its fields; errors name the file and the field.
 
-    Args:
-        values: the fields.
-        source: the file.
-        error: what is raised.
-        remedy: what to try, as a sentence.
-        where: the path of this object in the file, as in `layers[3].`; empty for the whole.
+    `where` is the path of this object in the file, as in `layers[3].`; empty for the whole.
     """
 
     def __init__(self, values: Any, source: str, error: type[UsageError], remedy: str, where: str = "") -> None:
@@ -114,19 +94,11 @@ class Document:
         return iter(self.values)
 
     def fail(self, what: str) -> NoReturn:
-        """Refuse the file.
-
-        Raises:
-            UsageError: of the document's kind, always.
-        """
+        """Refuse the file."""
         raise self.error(f"{self.source}: {what}. {self.remedy}")
 
     def wrong(self, key: str, what: str) -> NoReturn:
-        """Refuse a field: "field 'seed' is -1, not a number of at least 0".
-
-        Raises:
-            UsageError: of the document's kind, always.
-        """
+        """Refuse a field: "field 'seed' is -1, not a number of at least 0"."""
         self.fail(f"field {self.name(key)} {what}")
 
     def name(self, key: str) -> str:

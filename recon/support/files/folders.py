@@ -27,15 +27,10 @@ _SAVED, _NEW, _GONE = ".saved", ".new.", ".gone"
 
 @contextmanager
 def replacing(folder: str | Path, files: Collection[str]) -> Iterator[Path]:
-    """Give an empty folder to write into; at the end of the block, its content replaces `files`.
+    """Give an empty folder to write into; at the end of the block, its content replaces `files`, paths in the folder.
 
-    Args:
-        folder: made if it does not exist.
-        files: what is removed unless the block writes it anew, as paths in the folder. Other files stay.
-
-    Raises:
-        UsageError: the folder cannot be written to, or something other than a file is in the way.
-        WriteError: the disk is full, or failed. The old files are unchanged.
+    Of these, what the block does not write anew is removed; other files stay. If the disk is full, or fails, the old
+    files are unchanged.
     """
     made = not os.path.lexists(folder)
     path = make_folder(folder)
@@ -58,12 +53,7 @@ def replacing(folder: str | Path, files: Collection[str]) -> Iterator[Path]:
 
 
 def finish_replacing(folder: str | Path) -> None:
-    """Move the files into place that a killed writer had saved completely, but not moved yet.
-
-    Raises:
-        UsageError: we lack the permission.
-        WriteError: the disk failed.
-    """
+    """Move the files into place that a killed writer had saved completely, but not moved yet."""
     saved = Path(folder) / _SAVED
     if not saved.is_dir():
         return

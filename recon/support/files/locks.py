@@ -28,14 +28,8 @@ _handles: set[int] = set()
 def written_by_us(path: str | Path, lock: Path) -> Iterator[float | None]:
     """Keep other processes from writing `path`; gives when the last writer began, if it was killed.
 
-    Args:
-        path: for the message.
-        lock: the lock file, which says who writes, in a folder that exists; removed in the end. One that a killed
-            process left does not keep others from writing.
-
-    Raises:
-        UsageError: another process is writing there.
-        OSError: the lock file cannot be created.
+    `lock` is the lock file, which says who writes, in a folder that exists; removed in the end. One that a killed
+    process left does not keep others from writing. An `OSError` says that it cannot be created.
     """
     if fcntl is None:
         yield None

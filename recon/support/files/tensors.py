@@ -33,14 +33,8 @@ class ForeignObjectError(TensorFileError):
 def read_tensors(path: Path, *, mmap: bool = False) -> Any:
     """What `torch.save` wrote, onto the CPU: tensors and plain values, of which unpickling runs no code.
 
-    Args:
-        path: the file.
-        mmap: leave the tensors in the file until they are used.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ForeignObjectError: it holds objects of other kinds.
-        TensorFileError: it is damaged, truncated or a file of another kind.
+    With `mmap`, tensors are left in the file until they are used. A `ForeignObjectError` says that the file holds
+    objects of other kinds, a `TensorFileError` that it is damaged or of another kind.
     """
     try:
         if zipfile.is_zipfile(path):
@@ -67,10 +61,7 @@ def seal(path: Path) -> None:
 def check_seal(path: Path) -> None:
     """Compare a safetensors file with its checksum; older files have none.
 
-    Raises:
-        TensorFileError: it was changed since it was saved.
-        SafetensorError: it is damaged.
-        OSError: it cannot be read.
+    A `TensorFileError` says that it was changed since it was saved, a `SafetensorError` that it is damaged.
     """
     with safe_open(str(path), framework="pt") as weights:
         expected = (weights.metadata() or {}).get(SEAL)

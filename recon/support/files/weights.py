@@ -35,11 +35,7 @@ def save_weights(model: nn.Module, path: Path, plan: str) -> None:
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """The metadata of a safetensors file: the plan, and which tied tensors stand for which.
-
-    Raises:
-        CheckpointError: the file is damaged.
-    """
+    """The metadata of a safetensors file: the plan, and which tied tensors stand for which."""
     try:
         with safe_open(str(path), framework="pt") as weights:
             return weights.metadata() or {}
@@ -52,9 +48,6 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
     Tied tensors are saved once; the metadata says which entry stands for the others. (safetensors' load_model
     refuses a BatchNorm that has two names: torch does not count its num_batches_tracked as missing.)
-
-    Raises:
-        CheckpointError: the file is damaged, or not as it was saved.
     """
     metadata = read_metadata(path)
     try:
@@ -69,11 +62,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def load_weights(model: nn.Module, state: Mapping[str, Any]) -> None:
-    """`model.load_state_dict`, strictly, of a state that may have lost torch's record of module versions.
-
-    Raises:
-        RuntimeError: the state is not this model's.
-    """
+    """`model.load_state_dict`, strictly, of a state that may have lost torch's record of module versions."""
     if not hasattr(state, "_metadata"):  # MNASNet, for one, believes that such a state is of an older version
         state = OrderedDict(state)
         state._metadata = getattr(model.state_dict(), "_metadata", None)  # type: ignore[attr-defined]
@@ -83,12 +72,8 @@ def load_weights(model: nn.Module, state: Mapping[str, Any]) -> None:
 def read_state_dict(path: Path) -> Mapping[str, Tensor]:
     """The state dict of a model from before the surgery.
 
-    Args:
-        path: a folder that `recon.save` wrote, a safetensors file, or a file that `torch.save` wrote: a state dict,
-            or a training checkpoint that holds one under `state_dict` or `model`.
-
-    Raises:
-        CheckpointError: it is missing, damaged, not a state dict, or of a branched model.
+    The path is that of a folder that `recon.save` wrote, a safetensors file, or a file that `torch.save` wrote: a state
+    dict, or a training checkpoint that holds one under `state_dict` or `model`.
     """
     if path.is_dir():
         finish_replacing(path)

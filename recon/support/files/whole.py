@@ -28,12 +28,7 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def write_atomically(path: str | Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a temporary file beside `path`, then move it into place.
-
-    Raises:
-        UsageError: the folder cannot be made or written to, or the path names no regular file.
-        WriteError: the disk is full, or failed.
-    """
+    """Let `write` fill a temporary file beside `path`, then move it into place."""
     target = target_of(path)
     make_folder(target.parent)
     remove_partial(target)
@@ -48,11 +43,7 @@ def write_atomically(path: str | Path, write: Callable[[Path], None]) -> None:
 
 
 def target_of(path: str | Path) -> Path:
-    """The file that is written where `path` says: itself, or what a symbolic link points to.
-
-    Raises:
-        UsageError: it is a folder, a device, a pipe or a socket, or the link or the name leads nowhere.
-    """
+    """The regular file (or the free place) that `path` writes to: itself, or what a symbolic link points to."""
     mode = mode_of(path)
     if mode is not None and not stat.S_ISREG(mode):
         raise UsageError(f"Cannot write {path}: it is {kind_of(mode)}. Give the name of a file.")
@@ -60,11 +51,7 @@ def target_of(path: str | Path) -> Path:
 
 
 def mode_of(path: str | Path) -> int | None:
-    """The mode of what lies there, links followed; None if nothing does.
-
-    Raises:
-        UsageError: it is a link that leads nowhere, or a name that no file can have.
-    """
+    """The mode of what lies there, links followed; None if nothing does."""
     if "\0" in str(path):
         raise UsageError(f"Cannot write {str(path)!r}: a name cannot contain the character NUL.")
     try:
@@ -129,13 +116,7 @@ def remove_left(left: Path) -> None:
 def written_alone(path: str | Path, lock: Path | None = None) -> Iterator[float | None]:
     """Keep other processes from writing there; gives when the last writer began, if it was killed.
 
-    Args:
-        path: a file, or whatever `lock` is for.
-        lock: the lock file, in a folder that exists; beside `path` if None.
-
-    Raises:
-        UsageError: another process is writing there, or we lack the permission.
-        WriteError: the disk is full.
+    The lock file is `lock`, in a folder that exists, or lies beside `path`.
     """
     if lock is None:
         target = target_of(path)
@@ -154,12 +135,7 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 def write_from(path: str | Path, place: int, text: str) -> int:
-    """Write text into a file from a byte on, in place of what follows there; returns the new end.
-
-    Raises:
-        UsageError: the path names no file that can be written.
-        WriteError: the disk is full, or failed.
-    """
+    """Write text into a file from a byte on, in place of what follows there; returns the new end."""
     target = target_of(path)
     make_folder(target.parent)
     try:
@@ -175,12 +151,7 @@ def write_from(path: str | Path, place: int, text: str) -> int:
 
 
 def make_folder(path: str | Path) -> Path:
-    """Make a folder and its parents; return it.
-
-    Raises:
-        UsageError: it cannot be made, or a file is in the way.
-        WriteError: the disk is full, or failed.
-    """
+    """Make a folder and its parents; return it."""
     mode_of(path)
     try:
         Path(path).mkdir(parents=True, exist_ok=True)

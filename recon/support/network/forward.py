@@ -43,11 +43,7 @@ def call(model: nn.Module, inputs: Any) -> Any:
 
 
 def run(model: nn.Module, example_inputs: Any) -> Mapping[str, Any]:
-    """What the model gives for the example inputs, in the mode it is in.
-
-    Raises:
-        UsageError: its forward fails.
-    """
+    """What the model gives for the example inputs, in the mode it is in."""
     mode = "training" if model.training else "evaluation"
     try:
         # A dry run looks on at operations, and `fullgraph=True` would fail on that: compiled parts run uncompiled.
@@ -108,11 +104,7 @@ def _leaf_to_device(leaf: Any, device: torch.device | str) -> Any:
 
 
 def unpack(batch: Any) -> Batch:
-    """A batch as `(inputs, {task name: target})`.
-
-    Raises:
-        ProblemError: the batch is anything else.
-    """
+    """A batch as `(inputs, {task name: target})`; an error if it is anything else."""
     match batch:
         case (inputs, Mapping() as targets):
             return inputs, targets
@@ -127,20 +119,12 @@ def unpack(batch: Any) -> Batch:
 
 
 def task_outputs(model: nn.Module, inputs: Any, tasks: Iterable[str]) -> Mapping[str, Any]:
-    """Run the model and check that it answers for every one of `tasks`.
-
-    Raises:
-        ProblemError: the output is no `{task name: output}`, or lacks a task.
-    """
+    """Run the model and check that it answers for every one of `tasks`."""
     return check_outputs(call(model, inputs), tasks)
 
 
 def check_outputs(outputs: Any, tasks: Iterable[str]) -> Mapping[str, Any]:
-    """A model's outputs, if they have an entry for every one of `tasks`.
-
-    Raises:
-        ProblemError: the output is no `{task name: output}`, or lacks a task.
-    """
+    """A model's outputs, if they have an entry for every one of `tasks`."""
     if not isinstance(outputs, Mapping):
         got = "Tensor" if isinstance(outputs, Tensor) else type_name(outputs)
         raise ProblemError(

@@ -16,19 +16,12 @@ _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn
 
 @dataclass(frozen=True)
 class Layer:
-    """The smallest named module that owns parameters, or a bare parameter of a container.
+    """The smallest named module that owns parameters, or a bare parameter of a container."""
 
-    Args:
-        name: the model's own module path (the first one, if the module is reached by several).
-        kind: the module's class name; `Parameter` for a bare parameter.
-        parameters: its parameters by local name, those tied to an earlier layer left out.
-        aliases: other paths that reach the same module.
-    """
-
-    name: str
-    kind: str
-    parameters: Mapping[str, nn.Parameter]
-    aliases: tuple[str, ...] = ()
+    name: str  # the first path, if the module is reached by several
+    kind: str  # the module's class name; `Parameter` for a bare parameter
+    parameters: Mapping[str, nn.Parameter]  # by local name, those tied to an earlier layer left out
+    aliases: tuple[str, ...] = ()  # other paths that reach the same module
 
     @property
     def size(self) -> int:
@@ -70,9 +63,6 @@ def find_layers(model: nn.Module) -> list[Layer]:
     """The layers of `model`, in model order.
 
     A parameter shared by several modules belongs to the first that holds it.
-
-    Raises:
-        UsageError: a lazy module has no parameters yet.
     """
     by_owner: dict[int, _Found] = {}
     taken: set[int] = set()
@@ -100,12 +90,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def canonical_name(layers: list[Layer], name: str) -> str:
-    """The layer's first path, for any path that reaches it.
-
-    Raises:
-        UnknownNameError: no layer has this path; the message gives the nearest names.
-        PlanError: the path is that of a container of layers.
-    """
+    """The layer's first path, for any path that reaches it; an error gives the nearest names."""
     for layer in layers:
         if name == layer.name or name in layer.aliases:
             return layer.name
@@ -118,11 +103,7 @@ def canonical_name(layers: list[Layer], name: str) -> str:
 
 
 def module_at(model: nn.Module, path: str) -> nn.Module:
-    """The module at a path.
-
-    Raises:
-        UnknownNameError: there is none; the message gives the nearest names.
-    """
+    """The module at a path; an error gives the nearest names."""
     try:
         return model.get_submodule(path)
     except AttributeError as error:
