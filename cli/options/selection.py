@@ -53,10 +53,7 @@ def add_selection_options(parser: Parser) -> None:
         help="cover the most conflict within RATIO times the parameters",
     )
     ways.add_argument(
-        "--max-macs",
-        type=positive_number,
-        metavar="RATIO",
-        help="the same within RATIO times the multiply-adds",
+        "--max-macs", type=positive_number, metavar="RATIO", help="the same within RATIO times the multiply-adds"
     )
     parser.add_argument(
         "--select",

@@ -23,14 +23,7 @@ from recon_cli.options.selection import (
     has_budget,
     surgery_name,
 )
-from recon_cli.parser import (
-    Report,
-    add_device_option,
-    add_verb,
-    any_path,
-    command_words,
-    seed,
-)
+from recon_cli.parser import Report, add_device_option, add_verb, any_path, command_words, seed
 from recon_cli.terminal import tell
 from recon_cli.texts.costs import cost_table, with_ratios
 from recon_cli.texts.map_fit import fit_data, fit_line, match_map

@@ -17,15 +17,7 @@ from recon.support import launch
 from recon_cli.options.outputs import claimed_folder
 from recon_cli.options.problem import add_problem, model_backbone, problem_of
 from recon_cli.options.recipe import add_recipe_options, recipe_of
-from recon_cli.parser import (
-    METHOD,
-    Report,
-    add_training_options,
-    add_verb,
-    any_path,
-    not_empty,
-    positive_integer,
-)
+from recon_cli.parser import METHOD, Report, add_training_options, add_verb, any_path, not_empty, positive_integer
 from recon_cli.progress import shows_progress
 from recon_cli.terminal import tell
 

@@ -12,12 +12,7 @@ if TYPE_CHECKING:
     from recon.maps.published import read_published
     from recon.maps.score_table import LayerConflicts
 
-__all__ = [
-    "ConflictMap",
-    "LayerConflicts",
-    "MapComparison",
-    "read_published",
-]
+__all__ = ["ConflictMap", "LayerConflicts", "MapComparison", "read_published"]
 
 __getattr__, __dir__ = lazy_face(
     __name__,

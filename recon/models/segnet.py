@@ -104,8 +104,7 @@ def head(in_channels: int, out_channels: int) -> nn.Sequential:
     """A 3x3 convolution and a 1x1 one, with nothing in between, as in the papers' code."""
     return nn.Sequential(
         OrderedDict(
-            conv1=nn.Conv2d(in_channels, in_channels, 3, padding=1),
-            conv2=nn.Conv2d(in_channels, out_channels, 1),
+            conv1=nn.Conv2d(in_channels, in_channels, 3, padding=1), conv2=nn.Conv2d(in_channels, out_channels, 1)
         )
     )
 

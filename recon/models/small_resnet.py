@@ -44,11 +44,7 @@ class SmallResNet(nn.Module):
     def __init__(self, tasks: Mapping[str, int], in_channels: int = 1) -> None:
         super().__init__()
         self.stem = nn.Sequential(
-            OrderedDict(
-                conv=nn.Conv2d(in_channels, 8, 3, padding=1, bias=False),
-                bn=nn.BatchNorm2d(8),
-                relu=nn.ReLU(),
-            )
+            OrderedDict(conv=nn.Conv2d(in_channels, 8, 3, padding=1, bias=False), bn=nn.BatchNorm2d(8), relu=nn.ReLU())
         )
         self.blocks = nn.Sequential(BasicBlock(8, 8), BasicBlock(8, 16, stride=2), BasicBlock(16, 32, stride=2))
         self.heads = nn.ModuleDict({task: nn.Linear(32, classes) for task, classes in tasks.items()})

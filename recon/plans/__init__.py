@@ -14,18 +14,7 @@ if TYPE_CHECKING:
     from recon.plans.selection import Selection
     from recon.plans.trade_off import frontier
 
-__all__ = [
-    "Choice",
-    "CostModel",
-    "Costs",
-    "Match",
-    "Selection",
-    "choose",
-    "costs",
-    "frontier",
-    "match",
-    "plan",
-]
+__all__ = ["Choice", "CostModel", "Costs", "Match", "Selection", "choose", "costs", "frontier", "match", "plan"]
 
 __getattr__, __dir__ = lazy_face(
     __name__,

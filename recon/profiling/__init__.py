@@ -10,15 +10,6 @@ if TYPE_CHECKING:
     from recon.profiling.profiler import Profiler
     from recon.profiling.warm_up import profile
 
-__all__ = [
-    "Profiler",
-    "profile",
-]
+__all__ = ["Profiler", "profile"]
 
-__getattr__, __dir__ = lazy_face(
-    __name__,
-    {
-        "Profiler": "profiler",
-        "profile": "warm_up",
-    },
-)
+__getattr__, __dir__ = lazy_face(__name__, {"Profiler": "profiler", "profile": "warm_up"})

@@ -13,15 +13,7 @@ if TYPE_CHECKING:
     from recon.training.recorder import Recorder
     from recon.training.trainer import train
 
-__all__ = [
-    "Epoch",
-    "History",
-    "RankBatches",
-    "Recorder",
-    "delta_m",
-    "evaluate",
-    "train",
-]
+__all__ = ["Epoch", "History", "RankBatches", "Recorder", "delta_m", "evaluate", "train"]
 
 __getattr__, __dir__ = lazy_face(
     __name__,

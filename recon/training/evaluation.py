@@ -103,9 +103,7 @@ def directions(tasks: Sequence[Task]) -> dict[str, dict[str, bool]]:
 
 
 def delta_m(
-    results: Results,
-    baselines: Results,
-    higher_is_better: Mapping[str, Mapping[str, bool]] | Mapping[str, bool],
+    results: Results, baselines: Results, higher_is_better: Mapping[str, Mapping[str, bool]] | Mapping[str, bool]
 ) -> float:
     """Δm: the mean relative change against single-task baselines in percent, signed so that higher is better.
 
@@ -170,10 +168,7 @@ def _number(state: MetricState, task: str, metric: str) -> float:
 
 
 def _task_change(
-    task: str,
-    metrics: Mapping[str, float],
-    baseline: Mapping[str, float],
-    higher_is_better: Mapping[str, bool],
+    task: str, metrics: Mapping[str, float], baseline: Mapping[str, float], higher_is_better: Mapping[str, bool]
 ) -> float:
     _same_names(f"metrics of task {task!r}", metrics, baseline)
     if not metrics:

@@ -101,12 +101,7 @@ def _count(smiles: np.ndarray) -> np.ndarray:
     """How often each substring occurs: `(N, FEATURES)`, uint8, a quarter of the memory of floats."""
     # Case matters: c is aromatic carbon.
     vectorizer = HashingVectorizer(
-        analyzer="char",
-        ngram_range=(1, LONGEST),
-        n_features=FEATURES,
-        lowercase=False,
-        norm=None,
-        alternate_sign=False,
+        analyzer="char", ngram_range=(1, LONGEST), n_features=FEATURES, lowercase=False, norm=None, alternate_sign=False
     )
     counts = vectorizer.transform(smiles)
     counts.data = np.minimum(counts.data, 255)
