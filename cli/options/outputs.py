@@ -13,17 +13,9 @@ from pathlib import Path
 from recon.errors import UsageError
 from recon.experiments.training.run_folder import CHECKPOINT_FILE, METRICS_FILE, MODEL_FILES
 from recon.support import launch
+from recon.support.files import whole
 from recon.support.files.folders import finish_replacing, is_plumbing, sweep
 from recon.support.files.locks import LOCK
-from recon.support.files.whole import (
-    cannot_write,
-    kind_of,
-    make_folder,
-    mode_of,
-    remove_partial,
-    target_of,
-    written_alone,
-)
 
 _SIGNS = {
     "run.json": b'"recon run"',
@@ -38,7 +30,7 @@ _HEAD = 1 << 16
 
 def check_file(path: Path, mark: bytes) -> Path:
     """Refuse a file that cannot be written, or one without `mark` near its beginning: it holds something else."""
-    target = target_of(path)
+    target = whole.target_of(path)
     _check_place(path, target)
     try:
         if target.exists():
@@ -47,20 +39,20 @@ def check_file(path: Path, mark: bytes) -> Path:
             if head and mark not in head:
                 raise UsageError(f"{path} holds something else and would be overwritten. Choose another name.")
     except OSError as error:
-        raise cannot_write(path, error) from error
+        raise whole.cannot_write(path, error) from error
     return path
 
 
 def check_folder(folder: Path, marks: Sequence[str] = MODEL_FILES) -> Path:
     """Refuse a folder that cannot be written to, or one with files of another kind: with none of `marks`."""
-    mode = mode_of(folder)
+    mode = whole.mode_of(folder)
     if mode is not None and not stat.S_ISDIR(mode):
-        raise UsageError(f"Cannot write into {folder}: it is {kind_of(mode)}. Give the name of a folder.")
+        raise UsageError(f"Cannot write into {folder}: it is {whole.kind_of(mode)}. Give the name of a folder.")
     _check_place(folder / marks[0], Path(os.path.realpath(folder)) / marks[0])
     try:
         others = mode is not None and any(file.name != LOCK and not is_plumbing(file.name) for file in folder.iterdir())
     except OSError as error:
-        raise cannot_write(folder, error, "look into") from error
+        raise whole.cannot_write(folder, error, "look into") from error
     if others and not any((folder / name).exists() for name in marks):
         raise UsageError(f"{folder} holds other files, and no {' or '.join(marks)}. Choose a new or empty folder.")
     for name in marks:
@@ -75,7 +67,7 @@ def _check_sign(file: Path) -> None:
         with file.open("rb") as opened:
             head = opened.read(_HEAD)
     except OSError as error:
-        raise cannot_write(file, error, "look into") from error
+        raise whole.cannot_write(file, error, "look into") from error
     if head and _SIGNS[file.name] not in head:
         raise UsageError(
             f"{file} was not written by recon, and would be overwritten. Move it, or choose another folder."
@@ -89,10 +81,10 @@ def claimed_file(path: Path, mark: bytes) -> Iterator[bool]:
     Gives whether the last writer was killed before it replaced the file.
     """
     check_file(path, mark)
-    target = target_of(path)
+    target = whole.target_of(path)
     with _claimed(path, target.parent, target.with_name(f".{target.name}{LOCK}")) as killed:
         if launch.number() == 0:
-            remove_partial(target)
+            whole.remove_partial(target)
         yield _is_older(target, killed)
 
 
@@ -102,7 +94,7 @@ def claimed_folder(folder: Path, marks: Sequence[str] = MODEL_FILES) -> Iterator
 
     Gives whether the last writer was killed before it replaced what is in there.
     """
-    if launch.number() == 0 and mode_of(folder) is not None:
+    if launch.number() == 0 and whole.mode_of(folder) is not None:
         finish_replacing(folder)
     check_folder(folder, marks)
     with _claimed(folder, folder, folder / LOCK) as killed:
@@ -119,8 +111,8 @@ def _claimed(path: Path, folder: Path, lock: Path) -> Iterator[float | None]:
         return
     made = [f for f in (folder, *folder.parents) if not f.exists()]
     try:
-        make_folder(folder)
-        with written_alone(path, lock) as killed:
+        whole.make_folder(folder)
+        with whole.written_alone(path, lock) as killed:
             yield killed
     finally:
         for each in made:
@@ -146,5 +138,5 @@ def _check_place(path: Path, target: Path) -> None:
         # Permissions are not enough: a full disk, a read-only one and /proc pass them.
         os.rmdir(tempfile.mkdtemp(prefix=".recon-", dir=folder))
     except OSError as error:
-        reason = cannot_write(path, error)
+        reason = whole.cannot_write(path, error)
         raise type(reason)(f"{reason} (No file can be made in {folder}.)") from error

@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 _SELECT = ("top", "random", "first", "last", "norms")
 _BUDGETS = ("max_params", "max_macs")
 _WAYS = ("top_k", "share", *_BUDGETS, "auto", "like", "layers", "matching")
-SELECTION_NAMES = ("map", *_WAYS, "select", "groups", "threshold", "rename", "seed")
+NAMES = ("map", *_WAYS, "select", "groups", "threshold", "rename", "seed")
 """The arguments that make the same choice with another verb."""
 
 
-def add_selection_options(parser: Parser) -> None:
+def add_options(parser: Parser) -> None:
     """Add the options that say which layers are branched, and which tasks share a copy."""
     parser.add_argument("--map", type=any_path, metavar="MAP", help="the conflict map that chooses the layers")
     ways = parser.add_argument_group("which layers", "One of these; --max-params and --max-macs may go together.")
@@ -72,7 +72,7 @@ def add_selection_options(parser: Parser) -> None:
     add_rename_option(parser, "rename the map's layers to the model's,")
 
 
-def check_selection(args: argparse.Namespace) -> None:
+def check(args: argparse.Namespace) -> None:
     """Check that the options go together, before anything is loaded."""
     error = args.parser.error
     given = _given(args)

@@ -12,17 +12,10 @@ from recon.errors import UsageError
 from recon.experiments import Run
 from recon.experiments.training.run_folder import CHECKPOINT_FILE, RUN_FILES
 from recon.support.files.folders import replacing
+from recon_cli.options import selection
 from recon_cli.options.outputs import claimed_folder
 from recon_cli.options.problem import PROBLEM_NAMES, add_problem, problem_of
 from recon_cli.options.rename import renames
-from recon_cli.options.selection import (
-    add_selection_options,
-    check_selection,
-    choose,
-    groups_lines,
-    has_budget,
-    surgery_name,
-)
 from recon_cli.parser import Report, add_device_option, add_verb, any_path, command_words, seed
 from recon_cli.terminal import tell
 from recon_cli.texts.costs import cost_table, with_ratios
@@ -59,7 +52,7 @@ def add_parser(verbs: Verbs) -> None:
         "Train the result with `recon train --model`.",
     )
     add_problem(parser)
-    add_selection_options(parser)
+    selection.add_options(parser)
     parser.add_argument("--seed", type=seed, default=0, help="seed of the weights and of --select random (default: 0)")
     parser.add_argument(
         "--mode",
@@ -112,8 +105,8 @@ def _run(args: argparse.Namespace) -> Report:
     loader, _ = workbench.make_loaders(problem, args.seed)
     batch = workbench.first_batch(problem, loader, device)
     example = workbench.few_samples(batch[0])[0]
-    costs = CostModel(plain, problem.task_names, example) if has_budget(args) else None
-    choice = choose(args, problem, plain, found, costs)
+    costs = CostModel(plain, problem.task_names, example) if selection.has_budget(args) else None
+    choice = selection.choose(args, problem, plain, found, costs)
     init = problem.make_model if args.init == "scratch" else args.init
     branched = recon.convert(plain, choice.plan, example, mode=args.mode, init=init, copies=args.copies)
     verified = None if args.no_verify else recon.verify(plain, branched, example)
@@ -138,17 +131,17 @@ def _run(args: argparse.Namespace) -> Report:
 def _check_options(args: argparse.Namespace) -> None:
     if args.copies == "independent" and args.init != "scratch":
         args.parser.error("--copies independent needs --init scratch: other weights are the same for every copy")
-    check_selection(args)
+    selection.check(args)
 
 
 def _save(args: argparse.Namespace, problem: Problem, branched: nn.Module, plan: BranchPlan, costs: Costs) -> None:
     """Save the model, and an unfinished run from which `recon train` learns how the layers were chosen."""
     run = Run(
         problem=problem.name,
-        label=surgery_name(args, plan),
+        label=selection.surgery_name(args, plan),
         tasks=problem.task_names,
         method="",
-        surgery=surgery_name(args, plan),
+        surgery=selection.surgery_name(args, plan),
         branched_layers=tuple(plan.layers),
         seed=args.seed,
         parameters=costs.parameters,
@@ -175,7 +168,7 @@ def _report(
         *([fit_line(args.map, found), ""] if found else []),
         f"Branched are {choice}.",
         *(f"  {name}" for name in plan.layers),
-        *groups_lines(plan.layers),
+        *selection.groups_lines(plan.layers),
         f"Shared layers that keep running statistics for each group of tasks: {len(statistics)}",
         *(f"  {path}" for path in statistics),
         "",
@@ -189,7 +182,7 @@ def _report(
     data = {
         "folder": str(args.out),
         "problem": problem.name,
-        "surgery": surgery_name(args, plan),
+        "surgery": selection.surgery_name(args, plan),
         "map": fit_data(args.map, found) if found else None,
         "reason": choice.reason,
         "covered": choice.covered if choice.scores else None,

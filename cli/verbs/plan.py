@@ -9,17 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import recon
 from recon.support.tables import text_table
+from recon_cli.options import selection
 from recon_cli.options.pictures import add_picture_options, check_pictures, show_pictures
 from recon_cli.options.problem import PROBLEM_NAMES, add_problem, problem_of
 from recon_cli.options.rename import renames
-from recon_cli.options.selection import (
-    SELECTION_NAMES,
-    add_selection_options,
-    check_selection,
-    choose,
-    groups_lines,
-    surgery_name,
-)
 from recon_cli.parser import Report, add_verb, command_words, seed
 from recon_cli.texts.costs import cost_table, with_ratios
 from recon_cli.texts.map_fit import fit_data, fit_line, match_map
@@ -48,14 +41,14 @@ def add_parser(verbs: Verbs) -> None:
         "Only the pictures are written. `recon convert` accepts the same options and branches the layers.",
     )
     add_problem(parser)
-    add_selection_options(parser)
+    selection.add_options(parser)
     add_picture_options(parser)
     parser.add_argument("--seed", type=seed, default=0, help="seed of --select random (default: 0)")
 
 
 def run(args: argparse.Namespace) -> Report:
     """Choose, count and show."""
-    check_selection(args)
+    selection.check(args)
     check_pictures(args)
     cmap = recon.ConflictMap.load(args.map) if args.map else None
     problem = problem_of(args)
@@ -67,7 +60,7 @@ def run(args: argparse.Namespace) -> Report:
     found = match_map(cmap, problem, model, renames(args)) if cmap else None
     inputs, samples = workbench.few_samples(workbench.example_inputs(problem, args.seed))
     costs = CostModel(model, problem.task_names, inputs)
-    choice = choose(args, problem, model, found, costs)
+    choice = selection.choose(args, problem, model, found, costs)
     kinds = {layer.name: layer.kind for layer in find_layers(model)}
     shown = show_pictures(args, model, found, costs, choice, samples)
     return _report(args, choice, found, costs, samples, kinds, shown)
@@ -84,14 +77,15 @@ def _report(
 ) -> Report:
     layers, runs = _layers(choice, kinds), costs.of(choice.plan.layers).runs
     table = _costs(choice, costs, samples)
-    next_command = ["recon", "convert", *command_words(args, PROBLEM_NAMES + SELECTION_NAMES), "--out", "branched"]
+    options = command_words(args, PROBLEM_NAMES + selection.NAMES)
+    next_command = ["recon", "convert", *options, "--out", "branched"]
     text = [
         *([fit_line(args.map, found), ""] if found else []),
         textwrap.fill(f"{choice}.", 100, break_on_hyphens=False),
         "",
         _layer_table(layers),
         "",
-        *groups_lines(choice.plan.layers),
+        *selection.groups_lines(choice.plan.layers),
         *([f"Conflict covered: {100 * choice.covered:.1f} %."] if choice.scores else []),
         "",
         cost_table(table),
@@ -103,7 +97,7 @@ def _report(
     ]
     data = {
         "problem": args.problem,
-        "surgery": surgery_name(args, choice.plan),
+        "surgery": selection.surgery_name(args, choice.plan),
         "map": fit_data(args.map, found) if found else None,
         "reason": choice.reason,
         "layers": layers,

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from recon.models.shared_bottom import mlp, tower
+from recon.models.shared_bottom import make_towers, mlp
 
 
 class Experts(nn.ModuleList):
@@ -65,9 +65,7 @@ class MMoE(nn.Module):
         super().__init__()
         self.experts = Experts(experts, in_features, expert, dropout)
         self.gates = nn.ModuleDict({task: Gate(in_features, experts) for task in tasks})
-        self.towers = nn.ModuleDict(
-            {task: tower(expert[-1], towers, outputs, dropout) for task, outputs in tasks.items()}
-        )
+        self.towers = make_towers(tasks, expert[-1], towers, dropout)
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         """Rows `(N, in_features)` to `{task: (N, outputs)}`."""
@@ -110,9 +108,7 @@ class PLE(nn.Module):
             Extraction(list(tasks), width, shared_experts, task_experts, expert, dropout, is_last=number == layers)
             for number, width in enumerate(widths, start=1)
         )
-        self.towers = nn.ModuleDict(
-            {task: tower(expert[-1], towers, outputs, dropout) for task, outputs in tasks.items()}
-        )
+        self.towers = make_towers(tasks, expert[-1], towers, dropout)
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         """Rows `(N, in_features)` to `{task: (N, outputs)}`."""

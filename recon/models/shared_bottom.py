@@ -21,10 +21,12 @@ def mlp(in_features: int, widths: Sequence[int], dropout: float = 0.0, norm: boo
     return nn.Sequential(*layers)
 
 
-def tower(in_features: int, widths: Sequence[int], outputs: int, dropout: float = 0.0) -> nn.Sequential:
-    """`mlp`, and a linear layer for the task's outputs."""
-    hidden = mlp(in_features, widths, dropout)
-    return hidden.append(nn.Linear(widths[-1] if widths else in_features, outputs))
+def make_towers(tasks: Mapping[str, int], in_features: int, widths: Sequence[int], dropout: float) -> nn.ModuleDict:
+    """For each task `mlp`, and a linear layer for its outputs."""
+    last = widths[-1] if widths else in_features
+    return nn.ModuleDict(
+        {task: mlp(in_features, widths, dropout).append(nn.Linear(last, outputs)) for task, outputs in tasks.items()}
+    )
 
 
 class SharedBottom(nn.Module):
@@ -53,9 +55,7 @@ class SharedBottom(nn.Module):
         super().__init__()
         self.input_dropout = nn.Dropout(input_dropout)
         self.bottom = mlp(in_features, bottom, dropout, norm)
-        self.towers = nn.ModuleDict(
-            {task: tower(bottom[-1], towers, outputs, dropout) for task, outputs in tasks.items()}
-        )
+        self.towers = make_towers(tasks, bottom[-1], towers, dropout)
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         """Rows `(N, in_features)` to `{task: (N, outputs)}`."""

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from recon.errors import GradientError
 from recon.methods import Method
 from recon.methods.gradients.observer import StepObserver
 from recon.methods.updates.step import backward
+from recon.support.network.hooks import hooked
 from recon.support.processes import gather
 
 _FIRST = 2.0**16
@@ -41,7 +41,8 @@ class LossScale:
         if self._method_before is None:
             self._method_before = copy.deepcopy(method.state_dict())
         try:
-            with self._divided_at(model):
+            divide = self._divide(1 / self.value)
+            with hooked(p.register_hook(divide) for p in model.parameters() if p.requires_grad):
                 return backward(self._multiplied(losses), model, method, profiler=profiler)
         except GradientError:
             if not self._overflow:
@@ -82,15 +83,6 @@ class LossScale:
     def _multiplied(self, losses: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The same values, with gradients `value` times as large."""
         return {task: loss.detach() + self.value * (loss - loss.detach()) for task, loss in losses.items()}
-
-    @contextmanager
-    def _divided_at(self, model: nn.Module) -> Iterator[None]:
-        handles = [p.register_hook(self._divide(1 / self.value)) for p in model.parameters() if p.requires_grad]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def _divide(self, factor: float) -> Callable[[Tensor | None], Tensor | None]:
         def hook(gradient: Tensor | None) -> Tensor | None:

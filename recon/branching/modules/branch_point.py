@@ -15,6 +15,7 @@ from recon.branching.fans.trees import value_for
 from recon.errors import UsageError
 from recon.support.network.forward import check_outputs
 from recon.support.network.graph import leaves_before
+from recon.support.network.hooks import hooked
 from recon.support.network.state import state_kept
 from recon.support.network.trees import leaves_of
 
@@ -33,21 +34,17 @@ def find_branch_point(model: nn.Module, tasks: Sequence[str], args: Any, kwargs:
 
         return hook
 
-    handles = [
+    hooks = (
         module.register_forward_hook(watch(path))
         for path, module in model.named_modules()
         if path and not isinstance(module, torch.jit.ScriptModule)
-    ]
-    try:
-        with state_kept(model), torch.enable_grad():
-            outputs = check_outputs(model(*args, **kwargs), tasks)
-            values = {
-                task: [leaf for leaf in leaves_of(value_for(outputs[task], task)) if isinstance(leaf, Tensor)]
-                for task in tasks
-            }
-    finally:
-        for handle in handles:
-            handle.remove()
+    )
+    with hooked(hooks), state_kept(model), torch.enable_grad():
+        outputs = check_outputs(model(*args, **kwargs), tasks)
+        values = {
+            task: [leaf for leaf in leaves_of(value_for(outputs[task], task)) if isinstance(leaf, Tensor)]
+            for task in tasks
+        }
     for path, nodes in reversed(seen.items()):
         if nodes is not None and _cuts(values, nodes):
             return path

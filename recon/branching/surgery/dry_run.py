@@ -17,6 +17,7 @@ from recon.branching.surgery.write_guard import WriteGuard, watch_writes, way_ou
 from recon.errors import FanError, UsageError, shortened
 from recon.support.network.forward import fresh, run
 from recon.support.network.graph import reached_leaves
+from recon.support.network.hooks import hooked
 from recon.support.network.state import buffer_values, equal_values, move_statistics, state_kept
 from recon.support.network.tensors import storage_of
 from recon.support.network.trees import leaves_of
@@ -133,19 +134,17 @@ def _nobody_misses(branched: nn.Module, task_modules: Mapping[str, Group], examp
     if not task_modules:
         return True
     writes = _buffer_writes(branched, example_inputs)
-    handles = [
+    hooks = (
         branched.get_submodule(path).register_forward_pre_hook(TasksOnly(tasks), with_kwargs=True)
         for path, tasks in task_modules.items()
-    ]
+    )
     try:
-        restricted = _buffer_writes(branched, example_inputs)
-        with state_kept(branched), torch.no_grad():
-            run(branched.eval(), fresh(example_inputs))
+        with hooked(hooks):
+            restricted = _buffer_writes(branched, example_inputs)
+            with state_kept(branched), torch.no_grad():
+                run(branched.eval(), fresh(example_inputs))
     except FanError:
         return False
-    finally:
-        for handle in handles:
-            handle.remove()
     idle = _buffers_of_others(branched, task_modules)
     return all(restricted[name] == count for name, count in writes.items() if name not in idle)
 
@@ -192,8 +191,5 @@ def _watch_fans(model: nn.Module) -> Iterator[set[str]]:
         for path, module in model.named_modules()
         if not isinstance(module, torch.jit.ScriptModule)  # they take no hooks, and no fans either
     ]
-    try:
+    with hooked(handles):
         yield reached
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -82,6 +82,13 @@ class Method(nn.Module, ABC):
                 raise UnknownNameError("task", task, self.tasks, hint)
         return [self.tasks.index(task) for task in tasks]
 
+    def _refuse_other_tasks(self, state: Mapping[str, Any]) -> None:
+        if tuple(state["tasks"]) != self.tasks:
+            raise UsageError(
+                f"The saved state of method {self.name!r} belongs to the tasks {state['tasks']}, but the "
+                f"method is set up for {list(self.tasks)}. Call setup for the same tasks, then load_state_dict."
+            )
+
     def attach(self, model: nn.Module) -> None:
         """Called once, before the first forward pass: a method that lives inside the model takes its place there."""
 

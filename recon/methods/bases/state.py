@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from recon.errors import UsageError
 from recon.methods.bases.aggregator import Aggregator
 
 
@@ -79,10 +78,6 @@ class RemembersTasks(Aggregator):
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         """Remembers what was saved, if it is of the same tasks."""
-        if tuple(state["tasks"]) != self.tasks:
-            raise UsageError(
-                f"The saved state of method {self.name!r} belongs to the tasks {state['tasks']}, but the "
-                f"method is set up for {list(self.tasks)}. Call setup for the same tasks, then load_state_dict."
-            )
+        self._refuse_other_tasks(state)
         # The method changes its memory in place.
         self.memory = {name: value.clone() for name, value in state.items() if name != "tasks"}

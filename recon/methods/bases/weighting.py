@@ -57,11 +57,7 @@ class Weighting(Method):
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         """Refuses the state of other tasks."""
-        if tuple(state["tasks"]) != self.tasks:
-            raise UsageError(
-                f"The saved state of method {self.name!r} belongs to the tasks {state['tasks']}, but the "
-                f"method is set up for {list(self.tasks)}. Call setup for the same tasks, then load_state_dict."
-            )
+        self._refuse_other_tasks(state)
 
     def _stack(self, losses: Mapping[str, Tensor]) -> Tensor:
         """The step's losses in one vector."""

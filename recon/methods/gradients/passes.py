@@ -10,6 +10,7 @@ from torch import Tensor
 
 from recon.errors import UsageError
 from recon.methods.gradients.reach import Reach
+from recon.support.network.hooks import hooked
 
 _LARGE = 1 << 14  # scalars in a parameter whose gradient is worth a hook
 
@@ -44,13 +45,8 @@ def differentiate(losses: Mapping[str, Tensor], reach: Reach, buffers: Iterable[
 def _pass(number: int, loss: Tensor, leaves: list[Tensor], retain_graph: bool, receive: Receive) -> None:
     large = {leaf for leaf in leaves if leaf.numel() >= _LARGE}
     # The latest hook runs last: what the user's own hooks make of the gradient is what counts.
-    handles = [leaf.register_hook(_hand_over(number, leaf, receive)) for leaf in large]
-    try:
-        with several_passes():
-            found = torch.autograd.grad(loss, leaves, retain_graph=retain_graph, allow_unused=True)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with hooked(leaf.register_hook(_hand_over(number, leaf, receive)) for leaf in large), several_passes():
+        found = torch.autograd.grad(loss, leaves, retain_graph=retain_graph, allow_unused=True)
     small = [(leaf, dense(g)) for leaf, g in zip(leaves, found, strict=True) if g is not None and leaf not in large]
     receive(number, [leaf for leaf, _ in small], [gradient for _, gradient in small])
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from typing import Any
 from weakref import WeakSet
 
 import torch
@@ -14,6 +15,7 @@ from torch.amp import GradScaler
 
 from recon.errors import UsageError
 from recon.methods.bases.method import Method
+from recon.support.network.hooks import hooked
 
 logger = logging.getLogger(__name__)
 
@@ -57,15 +59,9 @@ def unscaled(tensor: Tensor, scale: Tensor | None, power: int = 1) -> Tensor:
     return tensor if scale is None else tensor / scale.to(tensor) ** power
 
 
-@contextmanager
-def learns_at(scale: Tensor, method: Method) -> Iterator[None]:
+def learns_at(scale: Tensor, method: Method) -> AbstractContextManager[Any]:
     """The gradients of the method's own parameters are as large as the model's: one optimizer divides them all."""
-    handles = [p.register_hook(lambda g: g * scale.to(g)) for p in method.parameters() if p.requires_grad]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    return hooked(p.register_hook(lambda g: g * scale.to(g)) for p in method.parameters() if p.requires_grad)
 
 
 def let_scaler_skip(model: nn.Module, method: Method) -> None:

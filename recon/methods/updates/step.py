@@ -21,16 +21,9 @@ from recon.methods.gradients.norms import layer_norms
 from recon.methods.gradients.observer import StepObserver
 from recon.methods.gradients.reach import average_losses, compiled_as_one, no_gradient
 from recon.methods.torchjd_adapter import wrap
+from recon.methods.updates import scaled_losses
 from recon.methods.updates.aggregated import apply_aggregator, apply_composition
-from recon.methods.updates.scaled_losses import (
-    LossScaleLike,
-    learns_at,
-    let_scaler_skip,
-    read_scale,
-    unscaled,
-    warn_if_scaled,
-    without_scale,
-)
+from recon.methods.updates.scaled_losses import LossScaleLike
 from recon.methods.updates.weighted import averaged_weighting, recorded_weighting
 from recon.methods.weightings.basic import Joint
 from recon.methods.weightings.gradnorm import NormWeighting
@@ -91,17 +84,17 @@ def backward(
     _check_profiler(profiler, method)
     if not method.tasks:
         method.setup(tuple(losses))
-    scale = read_scale(loss_scale, losses)
+    scale = scaled_losses.read_scale(loss_scale, losses)
     if scale is None:
-        warn_if_scaled(losses, method)
+        scaled_losses.warn_if_scaled(losses, method)
         return _backward(losses, model, method, profiler)
     try:
-        with learns_at(scale, method):
-            return _backward(without_scale(losses, scale), model, method, profiler, scale)
+        with scaled_losses.learns_at(scale, method):
+            return _backward(scaled_losses.without_scale(losses, scale), model, method, profiler, scale)
     except NonFiniteError:
         if not isinstance(loss_scale, GradScaler):
             raise
-        let_scaler_skip(model, method)
+        scaled_losses.let_scaler_skip(model, method)
         return {}
 
 
@@ -128,7 +121,7 @@ def _backward(
     if isinstance(weighting, NormWeighting):
         with _full_precision(device):
             norms = layer_norms(losses, model, weighting.layer)
-            weighting.observe_norms({task: unscaled(norm, loss_scale) for task, norm in norms.items()})
+            weighting.observe_norms({task: scaled_losses.unscaled(norm, loss_scale) for task, norm in norms.items()})
     if isinstance(method, Weighting):
         if recorder is not None:
             with _full_precision(recorder.device):

@@ -18,6 +18,7 @@ from recon.plans.costing.counting import KernelMeter, byte_size, tensors_in, unf
 from recon.plans.costing.dataflow import Call, Dataflow, Operation
 from recon.support.network.forward import check_outputs, fresh, run
 from recon.support.network.graph import reached_leaves
+from recon.support.network.hooks import hooked
 from recon.support.network.state import move_statistics, state_kept
 from recon.support.network.tensors import SharedTensor, storage_of
 from recon.support.network.trees import leaves_of
@@ -210,8 +211,5 @@ def _watch_calls(model: nn.Module, tracer: _Tracer) -> Iterator[None]:
                 module.register_forward_pre_hook(entering(path), prepend=True, with_kwargs=True),
                 module.register_forward_hook(lambda *_: tracer.leave(), always_call=True),
             ]
-    try:
+    with hooked(handles):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()

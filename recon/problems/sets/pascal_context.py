@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable, Iterable
 from functools import cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -23,10 +22,8 @@ from recon.problems.options import check_available, check_train_samples
 from recon.problems.problem import Loss, Metric, Problem, ReducedRun, Search, Task
 from recon.problems.tasks.dense import IGNORE, segmentation_loss
 from recon.problems.tasks.dense_metrics import mean_angle, mean_iou
+from recon.problems.tasks.metrics import late
 from recon.support.network.forward import Batch
-
-if TYPE_CHECKING:  # importing torchmetrics takes longer than importing torch
-    from torchmetrics import Metric as MetricState
 
 DESCRIPTION = (
     "classes, parts, saliency, normals and edges, 5 tasks, 512x512 pixels, MobileNetV2; --data-root: PASCAL_MT"
@@ -34,6 +31,7 @@ DESCRIPTION = (
 
 NAME = "pascal-context"
 FOLDER = "PASCAL_MT"
+_STATES = "recon.problems.tasks.pascal_metrics"
 PART_CLASSES = 7
 SIZE = 512
 BATCH = 6
@@ -97,8 +95,8 @@ def pascal_context(
 
 
 def _tasks() -> list[Task]:
-    saliency = Metric("max_iou", partial(_state, "SaliencyIoU"))
-    edge = Metric("max_f", partial(_state, "EdgeF"))
+    saliency = Metric("max_iou", late(_STATES, "SaliencyIoU"))
+    edge = Metric("max_f", late(_STATES, "EdgeF"))
     return [
         Task("semseg", segmentation_loss, [mean_iou(CLASSES, IGNORE)]),
         Task("human_parts", _times(2, segmentation_loss), [mean_iou(PART_CLASSES, IGNORE)]),
@@ -152,10 +150,3 @@ def normals_loss(output: Tensor, target: Tensor) -> Tensor:
 
 def _times(weight: float, loss: Loss) -> Callable[[Tensor, Tensor], Tensor]:
     return lambda output, target: weight * loss(output, target)
-
-
-def _state(name: str) -> MetricState:
-    from recon.problems.tasks import pascal_metrics
-
-    state: MetricState = getattr(pascal_metrics, name)()
-    return state

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -33,28 +34,19 @@ def binary_cross_entropy(output: Tensor, target: Tensor) -> Tensor:
 
 def auc() -> Metric:
     """The area under the ROC curve over the labelled samples."""
-
-    def make() -> MetricState:
-        from torchmetrics.classification import BinaryAUROC
-
-        return _on_labelled(BinaryAUROC)()
-
-    return Metric("auc", make)
+    return Metric("auc", partial(_on_labelled, "BinaryAUROC"))
 
 
 def accuracy() -> Metric:
     """The share of the labelled samples whose logit has the right sign."""
-
-    def make() -> MetricState:
-        from torchmetrics.classification import BinaryAccuracy
-
-        return _on_labelled(BinaryAccuracy)()
-
-    return Metric("accuracy", make)
+    return Metric("accuracy", partial(_on_labelled, "BinaryAccuracy"))
 
 
-def _on_labelled(metric: Any) -> Callable[[], MetricState]:
-    class OnLabelled(metric):
+def _on_labelled(name: str) -> MetricState:
+    """Torchmetrics' metric of this name, of the samples that have a label."""
+    from torchmetrics import classification
+
+    class OnLabelled(getattr(classification, name)):  # type: ignore[misc]
         def update(self, output: Tensor, target: Tensor) -> None:
             """Count logits `(N, 1)` and targets `(N,)`."""
             labelled = ~target.isnan()
@@ -62,7 +54,7 @@ def _on_labelled(metric: Any) -> Callable[[], MetricState]:
             # float32 makes 1 of all large logits, whose order would then be lost.
             super().update(output.squeeze(1)[labelled].double().sigmoid(), target[labelled].long())
 
-    return OnLabelled
+    return OnLabelled()
 
 
 class LabelledBatches(TensorBatches):

@@ -6,13 +6,10 @@ have few known ones. Counting over all pixels does not depend on the size of a b
 
 from __future__ import annotations
 
-from functools import partial
-from typing import TYPE_CHECKING
-
 from recon.problems.problem import Metric
+from recon.problems.tasks.metrics import TORCHMETRICS, late
 
-if TYPE_CHECKING:  # importing torchmetrics takes longer than importing torch
-    from torchmetrics import Metric as MetricState
+_STATES = "recon.problems.tasks.dense_states"
 
 
 def mean_iou(classes: int, ignore: int) -> Metric:
@@ -20,53 +17,36 @@ def mean_iou(classes: int, ignore: int) -> Metric:
 
     Logits `(N, classes, H, W)` against labels `(N, H, W)`; `ignore` labels pixels that do not count.
     """
-
-    def make() -> MetricState:
-        from torchmetrics.classification import MulticlassJaccardIndex
-
-        return MulticlassJaccardIndex(classes, average="macro", ignore_index=ignore, validate_args=False)
-
-    return Metric("mean_iou", make)
+    options = {"average": "macro", "ignore_index": ignore, "validate_args": False}
+    return Metric("mean_iou", late(TORCHMETRICS, "MulticlassJaccardIndex", classes, **options))
 
 
 def pixel_accuracy(classes: int, ignore: int) -> Metric:
     """The share of pixels whose largest logit is their class's; see `mean_iou`."""
-
-    def make() -> MetricState:
-        from torchmetrics.classification import MulticlassAccuracy
-
-        return MulticlassAccuracy(classes, average="micro", ignore_index=ignore, validate_args=False)
-
-    return Metric("pixel_accuracy", make)
+    options = {"average": "micro", "ignore_index": ignore, "validate_args": False}
+    return Metric("pixel_accuracy", late(TORCHMETRICS, "MulticlassAccuracy", classes, **options))
 
 
 def absolute_error() -> Metric:
     """Mean of |output - target|: `(N, 1, H, W)` each, the target 0 where it is not known."""
-    return Metric("absolute_error", partial(_state, "AbsoluteError"), higher_is_better=False)
+    return Metric("absolute_error", late(_STATES, "AbsoluteError"), higher_is_better=False)
 
 
 def relative_error() -> Metric:
     """Mean of |output - target| / |target|; see `absolute_error`."""
-    return Metric("relative_error", partial(_state, "RelativeError"), higher_is_better=False)
+    return Metric("relative_error", late(_STATES, "RelativeError"), higher_is_better=False)
 
 
 def mean_angle() -> Metric:
     """Mean angle between output and target, in degrees: `(N, 3, H, W)` each, the target 0 where it is not known."""
-    return Metric("mean_angle", partial(_state, "MeanAngle"), higher_is_better=False)
+    return Metric("mean_angle", late(_STATES, "MeanAngle"), higher_is_better=False)
 
 
 def median_angle() -> Metric:
     """Median of the angles, to the nearest 0.01 degrees; see `mean_angle`."""
-    return Metric("median_angle", partial(_state, "MedianAngle"), higher_is_better=False)
+    return Metric("median_angle", late(_STATES, "MedianAngle"), higher_is_better=False)
 
 
 def within(degrees: float) -> Metric:
     """The share of angles below so many degrees; see `mean_angle`."""
-    return Metric(f"within_{degrees:g}", partial(_state, "AnglesWithin", degrees))
-
-
-def _state(name: str, *args: float) -> MetricState:
-    from recon.problems.tasks import dense_states
-
-    state: MetricState = getattr(dense_states, name)(*args)
-    return state
+    return Metric(f"within_{degrees:g}", late(_STATES, "AnglesWithin", degrees))

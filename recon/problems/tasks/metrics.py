@@ -1,21 +1,24 @@
-"""Metrics that several problems have."""
+"""How metrics are made, and one that several problems have."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import importlib
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 from recon.problems.problem import Metric
 
 if TYPE_CHECKING:  # importing torchmetrics takes longer than importing torch
     from torchmetrics import Metric as MetricState
 
+TORCHMETRICS = "torchmetrics.classification"
+
+
+def late(module: str, name: str, *args: Any, **options: Any) -> Callable[[], MetricState]:
+    """Makes a class's metrics; its module is imported for the first: torchmetrics takes longer than torch."""
+    return lambda: getattr(importlib.import_module(module), name)(*args, **options)
+
 
 def accuracy(classes: int) -> Metric:
     """The share of samples whose largest logit is their class's: `(N, classes)` against `(N,)`."""
-
-    def make() -> MetricState:
-        from torchmetrics.classification import MulticlassAccuracy
-
-        return MulticlassAccuracy(classes, average="micro")
-
-    return Metric("accuracy", make)
+    return Metric("accuracy", late(TORCHMETRICS, "MulticlassAccuracy", classes, average="micro"))
