@@ -75,7 +75,7 @@ def add_options(parser: Parser) -> None:
 def check(args: argparse.Namespace) -> None:
     """Check that the options go together, before anything is loaded."""
     error = args.parser.error
-    given = _given(args)
+    given = [name for name in _WAYS if getattr(args, name) not in (None, False)]
     budget = [name for name in given if name in _BUDGETS]
     if not given and args.select != "norms":
         error(f"one of the arguments {' '.join(map(_flag, _WAYS))} is required")
@@ -173,10 +173,6 @@ def groups_lines(layers: Mapping[str, Any]) -> list[str]:
             who = " | ".join(" ".join(group) for group in partition.groups)
         lines.append(f"{len(partition.groups)} copies{of}: {who}")
     return lines
-
-
-def _given(args: argparse.Namespace) -> list[str]:
-    return [name for name in _WAYS if getattr(args, name) not in (None, False)]
 
 
 def _flag(name: str) -> str:

@@ -36,9 +36,9 @@ def report(job: Training, run: Run) -> Report:
         text += [f"The tasks' weights, step by step: {picture}."]
     if picture and option:
         text += ["Their mean, as static weights:", f"  --method {option}"]
+    best_folders = " and ".join(str(folder / BEST) for folder in job.folders.values())
     text += [
-        f"Saved {job.folder}; the best epoch's model is in {' and '.join(_best_folders(job))}. "
-        "Next, compare it with other runs, as in:",
+        f"Saved {job.folder}; the best epoch's model is in {best_folders}. Next, compare it with other runs, as in:",
         f"  {shlex.join(['recon', 'compare', other, str(job.folder)])}",
     ]
     data = {
@@ -81,10 +81,6 @@ def _results_table(run: Run, best: Mapping[str, Record]) -> str:
 
 def _text(value: float | None) -> str:
     return "nan" if value is None else metric_text(value)
-
-
-def _best_folders(job: Training) -> list[str]:
-    return [str(folder / BEST) for folder in job.folders.values()]
 
 
 def _weights(job: Training, run: Run) -> tuple[dict[str, float], str | None]:

@@ -227,6 +227,6 @@ def _refuse_dataclasses(structure: Any, what: str) -> None:
             )
 
 
-def _in_short(error: Exception, limit: int = 200) -> str:
-    line = cut(next(iter(str(error).strip().splitlines()), "no message"), limit)
+def _in_short(error: Exception) -> str:
+    line = cut(next(iter(str(error).strip().splitlines()), "no message"), 200)
     return f"{type(error).__name__}: {line.removesuffix('.')}."

@@ -84,7 +84,7 @@ def fewest_conflicts(graph: nx.Graph, n: int) -> Partition:
     else:
         starts = np.array(hierarchy(graph)[n - 1].labels), _greedy(weights, n)
         candidates = (_improved(weights, labels, n) for labels in starts)
-    return _partition(graph, min(candidates, key=lambda labels: _within(weights, labels)))
+    return _partition(graph, min(candidates, key=lambda labels: float(weights[np.equal.outer(labels, labels)].sum())))
 
 
 def hierarchy(graph: nx.Graph) -> list[Partition]:
@@ -159,10 +159,6 @@ def _partition(graph: nx.Graph, labels: NDArray[np.int64]) -> Partition:
         [task for task, label in zip(graph, labels, strict=True) if label == group] for group in np.unique(labels)
     ]
     return Partition.of_groups(groups, tuple(graph))
-
-
-def _within(weights: Matrix, labels: NDArray[np.int64]) -> float:
-    return float(weights[np.equal.outer(labels, labels)].sum())
 
 
 def _all_labels(tasks: int, n: int) -> Iterator[NDArray[np.int64]]:

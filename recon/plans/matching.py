@@ -10,7 +10,7 @@ from torch import nn
 from recon.errors import MapMismatchError, shortened
 from recon.maps import ConflictMap, LayerConflicts
 from recon.maps.names import rename_hint, renamed
-from recon.support.network.layers import Layer, find_layers
+from recon.support.network.layers import find_layers
 
 
 @dataclass(frozen=True)
@@ -91,9 +91,5 @@ def match(cmap: ConflictMap, model: nn.Module, rename: Mapping[str, str] | None 
             "take the map made for it."
         )
     matched = [replace(found[layer.name], name=layer.name) for layer in layers if layer.name in found]
-    changed = [scored.name for scored in matched if _has_changed(scored, by_path[scored.name])]
+    changed = [layer.name for layer in matched if layer.shapes and layer.shapes != by_path[layer.name].shapes]
     return Match(replace(cmap, layers=matched), tuple(missing), tuple(changed), hint)
-
-
-def _has_changed(scored: LayerConflicts, layer: Layer) -> bool:
-    return bool(scored.shapes) and scored.shapes != layer.shapes

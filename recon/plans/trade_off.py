@@ -106,7 +106,11 @@ def frontier(
         if all(p.layers != made.plan.layers for p in points):
             points.append(point(selector, made))
     return [
-        replace(p, optimal=_is_optimal(p, points), chosen=chosen is not None and p.layers == chosen.plan.layers)
+        replace(
+            p,
+            optimal=not any(_dominates(other, p) for other in points),
+            chosen=chosen is not None and p.layers == chosen.plan.layers,
+        )
         for p in points
     ]
 
@@ -128,10 +132,6 @@ def frontier_table(points: Sequence[Point]) -> str:
     notes = "* no other plan here covers as much for as little"
     notes += "; > the plan that was chosen" if any(p.chosen for p in points) else ""
     return f"{text_table(header, rows, left=2)}\n{notes}."
-
-
-def _is_optimal(point: Point, points: Sequence[Point]) -> bool:
-    return not any(_dominates(other, point) for other in points)
 
 
 def _dominates(one: Point, other: Point) -> bool:

@@ -114,8 +114,8 @@ class Checkpoints:
         if self.path is None or self.run.position == self._saved:
             return
         self.run.meter.check_pending()
-        if not _all_finite(self.run.model):  # the next step will find out; the last good checkpoint stays
-            return
+        if not all(parameter.isfinite().all() for parameter in self.run.model.parameters()):
+            return  # the next step will find out; the last good checkpoint stays
         with self._interrupts.held(), self.run.meter.paused():
             # What cannot be written now cannot be written again on the way out.
             self._saved = self.run.position
@@ -258,7 +258,3 @@ def _is_plain(value: Any) -> bool:
     if isinstance(value, (list, tuple, Counter)):
         return all(map(_is_plain, value))
     return value is None or isinstance(value, (bool, int, float, str))
-
-
-def _all_finite(model: nn.Module) -> bool:
-    return all(bool(parameter.isfinite().all()) for parameter in model.parameters())

@@ -197,7 +197,7 @@ class _Drawing:
                 ha="center",
                 va="top",
                 rotation=turn,
-                color=_dark(self._colour(group)),
+                color=tuple(0.75 * channel for channel in to_rgb(self._colour(group))),
                 gid="group",
             )
 
@@ -255,7 +255,3 @@ def _short_name(group: Group) -> str:
 
 def _pale(colour: Any) -> Any:
     return tuple(1 - 0.25 * (1 - channel) for channel in to_rgb(colour))
-
-
-def _dark(colour: Any) -> Any:
-    return tuple(0.75 * channel for channel in to_rgb(colour))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch.optim import Adam, Optimizer
+from torch.optim import Adam
 from torch.optim.lr_scheduler import MultiStepLR
 
 from recon.models import ResNet18
@@ -73,7 +73,7 @@ def celeba(
         make_model=make_model,
         make_loaders=loaders_of(lambda: _data(root / FOLDER, train_samples), BATCH, test_batch_size=1000),
         make_optimizer=lambda parameters: Adam(parameters, lr=5e-5),
-        make_scheduler=_scheduler,
+        make_scheduler=lambda optimizer, steps: MultiStepLR(optimizer, [math.ceil(steps * 3 / EPOCHS)], gamma=0.5),
         epochs=EPOCHS,
         description=DESCRIPTION,
         example_inputs=lambda: torch.zeros(8, 3, SIDE, SIDE),
@@ -81,10 +81,6 @@ def celeba(
         quick=QUICK,
         cagrad_c=0.1,
     )
-
-
-def _scheduler(optimizer: Optimizer, steps: int) -> MultiStepLR:
-    return MultiStepLR(optimizer, [math.ceil(steps * 3 / EPOCHS)], gamma=0.5)
 
 
 def _error() -> MetricState:

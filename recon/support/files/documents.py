@@ -49,9 +49,9 @@ def read_document(path: str | Path, error: type[UsageError], remedy: str, most: 
     return parse_document(_read(path, error, remedy, most), str(path), error, remedy)
 
 
-def read_documents(path: str | Path, error: type[UsageError], remedy: str, most: int = MOST_LINES) -> list[Document]:
+def read_documents(path: str | Path, error: type[UsageError], remedy: str) -> list[Document]:
     """The JSON objects in a file, one on each line; messages name the line. See `read_document`."""
-    text = _read(path, error, remedy, most)
+    text = _read(path, error, remedy, MOST_LINES)
     return [
         parse_document(line, f"{path}, line {number}", error, remedy)
         for number, line in enumerate(text.split("\n"), start=1)

@@ -30,16 +30,16 @@ class ForeignObjectError(TensorFileError):
     """A file that holds objects other than tensors and plain values."""
 
 
-def read_tensors(path: Path, *, mmap: bool = False) -> Any:
+def read_tensors(path: Path) -> Any:
     """What `torch.save` wrote, onto the CPU: tensors and plain values, of which unpickling runs no code.
 
-    With `mmap`, tensors are left in the file until they are used. A `ForeignObjectError` says that the file holds
-    objects of other kinds, a `TensorFileError` that it is damaged or of another kind.
+    A `ForeignObjectError` says that the file holds objects of other kinds, a `TensorFileError` that it is damaged or of
+    another kind.
     """
     try:
         if zipfile.is_zipfile(path):
             _check_archive(path)
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except (FileNotFoundError, TensorFileError):
         raise
     except pickle.UnpicklingError as error:

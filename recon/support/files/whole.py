@@ -27,7 +27,7 @@ _OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EMFILE
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-def write_atomically(path: str | Path, write: Callable[[Path], None]) -> None:
+def write_atomically(path: str | Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a temporary file beside `path`, then move it into place."""
     target = target_of(path)
     make_folder(target.parent)
@@ -131,7 +131,7 @@ def written_alone(path: str | Path, lock: Path | None = None) -> Iterator[float 
 
 def write_text(path: str | Path, text: str) -> None:
     """Write a text file atomically; see `write_atomically`."""
-    write_atomically(path, lambda temporary: _fill(temporary, text))
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def write_from(path: str | Path, place: int, text: str) -> int:
@@ -174,10 +174,6 @@ def cannot_write(path: str | Path, error: OSError, what: str = "write") -> Recon
         return UsageError(f"Cannot {what} {path}: {reason}. Choose another place to write to.")
     remedy = "Free some space, or choose another place to write to" if error.errno in _FULL else "Try another disk"
     return WriteError(f"Cannot {what} {path}: {reason}. {remedy}.")
-
-
-def _fill(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
 
 
 def _umask() -> int:
