@@ -68,11 +68,9 @@ def add_verb(verbs: Verbs, name: str, run: Run, summary: str, examples: str, det
 
 
 def command_words(args: argparse.Namespace, names: Container[str] | None = None) -> list[str]:
-    """The words of a command line that give these arguments, but for those that are as by default.
+    """The words of a command line that give the arguments of these names, but for those that are as by default.
 
-    Args:
-        args: of a command line.
-        names: of the arguments; all but `--resume` when not given.
+    Without names, they give all but `--resume`.
     """
     words = []
     for action in args.parser._actions:

@@ -169,11 +169,7 @@ def _refuse_other_checkpoints(job: Training) -> None:
 
 
 def _finished(args: argparse.Namespace, job: Training) -> Run | None:
-    """The finished run in the folder, if `--resume` finds one.
-
-    Raises:
-        UsageError: it is not the run that the command would make.
-    """
+    """The finished run in the folder, if `--resume` finds one; refused if the command would make another."""
     if not args.resume or not (args.out / RUN_FILE).exists() or any(path.exists() for path in job.checkpoints):
         return None
     found = Run.load(args.out)

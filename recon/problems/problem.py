@@ -77,13 +77,21 @@ class Search:
 
 @dataclass(frozen=True)
 class ReducedRun:
-    """How long `recon bench --preset quick` trains a problem: minutes on a CPU. The profile has one epoch."""
+    """How long `recon bench --preset quick` trains a problem: minutes on a CPU.
+
+    Args:
+        epochs: of every training; the profile has one.
+        train_batches: at most so many of an epoch's batches; all if None.
+        test_batches: at most so many of the test batches; all if None.
+        timing_rounds: how often each training step is timed.
+        schedule: of the learning rate, by its name on the command line, such as "one-cycle"; the problem's own if None.
+    """
 
     epochs: int = 3
-    train_batches: int | None = 200  # at most so many of an epoch's; all if None
-    test_batches: int | None = 100  # at most so many; all if None
-    timing_rounds: int = 4  # how often each training step is timed
-    schedule: str | None = None  # by its name on the command line, such as "one-cycle"; the problem's own if None
+    train_batches: int | None = 200
+    test_batches: int | None = 100
+    timing_rounds: int = 4
+    schedule: str | None = None
 
 
 def _adam(parameters: Iterable[nn.Parameter]) -> Optimizer:

@@ -22,21 +22,38 @@ from recon.support.network.forward import Batch
 
 @dataclass(frozen=True, kw_only=True)
 class BenchSettings:
-    """One problem and how its runs are trained; plain values, which workers can be given."""
+    """One problem and how its runs are trained; plain values, which workers can be given.
 
-    problem_name: str  # as `recon.problems.get` takes it
+    Args:
+        problem_name: as `recon.problems.get` takes it.
+        preset: the preset's name.
+        epochs: of every training.
+        profile_epochs: of the profile.
+        device: where the models run.
+        data_root: where its data are.
+        train_samples: how many training samples to use; all if None.
+        pretrained: weights to start from, of a problem that takes them.
+        backbone: the network; the problem's own if empty.
+        train_batches: at most so many of an epoch's batches.
+        test_batches: at most so many of the test batches.
+        count_every: count conflicts at each n-th step.
+        threshold: S, of the profile and of what is counted.
+        recipe: optimizer and schedule.
+    """
+
+    problem_name: str
     preset: str
     epochs: int
     profile_epochs: int
     device: str
     data_root: Path | None = None
-    train_samples: int | None = None  # all if None
+    train_samples: int | None = None
     pretrained: Path | None = None
-    backbone: str = ""  # the problem's own if empty
-    train_batches: int | None = None  # at most so many of an epoch's; all if None
-    test_batches: int | None = None  # at most so many; all if None
-    count_every: int = 1  # count conflicts at each n-th step
-    threshold: float = -0.1  # S, of the profile and of what is counted
+    backbone: str = ""
+    train_batches: int | None = None
+    test_batches: int | None = None
+    count_every: int = 1
+    threshold: float = -0.1
     recipe: Recipe = field(default_factory=Recipe)
 
     def problem(self) -> Problem:
