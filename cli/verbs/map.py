@@ -11,8 +11,8 @@ from recon_cli.options.outputs import check_file
 from recon_cli.options.rename import add_rename_option, renames
 from recon_cli.parser import Parser, Report, add_verb, any_path, file_path, positive_integer, threshold
 from recon_cli.terminal import tell
-from recon_cli.texts.maps import comparison_data, comparison_text, header_text
-from recon_cli.texts.ranking import ranked_layers, ranking_table, unsure_why
+from recon_cli.texts.map_compare import comparison_data, comparison_text
+from recon_cli.texts.map_show import header_text, ranked_layers, ranking_table, unsure_why
 
 if TYPE_CHECKING:
     from recon import ConflictMap

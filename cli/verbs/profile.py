@@ -29,7 +29,7 @@ from recon_cli.parser import (
 )
 from recon_cli.progress import shows_progress
 from recon_cli.terminal import tell
-from recon_cli.texts.ranking import ranked_layers, ranking_table, unsure_why
+from recon_cli.texts.map_show import ranked_layers, ranking_table, unsure_why
 
 if TYPE_CHECKING:
     import torch

@@ -8,7 +8,7 @@ from recon.support.lazy import lazy_face
 
 if TYPE_CHECKING:
     from recon.plans.costing.cost_model import CostModel
-    from recon.plans.costing.model_costs import Costs, costs
+    from recon.plans.costing.costs import Costs, costs
     from recon.plans.matching import Match, match
     from recon.plans.planning import Choice, choose, plan
     from recon.plans.selection import Selection
@@ -21,11 +21,11 @@ __getattr__, __dir__ = lazy_face(
     {
         "Choice": "planning",
         "CostModel": "costing.cost_model",
-        "Costs": "costing.model_costs",
+        "Costs": "costing.costs",
         "Match": "matching",
         "Selection": "selection",
         "choose": "planning",
-        "costs": "costing.model_costs",
+        "costs": "costing.costs",
         "frontier": "trade_off",
         "match": "matching",
         "plan": "planning",

@@ -17,8 +17,8 @@ from recon.branching.partition import Partition
 from recon.branching.plan import BranchPlan
 from recon.errors import FanError, PlanError, ProblemError, UnknownNameError, UsageError
 from recon.plans.costing.cost_model import CostModel
+from recon.plans.costing.costs import costs
 from recon.plans.costing.counting import unfused_kernels
-from recon.plans.costing.model_costs import costs
 from recon.support.network.forward import call
 from recon.support.network.state import state_kept
 from tests import oracle

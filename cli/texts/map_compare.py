@@ -1,16 +1,16 @@
-"""What `recon map` prints of maps: how they were made, and how two of them agree."""
+"""What `recon map compare` prints: how two maps were made, and how they agree."""
 
 from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from recon.errors import cut, printable, shortened
+from recon.errors import shortened
 from recon.support.tables import text_table
+from recon_cli.texts.map_show import made_by_text
 
 if TYPE_CHECKING:
     from recon import ConflictMap
@@ -19,19 +19,6 @@ if TYPE_CHECKING:
 
 Maps = tuple["ConflictMap", "ConflictMap"]
 Files = tuple[Path, Path]
-
-
-def header_text(cmap: ConflictMap) -> str:
-    """How a map was made, in a few lines."""
-    made_by = ", ".join(f"{key} {_value(value)}" for key, value in cmap.made_by.items()) or "unknown"
-    steps = "unknown" if cmap.steps is None else f"{cmap.steps}, of which {cmap.skipped} skipped as not finite"
-    lines = [
-        f"tasks:     {cut(printable(', '.join(cmap.tasks), keep=''), 2000) or 'unknown'}",
-        f"steps:     {steps}",
-        f"threshold: {cmap.threshold:g}",
-        textwrap.fill(cut(made_by, 2000), 100, initial_indent="made by:   ", subsequent_indent=" " * 11),
-    ]
-    return "\n".join([*lines, cmap.unfinished] if cmap.unfinished else lines)
 
 
 def comparison_text(files: Files, maps: Maps, found: MapComparison, threshold: float | None, top: int | None) -> str:
@@ -80,7 +67,10 @@ def _origins(files: Files, maps: Maps, threshold: float | None) -> str:
             "threshold": f"{cmap.threshold if threshold is None else threshold:g}",
             "steps": "unknown" if cmap.steps is None else str(cmap.steps),
             "shared layers": str(len(cmap.layers)),
-            **{key: textwrap.shorten(_value(value), 50, placeholder=" ...") for key, value in cmap.made_by.items()},
+            **{
+                key: textwrap.shorten(made_by_text(value), 50, placeholder=" ...")
+                for key, value in cmap.made_by.items()
+            },
         }
         for file, cmap in zip(files, maps, strict=True)
     ]
@@ -111,20 +101,6 @@ def _layers(found: MapComparison, top: int | None) -> str:
         return [of.name, f"{of.ranks[0]:g}", f"{of.ranks[1]:g}", f"{of.shift:+g}", *values]
 
     return text_table(["layer", "rank A", "rank B", "Δrank", *titles], [row(of) for of in islice(found.layers, top)])
-
-
-def _value(value: Any) -> str:
-    """An entry of `made_by`; a merged map has a list there that says how each source was made."""
-    if isinstance(value, dict):
-        return " ".join([str(value.get("map", "")), _details(value)]).strip()
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        return ", ".join(_value(entry) for entry in value)
-    return str(value)
-
-
-def _details(value: dict[str, Any]) -> str:
-    rest = ", ".join(f"{key} {_value(entry)}" for key, entry in value.items() if key != "map")
-    return f"({rest})" if rest else ""
 
 
 def _decimal(value: float) -> str:

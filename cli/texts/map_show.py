@@ -1,17 +1,31 @@
-"""A conflict map's ranking as rows: for `recon profile` and `recon map show`."""
+"""What `recon map show` prints, and `recon profile` of its map: how it was made, and the layers by rank."""
 
 from __future__ import annotations
 
 import textwrap
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from recon.errors import UsageError
+from recon.errors import UsageError, cut, printable
 from recon.support.tables import text_table
 
 if TYPE_CHECKING:
     from recon import ConflictMap
 
 _SURE = 0.95  # a probability of being in the top K, or of not: anything less is within noise of the cut
+
+
+def header_text(cmap: ConflictMap) -> str:
+    """How a map was made, in a few lines."""
+    made_by = ", ".join(f"{key} {made_by_text(value)}" for key, value in cmap.made_by.items()) or "unknown"
+    steps = "unknown" if cmap.steps is None else f"{cmap.steps}, of which {cmap.skipped} skipped as not finite"
+    lines = [
+        f"tasks:     {cut(printable(', '.join(cmap.tasks), keep=''), 2000) or 'unknown'}",
+        f"steps:     {steps}",
+        f"threshold: {cmap.threshold:g}",
+        textwrap.fill(cut(made_by, 2000), 100, initial_indent="made by:   ", subsequent_indent=" " * 11),
+    ]
+    return "\n".join([*lines, cmap.unfinished] if cmap.unfinished else lines)
 
 
 def ranked_layers(
@@ -121,3 +135,17 @@ def _number(count: int | None) -> str:
 
 def _percent(share: float) -> str:
     return f"{100 * share:.1f}%" if share == share else "-"
+
+
+def made_by_text(value: Any) -> str:
+    """An entry of `made_by`; a merged map has a list there that says how each source was made."""
+    if isinstance(value, dict):
+        return " ".join([str(value.get("map", "")), _details(value)]).strip()
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return ", ".join(made_by_text(entry) for entry in value)
+    return str(value)
+
+
+def _details(value: dict[str, Any]) -> str:
+    rest = ", ".join(f"{key} {made_by_text(entry)}" for key, entry in value.items() if key != "map")
+    return f"({rest})" if rest else ""

@@ -6,7 +6,7 @@ from torch import nn
 from recon.branching.conversion import convert
 from recon.branching.plan import BranchPlan
 from recon.errors import UsageError
-from recon.plans.costing.model_costs import costs
+from recon.plans.costing.costs import costs
 from recon.support.network.layers import find_layers
 from tests import oracle
 from tests.zoo import ZOO
