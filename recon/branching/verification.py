@@ -1,4 +1,4 @@
-"""What a branched model must compute, checked on a batch: for every task, the original with the task's copies."""
+"""verify: check on a batch that a branched model computes, for each task, the original with the task's copies."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ class Verification:
 
     Args:
         tolerance: what a difference must stay below.
-        modes: the modes in which the two were compared. One in which Python's random numbers steer the forward
-            cannot be; dropout can.
+        modes: the modes in which the two were compared. A mode in which Python's random numbers steer the forward
+            is left out; dropout is no obstacle.
         outputs: the largest difference in a task's output, as a fraction of its largest entry.
         gradients: in the gradient of a task's output, as a fraction of the largest entry of any of its gradients.
         statistics: in a buffer after a training forward, as a fraction of its largest entry.
@@ -58,7 +58,7 @@ class Verification:
         )
 
     def note(self, kind: str, name: str, actual: Tensor | None, expected: Tensor | None, scale: float, at: str) -> None:
-        """Take in one difference.
+        """Record one difference.
 
         Raises:
             VerificationError: it is larger than rounding explains.
@@ -184,7 +184,7 @@ class _SameDraws(TorchDispatchMode):
 
 
 def _decides_at_random(model: nn.Module, inputs: Any) -> bool:
-    """Whether Python's or numpy's random numbers steer the forward: two models would take different turns."""
+    """Whether Python's or numpy's random numbers steer the forward: two models would go different ways."""
     before, numpy_before = random.getstate(), np.random.get_state()
     try:
         with state_kept(model), torch.no_grad():

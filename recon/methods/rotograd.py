@@ -50,7 +50,7 @@ class RotoGrad(FeatureMethod):
         method = recon.methods.get("rotograd"); method.setup(tasks); method.attach(model)
 
     Args:
-        layer: the path of the module whose output is z. Not given: the last one that all tasks' losses pass and
+        layer: the path of the module whose output is z. Default: the last one that all tasks' losses pass and
             behind which they share no layer.
         size: how many features to rotate, the first ones; 0 for all, up to 512.
         lr: the rotations' learning rate.

@@ -1,4 +1,4 @@
-"""The batches of a training: in an order that can be found again after an interruption, and shared out to the ranks."""
+"""The batches of a training: in an order that resumes after an interruption, and divided between the ranks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checkpoints: when a training is saved, what a checkpoint belongs to, and how it is taken up again."""
+"""Checkpoints: when a training is saved, what a checkpoint belongs to, and how the training resumes from it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Writing in place into fans, and fans into what has not fanned out."""
+"""Writes in place: into fans, and of fans into plain tensors."""
 
 from __future__ import annotations
 
@@ -72,7 +72,8 @@ def _separate(target: FanShell, common: Partition) -> None:
     """Split a fan about to be written into the groups of `common`, no two of them sharing memory."""
     if set(common.tasks) != set(target._partition.tasks):
         raise FanError(
-            f"Values of {list(common.tasks)} alone are written into values of {list(target._partition.tasks)}{where()}."
+            f"Values of {list(common.tasks)} only are written into values of {list(target._partition.tasks)}{where()}. "
+            "Compute the values for all of these tasks, or make a new tensor instead."
         )
     values = [target.for_group(group) for group in common.groups]
     storages = [storage_of(value) for value in values]

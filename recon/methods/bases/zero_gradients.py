@@ -1,4 +1,4 @@
-"""Which tasks have a say in a step: a gradient of zero has no direction, and its weight no meaning."""
+"""Leave out tasks whose gradient is zero: it has no direction, and its weight no meaning."""
 
 from __future__ import annotations
 

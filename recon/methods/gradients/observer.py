@@ -1,4 +1,4 @@
-"""StepObserver: what a step asks of whoever records its gradients, a profiler say."""
+"""StepObserver: what a training step calls on a profiler that records its gradients."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Losses that come multiplied by a number, by a GradScaler say: methods see the losses and gradients without it."""
+"""Losses that a GradScaler has multiplied: methods see the losses and gradients without the factor."""
 
 from __future__ import annotations
 

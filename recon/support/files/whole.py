@@ -36,7 +36,7 @@ def write_atomically(path: str | Path, write: Callable[[Path], object]) -> None:
         with temporary_file(target) as temporary:
             write(temporary)
             temporary.chmod(0o666 & ~_umask())
-            settle(temporary)
+            sync(temporary)
             os.replace(temporary, target)
     except OSError as error:
         raise cannot_write(path, error) from error
@@ -160,7 +160,7 @@ def make_folder(path: str | Path) -> Path:
     return Path(path)
 
 
-def settle(path: Path) -> None:
+def sync(path: Path) -> None:
     """Wait until the file is on the disk: a machine that is switched off must not leave an empty one."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
