@@ -38,7 +38,7 @@ def definitions_of(module: ModuleType) -> list[str]:
     return functions_of(module) + [name for name, cls in classes if cls.__module__ == module.__name__]
 
 
-def call(module: ModuleType, name: str, options: Mapping[str, Any]) -> Any:
+def call_in_module(module: ModuleType, name: str, options: Mapping[str, Any]) -> Any:
     """What the module's function returns for these options; anything that is not a function is returned as it is."""
     value = getattr(module, name)
     if not callable(value):

@@ -24,7 +24,7 @@ class Watcher(Protocol):
         """An operation runs on values that fan out at these branched layers."""
 
     def mark_stale(self, tensor: Tensor) -> None:
-        """A write went into copies of a tensor: whoever still holds the tensor itself does not see it."""
+        """A write went into copies of a tensor: code that still holds the tensor itself does not see it."""
 
 
 _watcher: ContextVar[Watcher | None] = ContextVar("watcher", default=None)

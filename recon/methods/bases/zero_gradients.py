@@ -11,7 +11,7 @@ NEGLIGIBLE = 1e-8
 
 
 def has_direction(lengths: Tensor) -> Tensor:
-    """(T,) booleans: which of these gradients, of such lengths, have a direction to speak of."""
+    """(T,) booleans: which gradients of these lengths have a direction."""
     return (lengths > 0) & (lengths > NEGLIGIBLE * lengths.max())
 
 

@@ -151,18 +151,18 @@ class FanOut:
         `parameters` are their partitions; the modules in `statistics` keep statistics by group, and run once per group
         as a whole; those in `only` run for some tasks only.
         """
-        meet, restrict, sizes = self.partitions.refinement, self.partitions.restrict, self.partitions.sizes
+        refinement, restrict, sizes = self.partitions.refinement, self.partitions.restrict, self.partitions.sizes
         values = [*parameters, *(statistics.get(path, SHARED) for path in flow.owners)]
         arriving: set[str] = set()
         inside: list[int] = []  # by call: the groups that all within it runs for
         tasks: list[Group | None] = []
         for step in flow.steps:
             if isinstance(step, Operation):
-                number = meet([values[i] for i in step.inputs], inside[step.within])
+                number = refinement([values[i] for i in step.inputs], inside[step.within])
                 values.append(restrict(number, tasks[step.within]))
                 continue
             around, served = (inside[step.around], tasks[step.around]) if inside else (SHARED, None)
-            inputs = meet([values[i] for i in step.inputs], around)
+            inputs = refinement([values[i] for i in step.inputs], around)
             if sizes[inputs] > sizes[around]:
                 arriving.add(step.path)
             if step.path in only and inputs != around:  # what has not fanned out is not restricted
@@ -171,7 +171,7 @@ class FanOut:
             own = [parameters[i] for i in self._of_module.get(step.path, ())]
             if step.path in statistics:
                 own += [statistics[step.path], inputs]
-            inside.append(restrict(meet(own, around), served))
+            inside.append(restrict(refinement(own, around), served))
             tasks.append(served)
             restrict(inputs, served)  # raises where no task is left
         return Fans(values, arriving)

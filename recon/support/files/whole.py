@@ -70,7 +70,7 @@ def mode_of(path: str | Path) -> int | None:
 
 
 def kind_of(mode: int) -> str:
-    """What a mode stands for, in a message."""
+    """The kind of file that a mode means, for a message."""
     kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket", stat.S_IFREG: "a file"}
     return kinds.get(stat.S_IFMT(mode), "a device")
 
