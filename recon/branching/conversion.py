@@ -47,7 +47,7 @@ def convert(
         plan: which layers, and which groups of tasks.
         example_inputs: a small batch of inputs (two samples or more), on the model's device; `recon.inputs(...)` for
             a forward of several arguments. Dry forwards find the layers whose running statistics must follow the
-            fan, and the modules that serve one task alone. Not needed when the plan lists them already (a plan of a
+            fan, and the modules that serve one task only. Not needed when the plan lists them already (a plan of a
             branched or loaded model).
         mode: `fan`, the usual one, runs the forward once: a branched layer returns a task fan, over which every later
             operation maps, and everything before it runs once. `per-task` runs the whole network once per task,

@@ -77,7 +77,7 @@ def verify(model: nn.Module, branched: nn.Module, example_inputs: Any) -> Verifi
     """Check that each task gets what the original architecture with its copies would give it.
 
     First, on a copy, all weights are changed a little, so that no two copies of a layer are equal. They are then
-    loaded into `model`'s architecture by their names alone, for one task after the other, and both run: outputs,
+    loaded into `model`'s architecture by their names, for one task after the other, and both run: outputs,
     the gradients of a fixed combination of their entries, and the running statistics afterwards are compared, in
     evaluation and in training mode. Copies that serve other tasks must get no gradient.
 
@@ -116,7 +116,7 @@ def _compare(found: Verification, plain: nn.Module, twin: nn.Module, inputs: Any
     for i, (actual, expected) in enumerate(zip(*outputs, strict=True)):
         found.note("outputs", f"tensor {i}", actual, expected, _size(expected), at)
     idle = tuple(f"{path}." for path, served in (plan_of(twin).task_modules or {}).items() if task not in served)
-    mine = _state_of_task(twin, task)  # again: a buffer may have been assigned anew
+    mine = _state_of_task(twin, task)  # again: the forward may have replaced a buffer
     for name, buffer in plain.named_buffers():
         if name in mine and not name.startswith(idle):  # heads of other tasks are not run for this one
             found.note("statistics", name, mine[name], buffer, _size(buffer), at)

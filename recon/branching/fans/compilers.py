@@ -34,7 +34,7 @@ def leave_fans_alone() -> None:
         sys.meta_path.insert(0, _TellCompiler())
 
 
-def compile_anew(model: nn.Module) -> None:
+def renew_wrappers(model: nn.Module) -> None:
     """Let torch.compile's wrappers around submodules run the modules that have replaced these."""
     for module in model.modules():
         if _is_wrapper(module):  # its forward is bound to the module it was made for

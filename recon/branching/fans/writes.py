@@ -38,7 +38,7 @@ def map_write(
     if watch and all(watch.shared_write(target, common) for target in plain):
         return map_groups(func, args, kwargs)
     if plain[0] is args[0] and augmented_assignment():
-        # `y += fan` binds the name y anew, so y may become a fan; the old tensor stays as it was.
+        # `y += fan` assigns to the name y, so y may become a fan; the old tensor stays as it was.
         result = map_groups(lambda y, *a, **k: func(y.clone(), *a, **k), args, kwargs)
         if watch:
             watch.mark_stale(plain[0])

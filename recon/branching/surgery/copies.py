@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from recon.branching.fans.compilers import compile_anew
+from recon.branching.fans.compilers import renew_wrappers
 from recon.branching.modules.branched import Branched, BranchedParameter
 from recon.branching.modules.statistics import keep_by_group
 from recon.branching.partition import Group, Partition, refine
@@ -89,7 +89,7 @@ def branch_layers(model: nn.Module, layers: Mapping[str, Partition]) -> None:
             branched[place.owner] = Branched(place.path, partition, modules)
         setattr(place.parent, place.attribute, branched[place.owner])
     redirect_references(model.modules(), lambda module: branched.get(module, module))
-    compile_anew(model)
+    renew_wrappers(model)
 
 
 class _ParameterCopies:

@@ -17,7 +17,7 @@ class SharedTensor:
 
     @property
     def changed(self) -> bool:
-        """Whether it was written into since."""
+        """Whether it was written into after this object was made."""
         if self.tensor._version != self.version:
             return True
         return self.value is not None and not equal(self.value, self.tensor)

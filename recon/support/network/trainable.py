@@ -59,7 +59,7 @@ def _fault_of_class(kind: type) -> str:
         if issubclass(kind, _loaded("torch.distributed.fsdp", sharding)):
             return f"sharded over processes ({'fully_shard' if sharding == 'FSDPModule' else sharding})"
     if all(callable(getattr(kind, name, None)) for name in ("backward", "step", "save_checkpoint")):
-        return f"a {kind.__name__}, an engine whose own backward() and step() ignore gradients made elsewhere"
+        return f"a {kind.__name__}, an engine with backward() and step() that ignores gradients made elsewhere"
     return ""
 
 
