@@ -58,8 +58,8 @@ class Rotations(nn.Module):
     their size; so does loading a state. They start as identities.
 
     z's dimension of features is the last, or the channels of images and volumes (four dimensions and more). The first
-    `size` of them are rotated; with 0 all, up to `LARGEST`. Without `tasks`, the state that is loaded names them; without
-    `layer`, the module whose output is z, the first forward pass finds it.
+    `size` of them are rotated; with 0 all, up to `LARGEST`. Without `tasks`, the state that is loaded names them.
+    Without `layer`, the module whose output is z, the first forward pass finds it.
     """
 
     def __init__(self, tasks: Sequence[str] = (), layer: str = "", size: int = 0) -> None:
