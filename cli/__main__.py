@@ -1,4 +1,4 @@
-"""`python -m recon_cli`."""
+"""Run the command line by `python -m recon_cli`."""
 
 import sys
 

@@ -56,7 +56,7 @@ def resumable(
 
 @contextmanager
 def goes_on_when_given_again(args: argparse.Namespace) -> Iterator[None]:
-    """A command whose folder keeps what was trained: whoever stops it learns how to go on."""
+    """For a command whose folder keeps what was trained: a user who stops it reads how to go on."""
     try:
         yield
     except KeyboardInterrupt as error:

@@ -1,4 +1,4 @@
-"""Named exceptions: what was wrong, what was expected, what to try next."""
+"""recon's exceptions, and how their messages are shortened and made safe to print."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterable
 
 _LONGEST_WORD, _LONGEST_MESSAGE = 1000, 4000  # letters: deep paths stay whole
 _LONG_WORD = re.compile(rf"\S{{{_LONGEST_WORD + 1},}}")
-_MOST_COMPARED = 5000  # the nearest name is looked for among so many: difflib needs a second for them
+_MOST_COMPARED = 5000  # names compared to find the nearest one: difflib needs a second for this many
 
 
 def printable(text: str, keep: str = "\n") -> str:
@@ -22,7 +22,7 @@ def printable(text: str, keep: str = "\n") -> str:
 
 
 def cut(text: str, limit: int, gap: str = " ... ") -> str:
-    """The text with its middle left out, if it is longer than `limit` letters: what to try stands at the end."""
+    """The text, without its middle if it is longer than `limit` letters: messages end with what to try."""
     if len(text) <= limit:
         return text
     kept = limit - len(gap)
@@ -38,7 +38,7 @@ def readable(message: str) -> str:
 
 
 def shortened(names: Iterable[str], limit: int = 4) -> str:
-    """The first of these names, for a message."""
+    """The first few names, for a message."""
     names = list(names)
     return ", ".join(printable(name, keep="") for name in names[:limit]) + (", ..." if len(names) > limit else "")
 
@@ -117,4 +117,4 @@ class NonFiniteError(GradientError):
 
 
 class LoaderError(ReconError):
-    """A data loader that raised in the middle of a training."""
+    """A data loader that raised an error during training."""

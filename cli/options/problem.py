@@ -1,4 +1,4 @@
-"""The options of a problem, and the problem that they name. Torch is imported late."""
+"""The options that name a problem, and the problem made from them. Torch is imported late."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `recon bench` prints in the end. Imports torch."""
+"""What `recon bench` prints at the end. Imports torch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from recon.experiments.bench import cosines as bench_cosines
 from recon.experiments.bench.bench import RESULTS_FILE
 from recon.experiments.bench.runs import BenchRuns
 from recon.experiments.bench.table import paper_data, paper_table
-from recon.experiments.comparison_rows import Row
+from recon.experiments.comparison_rows import RunRow
 from recon.problems import paper
 from recon_cli.parser import Report
 
@@ -81,7 +81,7 @@ def _machine(bench: Bench) -> str:
     return "a GPU" if bench.settings.device == "cuda" else f"{torch.get_num_threads()} CPU thread(s)"
 
 
-def _published(bench: Bench, rows: Sequence[Row], table: paper.PaperTable | None) -> list[str]:
+def _published(bench: Bench, rows: Sequence[RunRow], table: paper.PaperTable | None) -> list[str]:
     if table is None:
         return [f"The paper ({paper.SOURCE}) has no results on this problem with this network.", ""]
     return [

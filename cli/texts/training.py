@@ -1,4 +1,4 @@
-"""What `recon train` prints of a run in the end."""
+"""What `recon train` prints of a run at the end."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`recon bench`: a problem's whole table, as the paper has it."""
+"""`recon bench`: a problem's whole table of results, as in the paper."""
 
 from __future__ import annotations
 

@@ -66,7 +66,7 @@ def add_parser(verbs: Verbs) -> None:
         default="copy",
         metavar="FROM",
         help="copy: as make_model gives the model (default); scratch: another draw of make_model; or the path of a "
-        "checkpoint from before the surgery",
+        "checkpoint of the unbranched model",
     )
     parser.add_argument(
         "--copies",

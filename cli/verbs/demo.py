@@ -1,4 +1,4 @@
-"""`recon demo`: the whole story on real digits, in a few minutes on a CPU."""
+"""`recon demo`: profile, plan, branch and compare on real digits, in a few minutes on a CPU."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Surgery: convert a model into its branched form."""
+"""convert: give each group of tasks its own copy of the layers that a plan names."""
 
 from __future__ import annotations
 
@@ -47,17 +47,17 @@ def convert(
         plan: which layers, and which groups of tasks.
         example_inputs: a small batch of inputs (two samples or more), on the model's device; `recon.inputs(...)` for
             a forward of several arguments. Dry forwards find the layers whose running statistics must follow the
-            fan, and the modules that serve one task alone. Not needed when the plan lists them already (a plan of a
+            fan, and the modules that serve one task only. Not needed when the plan lists them already (a plan of a
             branched or loaded model).
         mode: `fan`, the usual one, runs the forward once: a branched layer returns a task fan, over which every later
-            operation maps, and what comes before is computed once. `per-task` runs the whole network once per task,
-            for a forward that cannot work on fans; parameters, state and results are the same. Not given: the
-            plan's own.
+            operation maps, and everything before it runs once. `per-task` runs the whole network once per task,
+            for a forward that cannot work on fans; parameters, state and results are the same. Default: the
+            plan's mode.
         init: the weights to start from. `copy`: the model's own, so that no output changes. `scratch`: every layer
             draws new ones (its `reset_parameters`). A function that makes a fresh model: that model's. A checkpoint
-            from before the surgery (a `state_dict`, a file of one, a folder that `recon.save` wrote): these.
-        copies: whether the copies of one layer start `equal`, or `independent`, each from a draw of its own; the
-            latter needs `init` to be `scratch` or a function.
+            of the unbranched model (a `state_dict`, a file of one, a folder that `recon.save` wrote): its weights.
+        copies: whether the copies of one layer start `equal`, or `independent`, each with newly drawn
+            weights; the latter needs `init` to be `scratch` or a function.
         verify: check the result by `recon.verify` on the example inputs, and log the largest difference.
 
     Raises:
@@ -73,7 +73,7 @@ def convert(
         raise PlanError(f"The plan is a {type(plan).__name__}. The order is convert(model, plan, example_inputs).")
     refuse_model(model)
     if (plan.statistics is None or verify) and example_inputs is None:
-        raise UsageError("convert needs example_inputs: a small batch of inputs, as the model's forward takes it.")
+        raise UsageError("convert needs example_inputs: a small batch of inputs, as the model's forward expects them.")
     plan = plan.on(model)
     plan = replace(plan, mode=checked_mode(mode or plan.mode))
     branched = copy_model(model)
@@ -83,13 +83,13 @@ def convert(
     form = _per_task_form if plan.mode == "per-task" else _fan_form
     branched = form(model, branched, plan, example_inputs)
     if plan.statistics is None:
-        _tell_what_is_left_out(model, plan, example_inputs)
+        _warn_of_missing_tasks(model, plan, example_inputs)
     if verify:
         logger.info("%s", check(model, branched, example_inputs))
     return branched
 
 
-def _tell_what_is_left_out(model: nn.Module, plan: BranchPlan, example_inputs: Any) -> None:
+def _warn_of_missing_tasks(model: nn.Module, plan: BranchPlan, example_inputs: Any) -> None:
     with state_kept(model), torch.no_grad():
         others = [name for name in run(model.eval(), fresh(example_inputs)) if name not in plan.tasks]
     if others:
@@ -117,7 +117,7 @@ def _fan_form(model: nn.Module, branched: nn.Module, plan: BranchPlan, example_i
 
 
 def _follow_fans(branched: nn.Module, example_inputs: Any) -> dict[str, Partition]:
-    """Split the statistics that differ between tasks, and those that do so only because of the first ones' groups."""
+    """Split the statistics that differ between tasks, then those that differ only because of this split."""
     statistics: dict[str, Partition] = {}
     while True:
         found = find_statistics(branched, example_inputs)
@@ -150,7 +150,7 @@ def refuse_model(model: nn.Module) -> None:
     _refuse_wrapped(model)
     refuse_sharded(model)
     if hasattr(model, "branch_plan"):
-        raise PlanError("The model is branched already. Convert the unbranched model with a plan of all the layers.")
+        raise PlanError("The model is branched already. Convert the unbranched model, with a plan of all the layers.")
     refuse_rotations(model)
 
 

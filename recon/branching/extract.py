@@ -1,4 +1,4 @@
-"""Take one task's plain model out of a branched one."""
+"""extract_task: take one task's plain model out of a branched one."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from recon.support.network.trees import leaves_of, map_tree
 def extract_task(branched: nn.Module, task: str) -> nn.Module:
     """The plain original architecture with one task's copies; its `state_dict` loads into the user's own class.
 
-    Its output still has an entry for every task; only this task's means anything.
+    Its output still has an entry for every task, but only this task's entry is meaningful.
 
     Raises:
         PlanError: the model is not branched, or has no such task.
@@ -47,7 +47,7 @@ def extract_task(branched: nn.Module, task: str) -> nn.Module:
 
 
 def _kept_for(value: Any, task: str) -> Any:
-    """What an attribute still holds of the last forward, for one task, outside of any graph."""
+    """What the last forward left in an attribute, for one task and detached from the graph."""
     try:
         value = value_for(value, task)
     except FanError:  # its module serves other tasks
@@ -56,11 +56,10 @@ def _kept_for(value: Any, task: str) -> Any:
 
 
 def _drop_hooks(module: nn.Module) -> None:
-    """Take off what the surgery has put on."""
+    """Remove the hooks that `convert` added."""
     for hooks in (module._forward_hooks, module._forward_pre_hooks, module._load_state_dict_pre_hooks):
         for key, hook in list(hooks.items()):
-            # torch wraps what it calls before loading
-            hook = getattr(hook, "hook", hook)
+            hook = getattr(hook, "hook", hook)  # torch wraps the hooks that it calls before loading
             if hook is load_buffers or isinstance(hook, (SplitOutputs, TasksOnly, LoadBareParameter)):
                 del hooks[key]
                 module._forward_pre_hooks_with_kwargs.pop(key, None)

@@ -1,4 +1,4 @@
-"""Lowering: a branched model as one graph without any Python in it, for deployment."""
+"""lower: turn a branched model into one graph for deployment, without any Python in it."""
 
 from __future__ import annotations
 
@@ -25,20 +25,19 @@ from recon.support.network.state import state_kept
 from recon.support.network.trees import leaves_of
 
 _OTHER_SIZES = (
-    "What fixes a batch size is a loop over the samples, int(x.shape[0]) or len(x), or a size written as a number: use "
-    "tensor operations over the whole batch, or pass dynamic_batch=False for programs of one size. (An input that is "
-    "no batch but as long as one is taken for one: then pass an example of another batch size.)"
+    "A loop over the samples, int(x.shape[0]), len(x) or a size written as a number fixes the batch size: use tensor "
+    "operations over the whole batch, or pass dynamic_batch=False for a program of one size. (An input that is not a "
+    "batch, but as long as one, is mistaken for one: then pass an example of another batch size.)"
 )
 
 
 def lower(branched: nn.Module, example_inputs: Any, *, dynamic_batch: bool = True) -> ExportedProgram:
     """Turn a branched model into a `torch.export` program: one graph of tensor operations, task fans unrolled.
 
-    This is a form for deployment: the program is that of the model in evaluation mode, whatever mode it is in. It
-    holds a copy of the weights, under the names that they have in the model; `branched` is left untouched.
-    `program.module()` takes what the model takes and returns `{task name: output}`; what comes before the branch
-    points is computed once. Save it by `torch.export.save`, compile it by `torch.compile(program.module())`, pass it
-    to `torch.onnx.export`.
+    The program computes what the model computes in evaluation mode, whatever mode the model is in. It holds a copy of
+    the weights, under the model's names for them; `branched` is left untouched. `program.module()` takes the model's
+    inputs and returns `{task name: output}`; everything before the branched layers runs once. Save the program by
+    `torch.export.save`, compile it by `torch.compile(program.module())`, or pass it to `torch.onnx.export`.
 
     The program's outputs are compared with the model's before it is returned: on the example inputs and, with a
     dynamic batch, on twice as many samples and on one (unless one is too few for the model itself).
@@ -48,14 +47,14 @@ def lower(branched: nn.Module, example_inputs: Any, *, dynamic_batch: bool = Tru
         example_inputs: a small batch of inputs, on the model's device: any nest of tensors, or `recon.inputs(...)` for
             a forward of several arguments. Numbers, strings and `None` in it become constants of the program.
         dynamic_batch: let the program take any batch size. The batch size of the example is the first dimension of
-            its first tensor; every tensor with this first dimension is taken for a batch. (A batch of one is doubled
-            first: `torch.export` takes a dimension of one for a constant.) If false, the program takes inputs of the
-            example's shapes alone.
+            its first tensor; every tensor with this first dimension is treated as a batch. (A batch of one is doubled
+            first: `torch.export` treats a dimension of one as a constant.) If false, the program accepts only
+            inputs of the example's shapes.
 
     Raises:
         PlanError: the model is not branched.
         UsageError: the model cannot be copied or run; `torch.export` cannot trace it; its forward depends on the batch
-            size; or the program computes something else than the model.
+            size; or the program computes something other than the model.
     """
     tasks = plan_of(branched).tasks
     size = _batch_size(example_inputs) if dynamic_batch else None
@@ -99,15 +98,15 @@ def _resized(inputs: Any, size: int, new_size: int) -> Any:
 
 
 def _copied(inputs: Any) -> Any:
-    """New tensors: a forward may write into them, and torch 2.15 makes programs of views which take nothing else."""
+    """New tensors: a forward may write into them, and torch 2.15 makes programs of views that accept only views."""
     return tree_map(lambda leaf: leaf.detach().clone() if isinstance(leaf, Tensor) else leaf, inputs)
 
 
 @contextmanager
 def _deployed(model: nn.Module) -> Iterator[None]:
-    """Run a model without gradients and without a trace: the next run draws the same random numbers.
+    """Run a model without gradients and leave no trace: the next run draws the same random numbers.
 
-    Attention runs without torch's fast path, which no program takes: it gives zeros at padded positions.
+    Attention runs without torch's fast path, which gives zeros at padded positions and which programs do not use.
     """
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
@@ -129,11 +128,11 @@ def _run_and_copy(branched: nn.Module, inputs: Any) -> tuple[Mapping[str, Any], 
         before = [dict(vars(module)) for module in branched.modules()]
         outputs = run(branched.eval(), _copied(inputs))
         model = copy_model(branched)  # now that no attribute holds on to a gradient
-        left_behind = [
+        left_by_forward = [
             [name for name, value in vars(module).items() if isinstance(value, Tensor) and value is not old.get(name)]
             for module, old in zip(branched.modules(), before, strict=True)
         ]
-    for module, names in zip(model.modules(), left_behind, strict=True):
+    for module, names in zip(model.modules(), left_by_forward, strict=True):
         module.__dict__.update(dict.fromkeys(names))
     return outputs, model
 
@@ -149,16 +148,16 @@ def _export(model: nn.Module, inputs: Any, size: int | None) -> ExportedProgram:
     let_forward_be_read(model, kwargs)
     try:
         with _deployed(model), symbolic_len(model), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "The tensor attribute.* assigned during export")  # of a mere copy
+            warnings.filterwarnings("ignore", "The tensor attribute.* assigned during export")  # the model is a copy
             warnings.filterwarnings("ignore", "Unable to find the path of the module")  # only a note in the graph
             return torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
     except ReconError:
         raise
     except Exception as error:
         raise UsageError(
-            f"torch.export cannot trace the model{where_raised(error)}: {_in_short(error)} A program knows no values, "
-            "only tensors and their shapes: where values decide, let tensor operations decide (torch.where), "
-            "not Python, and stay within torch."
+            f"torch.export cannot trace the model{where_raised(error)}: {_in_short(error)} A program knows tensors "
+            "and their shapes, but no values: where a value decides, use tensor operations (torch.where), not Python, "
+            "and use torch's operations only."
         ) from error
 
 
@@ -167,14 +166,14 @@ def _check_other_size(module: nn.Module, branched: nn.Module, inputs: Any, tasks
         try:
             expected = call(branched.eval(), _copied(inputs))
         except Exception as error:
-            if size == 1:  # pairs, statistics over the batch
+            if size == 1:  # some models need pairs, or statistics over the batch
                 return
-            raise UsageError(f"The model takes no batch of {size}: {_in_short(error)} {_OTHER_SIZES}") from error
+            raise UsageError(f"The model fails on a batch of {size}: {_in_short(error)} {_OTHER_SIZES}") from error
     try:
         outputs = _deployed_outputs(module, inputs)
     except Exception as error:
         raise UsageError(
-            f"The lowered program takes no batch of {size}, as the model does: {_in_short(error)} {_OTHER_SIZES}"
+            f"The lowered program fails on a batch of {size}, the model does not: {_in_short(error)} {_OTHER_SIZES}"
         ) from error
     _check_equal(outputs, expected, tasks, f" for a batch of {size}")
 
@@ -184,15 +183,15 @@ def _check_equal(outputs: Mapping[str, Any], expected: Mapping[str, Any], tasks:
         difference = _difference(list(leaves_of(outputs[task])), list(leaves_of(expected[task])))
         if difference:
             raise UsageError(
-                f"The lowered program's output of task {task!r} is not the model's{when}: {difference}. Something in "
-                "the forward is decided in Python, by a value or by the batch size, which the program keeps as it was "
-                "for the example. Let a tensor operation decide (torch.where)"
-                + (", or pass dynamic_batch=False for programs of one size." if when else ".")
+                f"The lowered program's output of task {task!r} is not the model's{when}: {difference}. Python "
+                "decides something in the forward, by a value or by the batch size, and the program always does what "
+                "Python decided for the example. Let a tensor operation decide (torch.where)"
+                + (", or pass dynamic_batch=False for a program of one size." if when else ".")
             )
 
 
 def _difference(actual: Any, expected: Any) -> str | None:
-    """In words, unless two outputs agree to half of their digits."""
+    """How two outputs differ, in words; None if they agree to half of their digits."""
     if isinstance(expected, list):
         if len(actual) != len(expected):
             return f"{len(actual)} tensors in place of {len(expected)}"
@@ -217,12 +216,12 @@ def _dtype_and_shape(tensor: Tensor) -> str:
 
 
 def _refuse_dataclasses(structure: Any, what: str) -> None:
-    """Refuse Python's own dataclasses, which are leaves until they are registered."""
+    """Refuse dataclasses that are not registered, which torch.export treats as leaves."""
     for leaf in tree_leaves(structure):
         if is_dataclass(leaf) and not isinstance(leaf, type):
             name = type(leaf).__name__
             raise UsageError(
-                f"{what} a {name}: torch.export takes a dataclass only if it is registered. Call "
+                f"{what} a {name}: torch.export accepts a dataclass only if it is registered. Call "
                 f"torch.export.register_dataclass({name}) first, or use tuples and dicts."
             )
 

@@ -30,7 +30,7 @@ class Partition:
 
     @classmethod
     def per_task(cls, tasks: Sequence[str]) -> Partition:
-        """One group per task: Recon's own (Shi et al. 2023, sec. 3.3).
+        """One group per task, as in Recon (Shi et al. 2023, sec. 3.3).
 
         Raises:
             PlanError: a task's name cannot be part of a parameter's name.
@@ -51,7 +51,7 @@ class Partition:
         for number, group in enumerate(groups):
             for task in group:
                 if task not in known:
-                    raise PlanError(f"Groups {groups} name {task!r}, which is none of the tasks {list(tasks)}.")
+                    raise PlanError(f"Groups {groups} name {task!r}, which is not one of the tasks {list(tasks)}.")
                 if task in label:
                     raise PlanError(f"Groups {groups} name task {task!r} twice; each task goes into one group.")
                 label[task] = number

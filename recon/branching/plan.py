@@ -26,7 +26,7 @@ class BranchPlan:
             fanned values reach them; `None` until `recon.convert` has found them.
         task_modules: `{module path: tasks}`, the modules that serve only some of the tasks, and so run for those
             alone; `None` until `recon.convert` has found them.
-        mode: how the branched model runs, as `recon.convert` was told.
+        mode: how the branched model runs; see `recon.convert`.
     """
 
     tasks: tuple[str, ...]
@@ -105,7 +105,7 @@ def find_plan(model: nn.Module) -> BranchPlan | None:
 
 
 def checked_mode(mode: str) -> Mode:
-    """`mode`, if there is such a one."""
+    """The mode itself; raises PlanError if there is no such mode."""
     if mode not in get_args(Mode):
         raise PlanError(f"mode is {mode!r}. Choose {' or '.join(map(repr, get_args(Mode)))}.")
     return cast(Mode, mode)

@@ -1,4 +1,4 @@
-"""A branch plan as readable JSON, and back, with every field checked."""
+"""Write a branch plan as readable JSON, and read one with every field checked."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def plan_from_json(text: str, source: str) -> BranchPlan:
         document.fail(f"field 'mode': {error}")
     return replace(
         plan,
-        # Where only some tasks come by, there are no statistics of the others.
+        # A module that only some tasks reach has statistics of these tasks only.
         statistics={path: _partition(statistics, path, tasks, partial=True) for path in statistics},
         task_modules={path: _some_tasks(modules, path, tasks) for path in modules},
         mode=mode,

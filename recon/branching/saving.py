@@ -1,4 +1,4 @@
-"""Save and load a model, branched or not: a readable plan beside plain weights."""
+"""save and load: a model on disk, branched or not, as a readable plan beside plain weights."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ PLAN_FILE = "plan.json"
 def save(model: nn.Module, folder: str | Path) -> None:
     """Write `weights.safetensors`, and `plan.json` for a branched model: both, or neither if that fails.
 
-    `load` has its arguments the other way round: `save(model, folder)`, `load(folder, model)`. Named, they go in any
-    order.
+    `load` has its arguments the other way round: `save(model, folder)`, `load(folder, model)`. By keyword, they go in
+    any order.
 
     Args:
         model: branched by `recon.convert`, or a plain model; the wrappers of DistributedDataParallel and torch.compile
@@ -35,11 +35,11 @@ def save(model: nn.Module, folder: str | Path) -> None:
         folder: made if it does not exist; an older model in it is replaced, other files stay.
 
     Raises:
-        UsageError: the folder cannot be written to, or the arguments are something else.
+        UsageError: the folder cannot be written to, or an argument has the wrong type.
         WriteError: the disk is full, or failed; an older model is unchanged.
     """
     _check_arguments(folder, model, "recon.save needs a model and a folder", "recon.save(model, 'branched/')")
-    model = unwrapped(model)  # names that begin with module. or _orig_mod. would fit no model
+    model = unwrapped(model)  # else names begin with module. or _orig_mod. and fit no plain model
     plan = find_plan(model)
     text = plan_to_json(plan) if plan else ""
     with replacing(folder, (WEIGHTS_FILE, PLAN_FILE)) as new:
@@ -58,7 +58,7 @@ def load(folder: str | Path, model: nn.Module) -> nn.Module:
 
     Raises:
         CheckpointError: files are missing, damaged, of two different saves, or of another architecture.
-        UsageError: the arguments are something else.
+        UsageError: an argument has the wrong type.
     """
     needs = "recon.load needs a folder and an unbranched model"
     _check_arguments(folder, model, needs, "recon.load('branched/', Net())")

@@ -1,4 +1,4 @@
-"""What `torch.export` asks of a branched model before it can trace it."""
+"""Prepare a branched model so that `torch.export` can trace it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from recon.branching.modules.statistics import BranchedStatistics
 class _FoundParameter(BranchedParameter):
     """A branched bare parameter that reads as a fan only while the model runs.
 
-    torch finds a parameter by the attributes on its path, and takes no fan for a module.
+    torch finds a parameter by the attributes on its path, and a fan among these is not a module.
     """
 
     running = False
@@ -30,7 +30,7 @@ class _FoundParameter(BranchedParameter):
 
 
 def let_parameters_be_found(model: nn.Module) -> None:
-    """Let the copies of bare parameters be found by their names."""
+    """Let torch find the copies of bare parameters by their names."""
     found = []
     for container in model.modules():
         for name, child in container._modules.items():
@@ -48,10 +48,10 @@ def let_parameters_be_found(model: nn.Module) -> None:
 
 
 def let_forward_be_read(model: nn.Module, kwargs: Mapping[str, Any]) -> None:
-    """Make the forward a function, which names every keyword.
+    """Make the forward a function that names every keyword.
 
-    torch reads its code, which the object that runs the network once per task does not have; and torch 2.15 makes
-    programs that fail if what arrives in `**kwargs` is a batch.
+    torch reads the forward's code, which a `PerTaskForward` object does not have; and programs of torch 2.15 fail if a
+    batch arrives in `**kwargs`.
     """
     forward = model.forward
 
@@ -66,7 +66,7 @@ def let_forward_be_read(model: nn.Module, kwargs: Mapping[str, Any]) -> None:
     model.forward = function
     for module in model.modules():
         if isinstance(module, (Branched, BranchedStatistics)):
-            # While it traces, torch's __getattr__ may hand out proxies of modules, which take no view of a task.
+            # While torch traces, its __getattr__ may return proxies of modules, of which there is no task view.
             module.__dict__["branches"] = module.branches
 
 
@@ -74,8 +74,8 @@ def let_forward_be_read(model: nn.Module, kwargs: Mapping[str, Any]) -> None:
 def symbolic_len(model: nn.Module) -> Iterator[None]:
     """Let `len(x)` of a tensor be its first dimension, in the packages that the model's classes come from.
 
-    Python makes an integer of what the built-in gives, which fixes the batch size. (`torch.fx.wrap` replaces
-    functions in the same way; replaced for everyone, it would get into tables that torch makes on import.)
+    Python turns the built-in's result into an integer, which fixes the batch size. (`torch.fx.wrap` replaces
+    functions in the same way; replaced everywhere, it would end up in tables that torch makes on import.)
     """
     classes = {cls for module in model.modules() for cls in type(module).__mro__ if issubclass(cls, nn.Module)}
     packages = {cls.__module__.partition(".")[0] for cls in classes}.difference(["torch"])

@@ -1,4 +1,4 @@
-"""What a branched model must compute, checked on a batch: for every task, the original with the task's copies."""
+"""verify: check on a batch that a branched model computes, for each task, the original with the task's copies."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ class Verification:
 
     Args:
         tolerance: what a difference must stay below.
-        modes: the modes in which the two were compared. One in which Python's random numbers steer the forward
-            cannot be; dropout can.
+        modes: the modes in which the two were compared. A mode in which Python's random numbers steer the forward
+            is left out; dropout is no obstacle.
         outputs: the largest difference in a task's output, as a fraction of its largest entry.
         gradients: in the gradient of a task's output, as a fraction of the largest entry of any of its gradients.
         statistics: in a buffer after a training forward, as a fraction of its largest entry.
@@ -58,7 +58,7 @@ class Verification:
         )
 
     def note(self, kind: str, name: str, actual: Tensor | None, expected: Tensor | None, scale: float, at: str) -> None:
-        """Take in one difference.
+        """Record one difference.
 
         Raises:
             VerificationError: it is larger than rounding explains.
@@ -77,7 +77,7 @@ def verify(model: nn.Module, branched: nn.Module, example_inputs: Any) -> Verifi
     """Check that each task gets what the original architecture with its copies would give it.
 
     First, on a copy, all weights are changed a little, so that no two copies of a layer are equal. They are then
-    loaded into `model`'s architecture by their names alone, for one task after the other, and both run: outputs,
+    loaded into `model`'s architecture by their names, for one task after the other, and both run: outputs,
     the gradients of a fixed combination of their entries, and the running statistics afterwards are compared, in
     evaluation and in training mode. Copies that serve other tasks must get no gradient.
 
@@ -116,7 +116,7 @@ def _compare(found: Verification, plain: nn.Module, twin: nn.Module, inputs: Any
     for i, (actual, expected) in enumerate(zip(*outputs, strict=True)):
         found.note("outputs", f"tensor {i}", actual, expected, _size(expected), at)
     idle = tuple(f"{path}." for path, served in (plan_of(twin).task_modules or {}).items() if task not in served)
-    mine = _state_of_task(twin, task)  # again: a buffer may have been assigned anew
+    mine = _state_of_task(twin, task)  # again: the forward may have replaced a buffer
     for name, buffer in plain.named_buffers():
         if name in mine and not name.startswith(idle):  # heads of other tasks are not run for this one
             found.note("statistics", name, mine[name], buffer, _size(buffer), at)
@@ -184,7 +184,7 @@ class _SameDraws(TorchDispatchMode):
 
 
 def _decides_at_random(model: nn.Module, inputs: Any) -> bool:
-    """Whether Python's or numpy's random numbers steer the forward: two models would take different turns."""
+    """Whether Python's or numpy's random numbers steer the forward: two models would go different ways."""
     before, numpy_before = random.getstate(), np.random.get_state()
     try:
         with state_kept(model), torch.no_grad():

@@ -1,4 +1,4 @@
-"""Problems trained, compared and benched: what the command line runs."""
+"""Train, compare and bench problems, with folders and records: what the command line runs."""
 
 from __future__ import annotations
 

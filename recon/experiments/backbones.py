@@ -1,4 +1,4 @@
-"""Another network for a problem: one of recon's own or a user's, if it fits. Imports torch."""
+"""Give a problem another network, one of recon's or a user's, and check that it fits. Imports torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Training runs side by side, over their seeds: how well each does, against single-task models, and what it costs."""
+"""Compare training runs over their seeds: how well each does, against single-task models, and what it costs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from recon import problems
 from recon.errors import UsageError
-from recon.experiments.comparison_rows import Row, cells, columns_of, mean_of, row_title
+from recon.experiments.comparison_rows import RunRow, cells, columns_of, mean_of, row_title
 from recon.experiments.run import Run
 from recon.support.files.documents import json_values
 from recon.support.tables import text_table, with_ratio
@@ -18,7 +18,7 @@ from recon.support.tables import text_table, with_ratio
 class Comparison:
     """Runs of one problem side by side."""
 
-    rows: list[Row]  # one a name
+    rows: list[RunRow]  # one a name
     baseline: str | None  # the label of the run that Δm refers to
     reference: str  # the name of the row that cost ratios refer to
     mean_metric: str | None  # the first metric of every task, if it is the same one
@@ -94,10 +94,10 @@ def compare(
     reference = reference or next(plain, min(seeds, key=lambda name: seeds[name][0].parameters))
     metric = _common_metric(everything[0][1])
     seconds = seconds or {name: mean_of([run.seconds_per_step for run in of_seeds]) for name, of_seeds in seeds.items()}
-    other = Row(reference, seeds[reference], seconds[reference])
+    other = RunRow(reference, seeds[reference], seconds[reference])
     rows = []
     for name, of_seeds in seeds.items():
-        row = Row(name, of_seeds, seconds[name])
+        row = RunRow(name, of_seeds, seconds[name])
         firsts = [(task, metric) for task in of_seeds[0].results] if metric else []
         rows.append(
             replace(

@@ -17,7 +17,7 @@ Column = tuple[tuple[str, str], list[tuple[str, str]]]
 
 
 @dataclass(frozen=True)
-class Row:
+class RunRow:
     """The runs of one name in a comparison, one for each seed."""
 
     name: str
@@ -84,7 +84,7 @@ class Row:
         }
 
 
-def columns_of(row: Row) -> list[Column]:
+def columns_of(row: RunRow) -> list[Column]:
     """A column for each metric, or where those are too many, for the mean of each metric over the tasks."""
     names = list(row.metrics)
     if len(names) <= _MOST_METRICS:
@@ -93,7 +93,7 @@ def columns_of(row: Row) -> list[Column]:
     return [(("mean", kind), [(task, name) for task, name in names if name == kind]) for kind in kinds]
 
 
-def row_title(row: Row) -> str:
+def row_title(row: RunRow) -> str:
     """What a table by method calls the row."""
     return f"  w/ {row.first.surgery}" if row.first.surgery else row.first.method
 
@@ -110,7 +110,7 @@ def spread(values: Sequence[float], digits: int | None = None, sign: bool = Fals
     return text if len(values) == 1 else f"{text} ± {stdev(values):.{len(text.partition('.')[2])}f}"
 
 
-def cells(row: Row, columns: Sequence[Column]) -> list[str]:
+def cells(row: RunRow, columns: Sequence[Column]) -> list[str]:
     """What stands in the columns of the metrics, of Δm, of the parameters and of the multiply-adds."""
     return [
         *(spread(row.mean_over(names)) for _, names in columns),

@@ -1,4 +1,4 @@
-"""What is made of a problem: seeded models, its loaders, and inputs to try them on. Imports torch."""
+"""Make seeded models, loaders and example inputs from a problem. Imports torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pictures of what is left after branching, and of task weights."""
+"""Pictures of the conflicts before and after branching, and of task weights."""
 
 from __future__ import annotations
 

@@ -56,7 +56,7 @@ def as_recorded(problem: Problem, record: Run | None, folder: Path) -> Problem:
             f"The backbone {problem.backbone} contradicts {folder}, whose model is {_network(record.backbone)}. Leave "
             "the backbone out, or pass another folder."
         )
-    if problem.backbone:  # the same file may lie elsewhere here; the weights tell whether it fits
+    if problem.backbone:  # the same file may lie elsewhere here; the weights show whether it fits
         return problem
     if own:
         raise UsageError(

@@ -1,4 +1,4 @@
-"""Conflict maps: what a profile leaves and a plan is made from. No torch is needed to read one."""
+"""Conflict maps: what a profile writes and a plan is made from. No torch is needed to read one."""
 
 from __future__ import annotations
 

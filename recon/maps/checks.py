@@ -1,4 +1,4 @@
-"""What the numbers of a conflict map imply of each other: a file in which they do not agree is damaged or made up."""
+"""Check that the numbers of a conflict map agree with each other: if not, the file is damaged or made up."""
 
 from __future__ import annotations
 

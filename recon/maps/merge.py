@@ -69,7 +69,7 @@ def _why_not(first: ScoreTable, cmap: ScoreTable) -> str:
 
 def _same_counts(one: ScoreTable, other: ScoreTable) -> bool:
     others = {layer.name: layer for layer in other.layers}
-    if not any(one.scores().values()):  # nothing to tell two runs apart by
+    if not any(one.scores().values()):  # nothing distinguishes two runs
         return one is other
     return one.scores() == other.scores() and all(
         np.array_equal(_or_empty(layer.histogram), _or_empty(others[layer.name].histogram)) for layer in one.layers

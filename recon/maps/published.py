@@ -33,7 +33,7 @@ _NO_COSINE = 1e-3  # how far rounding may take a cosine out of [-1, 1]
 def read_published(path: str | Path, threshold: float, tasks: Sequence[str] = ()) -> ConflictMap:
     """A conflict map from a file of the published code, with its layer names brought to those of a plain network.
 
-    A `.json` file holds `{layer: S-conflict score}` at the one S that the code was told; layers come by score, and
+    A `.json` file holds `{layer: S-conflict score}` at the one S that the code was run with; layers come by score, and
     nothing else is known of them. A `.pt` file, `{"cos": {layer: [the cosines of one step's task pairs, ...]}}`, holds
     every cosine: what `recon profile` would have counted, but for shapes and layer types, is counted from it. Cosines
     that are NaN are left out; a zero gradient has cosine 0 there, which is no conflict.

@@ -162,7 +162,7 @@ class ScoreTable:
         """
         if not self.has_series:
             raise UsageError(
-                "This map does not know its scores over time, so it cannot tell how sure they are: imported and "
+                "This map does not know its scores over time, so it cannot say how sure they are: imported and "
                 "merged maps do not, nor does one of a single step. Profile with recon, for two steps or more."
             )
         return np.stack([layer.series for layer in self.layers if layer.series is not None], axis=1)

@@ -45,12 +45,12 @@ class RotoGrad(FeatureMethod):
     Where the features have branched already, the tasks of a group are turned towards each other.
 
     The rotations are part of the network: `attach` puts them into it, as its submodule `rotograd`, and `state_dict`,
-    `recon.save`, `recon.load` and `recon.evaluate` take them along. In a loop of one's own:
+    `recon.save`, `recon.load` and `recon.evaluate` take them along. In your own loop:
 
         method = recon.methods.get("rotograd"); method.setup(tasks); method.attach(model)
 
     Args:
-        layer: the path of the module whose output is z. Not given: the last one that all tasks' losses pass and
+        layer: the path of the module whose output is z. Default: the last one that all tasks' losses depend on and
             behind which they share no layer.
         size: how many features to rotate, the first ones; 0 for all, up to 512.
         lr: the rotations' learning rate.
@@ -153,7 +153,7 @@ class RotoGrad(FeatureMethod):
                 raise UnknownNameError("task", task, self.tasks)
         if not rotations.features:
             raise UsageError(
-                "There is no forward pass with gradients since the method was attached, or the features want none: "
+                "There is no forward pass with gradients since the method was attached, or the features need none: "
                 f"everything up to the layer {rotations.layer!r} is frozen. Run the model before each backward, and "
                 "train some of what the tasks share."
             )
@@ -178,7 +178,7 @@ class RotoGrad(FeatureMethod):
                 # Σ ⟨Rᵀ g, v⟩ over the samples is the inner product of R with Σ g vᵀ.
                 (-(R * (g.T @ v)).sum()).backward()
         optimizer.step()
-        optimizer.zero_grad()  # whoever else looks at the model's gradients finds none there
+        optimizer.zero_grad()  # other code that looks at the model's gradients finds none there
         for group in optimizer.param_groups:
             group["lr"] *= self.decay
 

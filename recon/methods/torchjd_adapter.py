@@ -27,7 +27,7 @@ def wrap(method: Any) -> Method:
     """A `Method` as it is, and a TorchJD object as a method: the same one whenever it is asked for the same object.
 
     The object does what it does in TorchJD, its scale included: many are in mean scale, T times shorter than recon's
-    own methods, so they want a learning rate T times as high. Some need dependencies that recon does not. Beyond that:
+    own methods, so they need a learning rate T times as high. Some need dependencies that recon does not. Beyond that:
     gradients that are not finite are refused by name; random numbers come from a stream of the object's own, so that
     the ranks of a distributed training agree; and its state is part of the `state_dict`, as far as it is made of
     parameters, tensors and plain values, which the Adam inside TorchJD's FAMO is not. An object that keeps a state by

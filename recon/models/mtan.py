@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from recon.models.segnet import STAGES, SegNetTrunk, Stage, conv_block, head, initialise, stage_widths
+from recon.models.segnet import STAGES, SegNetTrunk, Stage, conv_block, draw_weights, head, stage_widths
 
 
 class MTAN(SegNetTrunk):
@@ -40,7 +40,7 @@ class MTAN(SegNetTrunk):
         seen = [coming + own for coming, own in zip(widths, finer, strict=True)]
         self.decoder_att = nn.ModuleDict({task: nn.ModuleList(map(_attention, seen, finer)) for task in tasks})
         self.heads = nn.ModuleDict({task: head(width, channels) for task, channels in tasks.items()})
-        initialise(self)
+        draw_weights(self)
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         """Images `(N, in_channels, H, W)`, at least 32x32, to raw values `{task: (N, channels, H, W)}`."""

@@ -76,7 +76,7 @@ class SegNet(SegNetTrunk):
     def __init__(self, tasks: Mapping[str, int], in_channels: int = 3, width: int = 64) -> None:
         super().__init__(in_channels, width)
         self.heads = nn.ModuleDict({task: head(width, channels) for task, channels in tasks.items()})
-        initialise(self)
+        draw_weights(self)
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         """Images `(N, in_channels, H, W)`, at least 32x32, to raw values `{task: (N, channels, H, W)}`."""
@@ -109,7 +109,7 @@ def head(in_channels: int, out_channels: int) -> nn.Sequential:
     )
 
 
-def initialise(model: nn.Module) -> None:
+def draw_weights(model: nn.Module) -> None:
     """Normal Xavier weights (Glorot and Bengio, AISTATS 2010) and zero biases for convolutions, as in the papers' code.
 
     Batch norms start at 1 and 0 there too, as in PyTorch.

@@ -138,7 +138,7 @@ def _by_pair(cmap: ConflictMap, tasks: Sequence[str]) -> tuple[Matrix, Matrix]:
     """(layers, T, T) conflicts and gradient pairs seen, each symmetric."""
     unknown = [task for task in tasks if task not in cmap.tasks]
     if unknown or any(layer.conflicts is None or layer.observed is None for layer in cmap.layers):
-        what = f"knows nothing of the tasks {unknown}" if unknown else "does not tell the conflicts of each pair"
+        what = f"knows nothing of the tasks {unknown}" if unknown else "does not have the conflicts of each pair"
         raise PlanError(
             f"Tasks are grouped by how often each pair of them conflicted, but the map {what}. Profile with recon, "
             "take groups='per-task', or name the groups yourself."

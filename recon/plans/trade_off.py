@@ -75,7 +75,7 @@ def frontier(
         threshold: S of the scores; the map's own when not given.
         budgets: ratios, each taken once for the parameters and once for the multiply-adds. Left out are those that no
             K exceeds, those within which no layer can be branched, and those whose plan is there already.
-        chosen: what to mark; it becomes a point of its own if it is none of the others.
+        chosen: what to mark; it becomes a new point if it is not one of the others.
 
     Returns:
         The points: by K, then by budget, then `chosen`.

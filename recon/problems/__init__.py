@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from recon.errors import ProblemError, UnknownNameError, UsageError
 from recon.problems.options import check_options
-from recon.support.importing import call, functions_of, import_target
+from recon.support.importing import call_in_module, functions_of, import_target
 from recon.support.lazy import lazy_face
 
 if TYPE_CHECKING:
@@ -122,4 +122,4 @@ def call_function(spec: str, **options: Any) -> Any:
     if not hasattr(module, function):
         raise UnknownNameError("function", function, functions_of(module), f"Looked in {target}.")
     check_options(spec, getattr(module, function), options)
-    return call(module, function, options)
+    return call_in_module(module, function, options)

@@ -1,4 +1,4 @@
-"""Options of a problem: keyword arguments of the function that makes it."""
+"""The options of a problem, which are keyword arguments of its function, and their checks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Counting the conflicts of a training while it runs. Imports torch."""
+"""Count the conflicts of a training while it runs: a profiler that counts whole gradients too. Imports torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The conflict map of what was counted."""
+"""Make a conflict map from what a profiler has counted."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 class Profiler:
     """Records S-conflict scores from the task gradients of a training run (Shi et al. 2023, definition 4).
 
-    In a training loop of one's own it takes the place of `sum(losses).backward()`:
+    In your own training loop it replaces `sum(losses).backward()`:
 
         profiler = recon.Profiler(model)
         profiler.backward({"seg": loss_a, "depth": loss_b}); optimizer.step()

@@ -1,1 +1,1 @@
-"""Plumbing: what any package uses. It knows no task, map, plan or method."""
+"""Plumbing for all packages: networks, files, processes, text. It knows no task, map, plan or method."""

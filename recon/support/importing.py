@@ -1,4 +1,4 @@
-"""Importing a user's file or module, with errors that point at the user's own line."""
+"""Import a user's file or module, with errors that point at the user's own line."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def definitions_of(module: ModuleType) -> list[str]:
     return functions_of(module) + [name for name, cls in classes if cls.__module__ == module.__name__]
 
 
-def call(module: ModuleType, name: str, options: Mapping[str, Any]) -> Any:
+def call_in_module(module: ModuleType, name: str, options: Mapping[str, Any]) -> Any:
     """What the module's function returns for these options; anything that is not a function is returned as it is."""
     value = getattr(module, name)
     if not callable(value):
@@ -77,9 +77,9 @@ def _import_module(name: str) -> ModuleType:
     except ProblemError as error:
         missing = error.__cause__.name if isinstance(error.__cause__, ModuleNotFoundError) else None
         if missing is None or not f"{name}.".startswith(f"{missing}."):
-            raise  # the module exists; it is one of its own imports that is missing
+            raise  # the module exists, but one of its own imports is missing
         neighbours = sorted(file.stem for file in Path.cwd().glob("*.py"))
-        hint = f"Looked in {Path.cwd()} and among the installed packages. A file is named with its .py."
+        hint = f"Looked in {Path.cwd()} and among the installed packages. To name a file, write its .py too."
         raise UnknownNameError("module", name, neighbours, hint) from None
 
 

@@ -17,7 +17,7 @@ def count() -> int:
 
 
 def number() -> int:
-    """Which of them this is; number 0 speaks and writes."""
+    """Which of them this is; number 0 prints and writes files."""
     return int(os.environ.get("RANK", "0")) if count() > 1 else 0
 
 
@@ -28,7 +28,7 @@ def local_number() -> int:
 
 @contextmanager
 def joined(device: torch.device) -> Iterator[None]:
-    """Let the processes talk to each other in here."""
+    """Let the processes exchange data inside the block."""
     if count() == 1:
         yield
         return

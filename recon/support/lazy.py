@@ -1,4 +1,4 @@
-"""Faces of packages whose names are imported on first use: what needs torch waits until somebody asks for it."""
+"""lazy_face: a package's public names, imported on first use, so that torch is imported only when needed."""
 
 from __future__ import annotations
 

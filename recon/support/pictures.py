@@ -1,4 +1,4 @@
-"""Saving a figure, whole or not at all."""
+"""Save a figure as a file, whole or not at all."""
 
 from __future__ import annotations
 

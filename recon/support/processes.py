@@ -1,4 +1,4 @@
-"""Several processes that train one model: how many there are, and what they tell each other.
+"""Several processes that train one model: how many there are, and what they send to each other.
 
 With one process, nothing here does anything.
 """
@@ -64,5 +64,5 @@ def gather(value: Any) -> list[Any]:
 
 @cache
 def _control_group(world: Any) -> Any:
-    # Small talk between CPUs: through NCCL it would wait for the GPU.
+    # For small messages between CPUs: NCCL would wait for the GPU.
     return world if dist.get_backend(world) == "gloo" else dist.new_group(backend="gloo")

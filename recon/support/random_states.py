@@ -16,7 +16,7 @@ Generator = torch.Generator | np.random.Generator | np.random.RandomState | rand
 
 def global_states() -> dict[str, Any]:
     """The states of Python's, numpy's and torch's global generators, the GPUs' included."""
-    # Where no GPU has been used, none has a state: asking would wake them all up.
+    # Only if a GPU has been used: asking for a state would start all GPUs.
     devices = torch.cuda.device_count() if torch.cuda.is_initialized() else 0
     return {
         "python": random.getstate(),
@@ -38,7 +38,7 @@ def set_global_states(states: Mapping[str, Any]) -> None:
 
 @contextmanager
 def global_states_kept() -> Iterator[None]:
-    """Whatever is drawn from the global generators in here, they are as they were afterwards."""
+    """Put the global generators back, whatever the block draws from them."""
     states = global_states()
     try:
         yield

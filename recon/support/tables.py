@@ -1,4 +1,4 @@
-"""Tables as plain text, for terminals and README files."""
+"""Tables and numbers as text, for terminals and Markdown."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from recon.errors import cut, printable
 
-_WIDEST = 200  # letters of a cell: a name of thousands must not make every line as long
+_WIDEST = 200  # letters of a cell, so that one endless name does not stretch every line
 
 
 def text_table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
@@ -31,7 +31,7 @@ def text_table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int =
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table as README files have it."""
+    """A table in Markdown."""
     return "\n".join(f"| {' | '.join(cells)} |" for cells in [header, ["---"] * len(header), *rows])
 
 
@@ -49,7 +49,7 @@ def with_ratio(text: str, ratio: float | None) -> str:
 
 
 def metric_text(value: float) -> str:
-    """A metric with four digits behind the point, or five in all if it is large."""
+    """A metric with four decimals, or five digits in all if it is large."""
     return f"{value:.4f}" if abs(value) < 10 else f"{value:.5g}"
 
 

@@ -1,4 +1,4 @@
-"""Step times that can be compared: measured in turn, in one run."""
+"""Measure step times that can be compared: in turn, in one run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which code is the user's, and the user's line behind an error or a running statement."""
+"""Tell the user's code from recon's and find the user's line behind an error or a running statement."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ def is_users(path: str, installed: bool) -> bool:
 
 
 def _folder(package: str, *inside: str) -> tuple[str, ...]:
-    # Looked up, not imported: the library knows no command line, and most commands need no torch.
+    # Looked up, not imported: recon must not import the command line, and most commands must not import torch.
     return tuple(os.path.join(path, *inside, "") for path in getattr(sys.modules.get(package), "__path__", ()))
 
 
 def running_frame() -> FrameType | None:
-    """The user's statement that is running now, be it in a network that somebody else wrote."""
+    """The user's statement that is running now, also if it is in a network that somebody else wrote."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None and not is_users(frame.f_code.co_filename, installed=True):
         frame = frame.f_back

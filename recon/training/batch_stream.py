@@ -1,4 +1,4 @@
-"""The batches of a training: in an order that can be found again after an interruption, and shared out to the ranks."""
+"""The batches of a training: in an order that resumes after an interruption, and divided between the ranks."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from recon.support.user_code import user_line
 logger = logging.getLogger(__name__)
 
 _END = object()
-_LOOKED_AT = 64  # numbers of each tensor of a batch, to tell it from others
+_LOOKED_AT = 64  # numbers of each tensor of a batch, to recognise it by
 
 
 class BatchStream:
@@ -34,7 +34,7 @@ class BatchStream:
 
     Attributes:
         drawn: how many of the epoch's batches are done.
-        settled: whether `state_dict` can be asked for: a loader that tells its place itself cannot while it draws.
+        settled: whether `state_dict` can be asked for: a loader that reports its own position cannot while it draws.
     """
 
     def __init__(self, loader: Iterable[Batch], remembers: bool) -> None:
@@ -175,13 +175,13 @@ def _batch_size(batch: Any) -> int:
     if len(sizes) != 1 or size is None:
         raise ProblemError(
             "This problem's batches cannot be shared out over several processes: they hold more than tensors with the "
-            "samples first. Profile in one process, or call recon.profile on each rank with a loader of its own."
+            "samples first. Profile in one process, or call recon.profile on each rank with its own loader."
         )
     return size
 
 
 def batch_count(loader: object) -> int | None:
-    """How many batches a loader has; None if it cannot tell."""
+    """How many batches a loader has; None if it does not say."""
     try:
         return len(loader) if isinstance(loader, Sized) else None
     except TypeError:  # a DataLoader of an iterable data set
@@ -208,7 +208,7 @@ def _loader_error(error: Exception, number: int, epoch: int) -> LoaderError:
 
 
 def _mark_of(batch: Batch) -> int:
-    """What tells a batch from others: a check sum of a few numbers of each of its tensors on the CPU, 0 without any."""
+    """What a batch is recognised by: a check sum of a few numbers of each of its tensors on the CPU, 0 without any."""
     total = 0
     for leaf in tree_leaves(batch):
         if isinstance(leaf, Tensor) and leaf.device.type == "cpu" and leaf.layout == torch.strided and leaf.numel():

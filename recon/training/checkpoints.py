@@ -1,4 +1,4 @@
-"""Checkpoints: when a training is saved, what a checkpoint belongs to, and how it is taken up again."""
+"""Checkpoints: when a training is saved, what a checkpoint belongs to, and how the training resumes from it."""
 
 from __future__ import annotations
 
@@ -147,8 +147,8 @@ class Interrupts:
     """While installed, Ctrl-C raises its KeyboardInterrupt only where no step is under way.
 
     In the middle of a step some of the weights or statistics are new and some are old: there is nothing to save.
-    A second Ctrl-C does not wait. Whoever handles the signal in a way of their own keeps doing so, and Python lets
-    only the main thread handle it at all.
+    A second Ctrl-C does not wait. A handler that the caller has set for the signal stays, and Python lets only
+    the main thread handle it at all.
     """
 
     def __init__(self) -> None:
@@ -209,7 +209,7 @@ def progress(run: TrainingRun) -> str:
 
 
 def belongs_to(run: TrainingRun, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """What tells one training from another, by the name that an error gives it."""
+    """What distinguishes one training from another, by the name that errors use for it."""
     return {
         **settings,
         "tasks": list(run.method.tasks),

@@ -54,7 +54,7 @@ def evaluate(
         loader: yields `(inputs, {task name: target})`.
         tasks: the tasks to evaluate; the model and the loader may know more of them.
         across_ranks: where several processes train together, let torchmetrics combine the counts of all, each of which
-            must call this with a loader of its own part of the data. Otherwise each evaluates by itself.
+            must call this with a loader for its own part of the data. Otherwise each evaluates by itself.
 
     Returns:
         `{task name: {metric name: value}}`.

@@ -1,4 +1,4 @@
-"""The record of a training run, and the sums that an epoch's part of it is made from."""
+"""Epoch and History: the record of a training run, and the sums that it is computed from."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Precision: what the forward is computed in, and whether a step's gradients came through it."""
+"""Precision: in which number format the forward runs, and whether a step's gradients are finite."""
 
 from __future__ import annotations
 

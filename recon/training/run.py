@@ -30,7 +30,7 @@ class TrainingRun:
     Attributes:
         history: of the finished epochs.
         meter: of the epoch under way.
-        reported: whether the last finished epoch was shown to whoever follows the run.
+        reported: whether the last finished epoch was shown to the user.
         stopped: whether the training was told to stop.
     """
 

@@ -60,7 +60,7 @@ def train(
 ) -> History:
     """Train `model` in place.
 
-    Several processes of one group train it together, each with a loader of its own part of the data: gradients are
+    Several processes of one group train it together, each with a loader for its own part of the data: gradients are
     averaged over the ranks, as DistributedDataParallel does; the model need not be wrapped in it.
 
     Args:
@@ -91,7 +91,7 @@ def train(
         resume: go on from the checkpoint, if there is one. Called as before, with the same loader, the training goes
             on as if it had never stopped; on the CPU, to the last bit. `epochs` may be more than before. Model,
             optimizer, scheduler, method, profiler, random states and the generators in the loader are put back. The
-            batches of the epoch that are done already are drawn again. A loader of one's own that hangs on anything
+            batches of the epoch that are done already are drawn again. Your own loader, if it depends on anything
             else, a count of its epochs say, needs `state_dict()` and `load_state_dict(state)`; the persistent workers
             of a DataLoader have random states that no one can put back.
         checkpoint_seconds: how often to save in between; 0 saves after every step.

@@ -469,7 +469,7 @@ def test_arguments_in_another_order():
 
 
 def test_a_container_of_layers_and_a_bare_string_are_no_layers():
-    with pytest.raises(PlanError, match=r"'body.0' is no layer itself, but holds 2: body\.0\.0, body\.0\.1\. Name"):
+    with pytest.raises(PlanError, match=r"'body.0' is not a layer, but holds 2: body\.0\.0, body\.0\.1\. Name"):
         convert(PlainConv().double(), BranchPlan.per_task(["body.0"], TASKS), image(2))
     with pytest.raises(PlanError, match=r"The layers are the string 'body\.0\.0'\. Pass a list of names"):
         BranchPlan.per_task("body.0.0", TASKS)

@@ -142,7 +142,7 @@ def test_copies_that_cannot_be(init, chosen):
         branch(MODEL, init=init, copies=chosen)
 
 
-# Checkpoints from before the surgery.
+# Checkpoints of the unbranched model.
 
 
 @pytest.fixture
@@ -266,7 +266,7 @@ def another_architecture(folder, trained):
         (a_list, "model.pt holds list, not a state dict"),
         (a_dict, "model.pt holds a dict of 'epoch', 'weights', not a state dict"),
         (of_a_part, r"They are those of its part 'body': load them there before you convert \(model\.body\)"),
-        (branched_folder, "holds a branched model, but a checkpoint from before the surgery is needed"),
+        (branched_folder, "holds a branched model, but a checkpoint of the unbranched model is needed"),
         (
             another_architecture,
             r"model.pt: the weights do not fit this model\. Entries: 18 missing \(body\.0\.0\.weight, .* 32 not in the",

@@ -22,9 +22,9 @@ from recon.support.network.forward import call, inputs
 from tests import oracle
 from tests.zoo import TASKS, ZOO, Entry, Heads, PlainConv, image, sequence, vector
 
-# What torch.export cannot take, and what is said about it.
+# What torch.export cannot trace, and the message about it.
 CANNOT = {
-    "ChunksAndLoops": r"program takes no batch of 8, as the model does: .* 4.*\. What fixes a batch size is a loop",
+    "ChunksAndLoops": r"program fails on a batch of 8, the model does not: .* 4.*\. A loop over the samples",
     "NestedOutputs": r"The output of task 'c' holds a Parts: .* Call torch.export.register_dataclass\(Parts\) first",
 }
 if torch.__version__ < "2.7":
@@ -236,7 +236,7 @@ def test_an_input_as_long_as_the_batch_is_taken_for_a_batch():
 
     mixing = torch.randn(4, 4, dtype=torch.float64)
     branched = branch_function(forward, (vector(4), mixing))
-    with pytest.raises(UsageError, match=r"takes no batch of 8: .*then pass an example of another batch size"):
+    with pytest.raises(UsageError, match=r"fails on a batch of 8: .*then pass an example of another batch size"):
         lower(branched, (vector(4), mixing))
     check(lower(branched, (vector(3), mixing)).module(), branched, (vector(7), mixing))
 
@@ -329,11 +329,11 @@ def fixes_the_size(net, x):
             decides_by_value,
             r"trace the model at test_lowering.py:\d+, in decides_by_value: `if x.sum\(\) > 1e6:`: Guard",
         ),
-        (leaves_torch, r"trace the model at test_lowering.py:\d+, in leaves_torch: `return .*`: \w+: .* stay within"),
+        (leaves_torch, r"trace the model at test_lowering.py:\d+, in leaves_torch: `return .*`: \w+: .* use torch's"),
         (decides_by_size, r"output of task 'b' is not the model's for a batch of 1: it differs by [\d.]+, where"),
-        (returns_a_list_of_samples, "takes no batch of 8|'b' .* for a batch of 8: 4 tensors in place of 6"),
+        (returns_a_list_of_samples, "fails on a batch of 8|'b' .* for a batch of 8: 4 tensors in place of 6"),
         (knows_that_it_is_traced, r"output of task 'b' is not the model's: it differs by [\d.]+, where the largest"),
-        (fixes_the_size, r"The model takes no batch of 8: RuntimeError: .* or pass dynamic_batch=False"),
+        (fixes_the_size, r"The model fails on a batch of 8: RuntimeError: .* or pass dynamic_batch=False"),
     ],
 )
 def test_forwards_that_a_program_cannot_follow(function, message):

@@ -197,7 +197,7 @@ def test_what_one_copy_cannot_take():
     finer = torch.stack([branched.first.bias] * 4)
     with pytest.raises(FanError, match=r"differs between the tasks \['a', 'b'\] is assigned to 'weight'"):
         branched.second.weight = nn.Parameter(finer)
-    with pytest.raises(ReconError, match="a module assigned to its 'out_proj' would have to be one for all copies"):
+    with pytest.raises(ReconError, match="all copies would share one module assigned to its 'out_proj'"):
         net = nn.ModuleDict({"attention": nn.MultiheadAttention(4, 2), "heads": nn.Linear(4, 4)})
         _with_attention(net).attention.out_proj = nn.Linear(4, 4)
 

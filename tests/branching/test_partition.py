@@ -72,7 +72,7 @@ def test_joining_the_groups_parts_gives_the_finer_partition(seed):
     [
         ([["seg", "depth"]], r"leave out \['normal'\]"),
         ([["seg", "depth"], ["normal", "seg"]], "name task 'seg' twice"),
-        ([["seg", "depth"], ["normal", "edges"]], "'edges', which is none of the tasks"),
+        ([["seg", "depth"], ["normal", "edges"]], "'edges', which is not one of the tasks"),
         ([], "leave out"),
     ],
 )

@@ -196,7 +196,7 @@ WRONG = {
     "a broken pattern": (f"{TINY} --matching nor(", "no regular expression"),
     "groups that miss a task": ("plan tiny.py:four --map four.json --top-k 1 --groups a+b c", "leave out ['d']"),
     "too many groups": ("plan tiny.py:four --map four.json --top-k 1 --groups 5", "2 to 4 groups"),
-    "groups of a map without pairs": (f"{TINY} --top-k 1 --groups conflict", "does not tell the conflicts"),
+    "groups of a map without pairs": (f"{TINY} --top-k 1 --groups conflict", "does not have the conflicts"),
     "two ways": (f"{TINY} --top-k 1 --share 0.5", "not allowed with"),
     "a budget and K": (f"{TINY} --top-k 1 --max-macs 2", "argument --max-macs: not allowed with argument --top-k"),
     "no way": (TINY, "--top-k --share --max-params --max-macs --auto"),

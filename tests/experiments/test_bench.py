@@ -21,7 +21,7 @@ from recon.experiments.bench.presets import quick
 from recon.experiments.bench.settings import first_batches
 from recon.experiments.bench.table import paper_table
 from recon.experiments.comparison import Comparison
-from recon.experiments.comparison_rows import Row, spread
+from recon.experiments.comparison_rows import RunRow, spread
 from recon.experiments.run import Run
 from recon.experiments.training.run_folder import RunFolder
 from recon.maps.score_table import LayerConflicts, bin_edges
@@ -336,7 +336,7 @@ def row_of(label, method, surgery, metrics, deltas):
         for (task, name), values in metrics.items():
             results.setdefault(task, {})[name] = values[seed]
         runs.append(Run("faces", label, tuple(results), method, surgery, parameters=10**6, macs=1, results=results))
-    return Row(label, runs, 0.01, deltas=deltas)
+    return RunRow(label, runs, 0.01, deltas=deltas)
 
 
 def test_the_papers_figures_stand_in_the_rows_of_ours():

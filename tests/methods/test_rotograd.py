@@ -417,7 +417,7 @@ class Twice(Net):
 
 def test_refuses_models_without_a_branch_point():
     model, _ = made(Around)
-    with pytest.raises(UsageError, match="no module whose output all tasks' losses pass"):
+    with pytest.raises(UsageError, match="no module whose output all tasks' losses depend on"):
         model(x_of(Around))
     model, method = made(Around, layer="trunk")
     with pytest.raises(UsageError, match=r"reach beside\.weight, beside\.bias by another way"):

@@ -247,7 +247,7 @@ def test_a_map_without_pairs_parts_everything():
         ([["a", "b"], ["c", "d"]], r"leave out \['e', 'f'\]"),
         ([["a", "b", "c", "d", "e", "f"]], "one group, which branches nothing"),
         ([["a", "b", "c"], ["c", "d", "e", "f"]], "twice"),
-        ([["a", "b", "c"], ["d", "e", "f", "g"]], "none of the tasks"),
+        ([["a", "b", "c"], ["d", "e", "f", "g"]], "not one of the tasks"),
     ],
 )
 def test_groups_that_are_none(groups, message):
@@ -257,7 +257,7 @@ def test_groups_that_are_none(groups, message):
 
 @pytest.mark.parametrize("groups", [2, "conflict"])
 def test_groups_need_the_conflicts_of_each_pair(groups):
-    with pytest.raises(PlanError, match="does not tell the conflicts of each pair"):
+    with pytest.raises(PlanError, match="does not have the conflicts of each pair"):
         partitions(score_map({"x": 7}, tasks=TASKS), TASKS, groups)
     with pytest.raises(PlanError, match=r"knows nothing of the tasks \['z'\]"):
         partitions(drawn_map(0, TASKS), ("a", "b", "z"), groups)

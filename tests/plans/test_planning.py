@@ -157,7 +157,7 @@ def test_a_match_serves_in_place_of_the_map(caplog):
         ({"x": ["a", "a"]}, "twice"),
         ({"x": [["a"], ["a", "b"]]}, "twice"),
         ({"x": ["a"]}, "leave out"),
-        ({"x": ["a", "b", "z"]}, "none of the tasks"),
+        ({"x": ["a", "b", "z"]}, "not one of the tasks"),
         ({"x": [["a", "b"]]}, "one group"),
         ({}, "names no layer"),
     ],

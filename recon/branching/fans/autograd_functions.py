@@ -1,4 +1,4 @@
-"""Custom autograd functions on values that differ between tasks. Importing this module makes them work."""
+"""Make custom autograd functions map over fans: importing this module is all it takes."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from recon.errors import FanError
 def _take_over_apply() -> None:
     """Let `MyFunction.apply(fan)` map over the groups.
 
-    `apply` hands its tensors to C++ without asking `__torch_function__`: the values would come out right, but
-    without their gradient. torch has no hook there. Taking `apply` over only while a branched model runs would miss
-    what activation checkpointing runs again in the backward, so it is taken over for good; calls without fans
-    are passed on as they are. What slips by, the dry runs of the conversion find.
+    `apply` passes its tensors to C++ without calling `__torch_function__`: the values would be right, but their
+    gradient would be lost. torch has no hook there, so this replaces `apply`. It does so for good: activation
+    checkpointing calls `apply` again in the backward, after the branched model has run. Calls without fans go to
+    torch's own `apply`. The dry runs of `convert` find the calls that this misses.
     """
     original = Function.__dict__["apply"]
 
     def apply(cls: type[Function], *args: Any, **kwargs: Any) -> Any:
-        if cls.__name__ == "_NoopSaveInputs" or not fans_in((args, kwargs)):  # checkpointing keeps its inputs by it
+        if cls.__name__ == "_NoopSaveInputs" or not fans_in((args, kwargs)):  # how checkpointing keeps its inputs
             return call(cls, *args, **kwargs)
         return map_groups(lambda *a, **k: call(cls, *a, **k), args, kwargs)
 

@@ -1,4 +1,4 @@
-"""What torch.compile is told about fans: to leave the code that maps over them alone."""
+"""Fans in compiled models: keep torch.compile out of the code that maps over fans."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ _OURS = (
 
 
 def leave_fans_alone() -> None:
-    """Keep the compiler out of recon's own code; what this calls, with one group's tensors, may be compiled.
+    """Keep the compiler out of recon's own code; what that code calls for one group may still be compiled.
 
-    A compiled part of a model (or the whole of it) would otherwise be traced into the code that maps over fans, and
-    torch 2.14 then gives other outputs and gradients without a word. So a compiled function breaks its graph where it
-    meets a fan, and the operation runs once per group, as always.
+    Otherwise the compiler would trace into the code that maps over fans, and torch 2.14 would silently compute other
+    outputs and gradients. So a compiled function breaks its graph where it gets a fan, and the operation runs once
+    per group, as always.
     """
     if _imported():
         _skip_our_files()
@@ -34,10 +34,10 @@ def leave_fans_alone() -> None:
         sys.meta_path.insert(0, _TellCompiler())
 
 
-def compile_anew(model: nn.Module) -> None:
-    """Let the wrappers that torch.compile has put around submodules run what stands in their place now."""
+def renew_wrappers(model: nn.Module) -> None:
+    """Let torch.compile's wrappers around submodules run the modules that have replaced these."""
     for module in model.modules():
-        if _is_wrapper(module):  # its forward is bound to what it was made around
+        if _is_wrapper(module):  # its forward is bound to the module it was made for
             module.__setstate__(module.__getstate__())
 
 
@@ -49,10 +49,10 @@ def uncompiled(view: nn.Module) -> None:
 
 
 def refuse_full_graph() -> None:
-    """Fail where values that differ between tasks meet code compiled with `fullgraph=True`, which takes no break.
+    """Raise FanError where fans reach code compiled with `fullgraph=True`, which allows no break of the graph.
 
-    torch fails there as well, but in the first step, and with words about recon's own code. What torch 2.6 keeps of
-    this option cannot be seen; there, its error is all.
+    torch fails there too, but only in the first step, and with a message about recon's code. In torch 2.6 the option
+    cannot be read, so users get torch's message.
     """
     if not _imported():
         return
@@ -62,8 +62,8 @@ def refuse_full_graph() -> None:
         entry = code.co_name == "compile_wrapper" and code.co_filename == torch._dynamo.eval_frame.__file__
         if entry and getattr(frame.f_locals.get("self"), "fullgraph", False):
             raise FanError(
-                f"Values that differ between tasks meet code compiled with fullgraph=True{where()}: a compiled graph "
-                "cannot map over them. Compile it without fullgraph=True, which breaks the graph there; or compile "
+                f"Values that differ between tasks reach code compiled with fullgraph=True{where()}: one graph "
+                "cannot map over them. Compile it without fullgraph=True, so that the graph breaks there; or compile "
                 "the program that recon.lower makes of the branched model."
             )
         frame = frame.f_back
@@ -74,7 +74,7 @@ def _is_wrapper(module: nn.Module) -> bool:
 
 
 def _imported() -> bool:
-    """Whether the compiler is there: before, nothing is compiled."""
+    """Whether the compiler is imported; until then, nothing is compiled."""
     return _COMPILER in sys.modules
 
 
@@ -84,13 +84,13 @@ def _skip_our_files() -> None:
 
 
 class _TellCompiler(MetaPathFinder):
-    """Tells the compiler when somebody imports it, as everyone must who compiles.
+    """Waits until somebody imports the compiler, and then tells it to leave fans alone.
 
-    Its import takes a second. A model that is loaded to be run goes without it (dry runs and optimizers do not).
+    That import takes a second, which a model that is only loaded and run need not wait for.
     """
 
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
-        """The compiler's own, but that its module hears of us once it is executed."""
+        """The compiler's own spec; once its module is executed, it is told about fans."""
         spec = PathFinder.find_spec(name, path, target) if name == _COMPILER else None
         if spec is None or spec.loader is None:
             return None

@@ -1,4 +1,4 @@
-"""TaskFan: a value that differs between task groups while the model runs."""
+"""TaskFan: a value that differs between task groups, and how torch's operations map over it."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class TaskFan(FanShell):
     """One tensor per task group, which any torch operation maps over.
 
     It is a Tensor in name only (it has no storage of its own), so that `isinstance` checks, methods and
-    attributes of a user's forward work unchanged. What a fan has not reached is computed once.
+    attributes of a user's forward work unchanged. Operations without a fan among their arguments run once.
     """
 
     @classmethod
@@ -91,7 +91,7 @@ def map_groups(call: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[
 
 
 def _map_leaves(call: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """`map_groups` where no argument is nested: most operations, and pytree takes half of their time in Python."""
+    """`map_groups` for calls without nested arguments: most of them, and pytree would take half of their time."""
     common = common_refinement([leaf._partition for leaf in (*args, *kwargs.values()) if type(leaf) is TaskFan])
     results = []
     for group in common.groups:
@@ -108,7 +108,7 @@ def _is_leaf(value: Any) -> bool:
 
 
 def merge(partition: Partition, results: Sequence[Any]) -> Any:
-    """One structure holding fans, from one structure a group; plain where all groups share one and the same tensor."""
+    """Merge one structure per group into one that holds fans; plain where all groups share the same tensor."""
     first = results[0]
     if isinstance(first, Tensor):
         return _fan(partition, results)
@@ -117,7 +117,7 @@ def merge(partition: Partition, results: Sequence[Any]) -> Any:
     try:
         return map_tree(lambda *column: _fan_or_same(partition, column), *results)
     except ValueError as error:
-        raise FanError(f"An operation gives a different structure for different tasks{where()}: {error}") from error
+        raise FanError(f"An operation returns a different structure for different tasks{where()}: {error}") from error
 
 
 def _fan_or_same(partition: Partition, values: Sequence[Any]) -> Any:

@@ -1,4 +1,4 @@
-"""Sequences of different lengths, packed and padded: how long they are does not differ between tasks."""
+"""Packed and padded sequences on fans: their values may differ between tasks, their lengths do not."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from recon.branching.fans.value import FanShell
 def map_packing(
     map_groups: Callable[..., Any], call: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> Any:
-    """`fan.map_groups` of a function of values and lengths, whose second result follows from the lengths alone.
+    """`fan.map_groups` for a function of values and lengths whose second result depends on the lengths only.
 
-    It is the first group's for all: recurrent layers read it as Python numbers, which a fan cannot give.
+    All groups get the first group's second result: recurrent layers read it as Python numbers, which a fan cannot be.
     """
     if any(isinstance(arg, FanShell) for arg in args[1:]):
         return map_groups(call, args, kwargs)

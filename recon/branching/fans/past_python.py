@@ -1,4 +1,4 @@
-"""What takes a tensor to C++ without asking `__torch_function__`. Importing this module makes it ask."""
+"""Calls that torch passes to C++ without `__torch_function__`: importing this module makes them respect fans."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from recon.errors import FanError
 
 
 def _take_over_data() -> None:
-    """Let `tensor.data = fan` be a write like any other.
+    """Make `tensor.data = fan` a write like any other.
 
-    torch asks the tensor that is assigned to, not the value: the tensor would take over that a fan has no memory of
-    its own. As with `Function.apply`, there is no hook, and what has no fan in it is passed on as it is.
+    torch calls `__torch_function__` of the tensor that is assigned to, not of the value, so the tensor would lose its
+    memory, as a fan has none. torch has no hook there; assignments without fans go to torch's own code.
     """
     original: Any = torch._C.TensorBase.data  # a descriptor: `Tensor.data` where nobody else has replaced it
 
@@ -36,15 +36,15 @@ def _take_over_data() -> None:
 
 
 def _take_over_exports(module: ModuleType, name: str) -> None:
-    """Let a function that hands out a tensor's memory refuse fans, which have none."""
+    """Make a function that returns a tensor's memory refuse fans, which have none."""
     original: Callable[..., Any] = getattr(module, name)
 
     @wraps(original)
     def export(*args: Any, **kwargs: Any) -> Any:
         if any(type(value) is TaskFan for value in (*args, *kwargs.values())):
             raise FanError(
-                f"{name}() reads the value of a tensor that differs between tasks{where()}: who takes it sees only one "
-                "of the values. Use a tensor operation there, or branch later layers only."
+                f"{name}() reads the value of a tensor that differs between tasks{where()}: its receiver would see "
+                "only one of the values. Use a tensor operation there, or branch later layers only."
             )
         return original(*args, **kwargs)
 
@@ -52,7 +52,7 @@ def _take_over_exports(module: ModuleType, name: str) -> None:
 
 
 def _take_over_backward() -> None:
-    """Let `torch.autograd.backward(fan)` ask, as `fan.backward()` and `torch.autograd.grad` do."""
+    """Make `torch.autograd.backward(fan)` call `__torch_function__`, as `torch.autograd.grad` does."""
     original = torch.autograd.backward
 
     @wraps(original)

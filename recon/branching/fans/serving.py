@@ -1,4 +1,4 @@
-"""The tasks that the code running now serves, where a module runs once per group."""
+"""Which tasks the running code serves, while a module runs once per group."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ _serving: ContextVar[Group | None] = ContextVar("serving", default=None)
 
 
 def tasks_served() -> Group | None:
-    """These tasks; None: all of them."""
+    """The tasks that the running code serves; None means all."""
     return _serving.get()
 
 
 @contextmanager
 def serving(tasks: Group) -> Iterator[None]:
-    """Run code for some tasks only: what it branches fans out over these, and is plain where they agree."""
+    """Run code for some tasks only: its fans cover only these, and are plain tensors where these tasks agree."""
     token = _serving.set(tasks)
     try:
         yield

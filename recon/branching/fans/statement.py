@@ -1,4 +1,4 @@
-"""The statement of the user's code that is running now: its place, for errors, and what it does with its result."""
+"""The user's statement that is running now: where it is, for messages, and what it does with its result."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import nn
 
 from recon.support.user_code import running_frame, user_frame
 
-_AUGMENTED = range(13, 26)  # BINARY_OP arguments that mean `+=` and its kin, from Python 3.11 on
+_AUGMENTED = range(13, 26)  # BINARY_OP arguments that mean `+=`, `-=` and so on, from Python 3.11 on
 
 
 def where() -> str:
@@ -45,7 +45,7 @@ def in_forward() -> bool:
 
 
 def augmented_assignment() -> bool:
-    """Whether the user's statement is `y += ...` or its kin, which only its byte code tells from `y.add_(...)`."""
+    """Whether the user's statement is `y += ...` or the like; only its byte code differs from `y.add_(...)`."""
     frame = running_frame()
     if frame is None or frame.f_lasti < 0:
         return False
@@ -55,7 +55,7 @@ def augmented_assignment() -> bool:
 
 
 def stored_back() -> bool:
-    """Whether it is `x[i] += ...`, which goes on to write the result into x."""
+    """Whether the user's statement is `x[i] += ...`, which also writes the result into x."""
     frame = running_frame()
     if frame is None or not augmented_assignment():
         return False

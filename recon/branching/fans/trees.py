@@ -13,12 +13,12 @@ from recon.support.network.trees import map_tree
 
 
 def restrict(structure: Any, tasks: Group) -> Any:
-    """Any structure, its fans restricted to some tasks."""
+    """The structure, with its fans restricted to some tasks."""
     return map_tree(lambda leaf: leaf.restrict(tasks) if type(leaf) is TaskFan else leaf, structure)
 
 
 def within(structure: Any, group: Group) -> Any:
-    """Any structure as one group of tasks sees it: plain values wherever the group's tasks agree."""
+    """The structure as one group of tasks sees it: plain values wherever the group's tasks agree."""
 
     def pick(leaf: Any) -> Any:
         if type(leaf) is not TaskFan:
@@ -30,7 +30,7 @@ def within(structure: Any, group: Group) -> Any:
 
 
 def value_for(structure: Any, task: str) -> Any:
-    """Any structure as one task sees it: plain values where the fans were."""
+    """The structure as one task sees it: plain values where the fans were."""
 
     def pick(leaf: Any) -> Any:
         if type(leaf) is not TaskFan:

@@ -1,4 +1,4 @@
-"""What cannot map over the groups of a fan, whatever the statement: how recon says so."""
+"""Refuse operations that cannot map over a fan's groups, and say what to do instead."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ _READS_VALUES = frozenset(
 )
 
 UNREADABLE = (
-    "Values that differ between tasks (task fans) have no memory that code past Python could read. Use torch's "
-    "Python operations there, or branch later layers only."
+    "Values that differ between tasks (task fans) have no memory that C++ code could read. Use torch's Python "
+    "operations there, or branch later layers only."
 )
 
 
 def refuse_unmappable(name: str) -> None:
-    """Fail on an operation that reads a fan's values into Python, or starts a backward pass from them."""
+    """Raise FanError for an operation that reads a fan's values into Python, or starts a backward pass from them."""
     if name in _READS_VALUES:
         raise FanError(
             f"{name}() reads the value of a tensor that differs between tasks{where()}: Python can follow only "
@@ -32,25 +32,23 @@ def refuse_unmappable(name: str) -> None:
 
 
 def refuse_backward() -> NoReturn:
-    """Fail on a backward pass from a fan: it would add every group's gradient into one `.grad`."""
+    """Refuse a backward pass from a fan: it would add every group's gradient into one `.grad`."""
     raise FanError(
-        f"backward() adds gradients that differ between tasks up in what they share{where()}. Use torch.autograd.grad, "
-        f"which gives each group its own, or branch later layers only.{_way_out_of_the_model()}"
+        f"backward() would add up, in all that the tasks share, gradients that differ between them{where()}. Use "
+        f"torch.autograd.grad, which gives each group its own, or branch later layers only.{_way_out_of_the_model()}"
     )
 
 
 def _way_out_of_the_model() -> str:
-    """What to do with values that differ between tasks where no model runs: a part of one, run alone, gave them."""
+    """More advice if no model is running: the fan comes from a part of a branched model that was run alone."""
     if in_forward():
         return ""
-    return (
-        " For one task's values outside the branched model, take out its network: recon.extract_task(branched, task)."
-    )
+    return " For values outside the branched model, use one task's network: recon.extract_task(branched, task)."
 
 
 def refuse_past_python(func: Any) -> NoReturn:
-    """Fail on an operator that was called on a fan itself."""
+    """Refuse an operator that C++ called on the fan itself."""
     raise FanError(
-        f"{func} was called past Python on values that differ between tasks{where()}: a compiled or scripted "
+        f"C++ code called {func} on values that differ between tasks{where()}: a compiled or scripted "
         "operator cannot map over them. Use its Python form there, or branch later layers only."
     )

@@ -1,4 +1,4 @@
-"""The shell of a fan: one tensor per task group, wherever a tensor can go. `fan` lets operations map over it."""
+"""FanShell: how a fan holds one tensor per task group, and passes for a tensor; `fan` maps operations over it."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from recon.branching.partition import Group, Partition, refine
 from recon.errors import FanError
 from recon.support.network.trees import leaves_of
 
-# Whoever asks for the memory of a shell gets this error: it has none, and reading there would kill the process.
-# torch built without CUDA lacks it. There, shells take part in what no kernel is made for (NEC's vector engines).
+# A shell has no memory, and reading it would kill the process. This makes torch raise an error instead.
+# torch built without CUDA lacks it. There, a shell claims a device that has no kernels (NEC's vector engines).
 _refuse_reads: Callable[[Tensor, str], None] | None = getattr(torch._C, "_set_storage_access_error_msg", None)
 _NO_KERNELS = torch._C.DispatchKeySet(torch._C.DispatchKey.VE)
 READ_PAST_PYTHON = (UNREADABLE, "arguments from the 'VE' backend")
-"""What the error of such a read says: one or the other."""
+"""The error of such a read contains one of these."""
 
 
 class FanShell(Tensor):
     """One tensor per task group, in the shell of a tensor that has no storage of its own.
 
-    All fans are `TaskFan`s. This much of them holds the values; what an operation does to them is not known here.
+    All fans are `TaskFan`s, which derive from this class and let operations map over the values.
     """
 
     _partition: Partition
@@ -35,11 +35,11 @@ class FanShell(Tensor):
 
     @staticmethod
     def __new__(cls, partition: Partition, values: Sequence[Tensor]) -> FanShell:
-        """Take `values[i]` as the value of the i-th group of `partition`."""
+        """`values[i]` is the value of the i-th group of `partition`."""
         first = values[0]
-        # In a dry run, a shell that wants a gradient tells on an autograd function that gets hold of it.
+        # In a dry run the shell requires a gradient: this shows an autograd function that gets the shell itself.
         grad = watcher() is not None and any(value.requires_grad for value in values)
-        # Scripted code asks the shell for its shape, past Python.
+        # Scripted code asks the shell itself for its shape.
         shape = first.shape if all(value.shape == first.shape for value in values) else (0,)
         keys: dict[str, Any] = {} if _refuse_reads else {"_extra_dispatch_keys": _NO_KERNELS}
         shell = Tensor._make_wrapper_subclass(
@@ -61,7 +61,7 @@ class FanShell(Tensor):
         return self._by_group[self._partition.label_of[group[0]]]
 
     def restrict(self, tasks: Group) -> FanShell:
-        """The same fan for some tasks only; the other groups' values are left behind."""
+        """The same fan for some tasks only; the other groups' values are dropped."""
         partition = self._partition.restrict(tasks)
         if not partition.tasks:
             raise FanError(f"Values computed for {list(self._partition.tasks)} are used for {list(tasks)}{where()}.")
@@ -90,20 +90,20 @@ def fans_in(structure: Any) -> list[FanShell]:
 
 
 def common_refinement(partitions: Sequence[Partition]) -> Partition:
-    """The groups of values that meet."""
+    """The groups of a result computed from values with these groups."""
     first = partitions[0]
     if all(p is first for p in partitions):
         return first
     common = refine(*partitions)
     if not common.tasks:
         raise FanError(
-            f"Values computed for {[list(p.tasks) for p in partitions]} meet{where()}, but no task sees them all."
+            f"Values computed for {[list(p.tasks) for p in partitions]} meet{where()}, but no task has all of them."
         )
     return common
 
 
 def origins_of(structure: Any) -> frozenset[str]:
-    """The branched layers at which the values in a structure fan out; the dry run's errors tell about them."""
+    """The branched layers at which the values in a structure fan out; errors of a dry run name them."""
     return frozenset().union(*(leaf._origins for leaf in leaves_of(structure) if isinstance(leaf, FanShell)))
 
 
@@ -115,7 +115,7 @@ def mark_origins(structure: Any, origins: frozenset[str]) -> None:
 
 
 def refuse_lost_gradients(leaves: Iterable[Any]) -> None:
-    """Fail on what comes out of an autograd function by a name bound to its apply earlier (f = MyFunction.apply)."""
+    """Refuse results of an autograd function whose apply was bound to a name too early (f = MyFunction.apply)."""
     with torch._C.DisableTorchFunctionSubclass():
         for leaf in leaves:
             if isinstance(leaf, FanShell) and leaf.grad_fn is not None:

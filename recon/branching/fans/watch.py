@@ -1,4 +1,4 @@
-"""What a dry run of a branched model looks out for, while operations map over fans; nobody pays for it in a step."""
+"""Watcher: what a dry run is told while operations map over fans; costs nothing in a training step."""
 
 from __future__ import annotations
 
@@ -15,29 +15,29 @@ from recon.errors import FanError
 
 
 class Watcher(Protocol):
-    """Is told of writes that do not mean for a branched model what they mean for the original."""
+    """Is told of writes whose effect in a branched model may differ from that in the original."""
 
     def shared_write(self, tensor: Tensor, partition: Partition) -> bool:
-        """Values that differ between groups are written into a tensor that all tasks share: is that right here?"""
+        """Whether values that differ between groups may be written into this tensor, which all tasks share."""
 
     def passed_origins(self, origins: frozenset[str]) -> None:
         """An operation runs on values that fan out at these branched layers."""
 
     def mark_stale(self, tensor: Tensor) -> None:
-        """A write went into copies of a tensor: whoever still holds the tensor itself does not see it."""
+        """A write went into copies of a tensor: code that still holds the tensor itself does not see it."""
 
 
 _watcher: ContextVar[Watcher | None] = ContextVar("watcher", default=None)
 
 
 def watcher() -> Watcher | None:
-    """Who watches now; nobody outside a dry run."""
+    """The watcher of the dry run that is running now; None outside a dry run."""
     return _watcher.get()
 
 
 @contextmanager
 def watching(by: Watcher) -> Iterator[None]:
-    """Tell `by`."""
+    """Let `by` watch inside the block."""
     token = _watcher.set(by)
     try:
         yield
@@ -46,7 +46,7 @@ def watching(by: Watcher) -> Iterator[None]:
 
 
 def refuse_write(name: str) -> NoReturn:
-    """Fail on a write that would be wrong for all tasks but one."""
+    """Refuse a write that would be wrong for all tasks but one."""
     raise FanError(
         f"{name}() writes values that differ between tasks into a tensor that all tasks share{where()}. Make a new "
         "tensor instead (y = y * x for y.mul_(x); torch.cat, torch.stack or torch.where for z[i] = x), or branch "

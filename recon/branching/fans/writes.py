@@ -1,4 +1,4 @@
-"""Writing in place into fans, and fans into what has not fanned out."""
+"""Writes in place: into fans, and of fans into plain tensors."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def map_write(
     if watch and all(watch.shared_write(target, common) for target in plain):
         return map_groups(func, args, kwargs)
     if plain[0] is args[0] and augmented_assignment():
-        # `y += fan` binds the name y anew, so y may become a fan; the old tensor stays as it was.
+        # `y += fan` assigns to the name y, so y may become a fan; the old tensor stays as it was.
         result = map_groups(lambda y, *a, **k: func(y.clone(), *a, **k), args, kwargs)
         if watch:
             watch.mark_stale(plain[0])
@@ -72,7 +72,8 @@ def _separate(target: FanShell, common: Partition) -> None:
     """Split a fan about to be written into the groups of `common`, no two of them sharing memory."""
     if set(common.tasks) != set(target._partition.tasks):
         raise FanError(
-            f"Values of {list(common.tasks)} alone are written into values of {list(target._partition.tasks)}{where()}."
+            f"Values of {list(common.tasks)} only are written into values of {list(target._partition.tasks)}{where()}. "
+            "Compute the values for all of these tasks, or make a new tensor instead."
         )
     values = [target.for_group(group) for group in common.groups]
     storages = [storage_of(value) for value in values]

@@ -1,4 +1,4 @@
-"""The branch point: the last module whose output all tasks' losses pass, and behind which they share nothing."""
+"""Find the branch point: the last module whose output all tasks use, and after which they share nothing."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ Nodes = Mapping[str, Node]
 
 
 def find_branch_point(model: nn.Module, tasks: Sequence[str], args: Any, kwargs: Any) -> str:
-    """The path of the last module that can be cut at, found by a dry forward on these inputs."""
+    """The path of the branch point, found by a dry forward on these inputs."""
     seen: dict[str, Nodes | None] = {}
 
     def watch(path: str) -> Any:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
-            # A module that runs twice has no one output.
+            # A module that runs twice has two outputs.
             seen[path] = None if path in seen else _nodes_of(output, tasks)
 
         return hook
@@ -49,9 +49,9 @@ def find_branch_point(model: nn.Module, tasks: Sequence[str], args: Any, kwargs:
         if nodes is not None and _cuts(values, nodes):
             return path
     raise UsageError(
-        "There is no module whose output all tasks' losses pass and behind which they share no layer, so the shared "
-        "features cannot be found. Let one submodule compute them, all that the tasks share and nothing else, and name "
-        "it: rotograd:layer=NAME."
+        "There is no module whose output all tasks' losses depend on and after which the tasks share no layer, so the "
+        "shared features cannot be found. Move all that the tasks share, and nothing else, into one submodule, and "
+        "name it: rotograd:layer=NAME."
     )
 
 
@@ -62,8 +62,8 @@ def leaves_behind(values: Mapping[str, Sequence[Tensor]], nodes: Nodes) -> dict[
         behind[task], met = leaves_before(found, {nodes[task]})
         if not met:
             raise UsageError(
-                f"The loss of task {task!r} does not depend on the features of this forward pass. Name a layer that "
-                "all tasks pass (rotograd:layer=NAME), and run the model once for each backward."
+                f"The loss of task {task!r} does not depend on the features of this forward pass. Name a layer whose "
+                "output all tasks use (rotograd:layer=NAME), and run the model once for each backward."
             )
     return behind
 

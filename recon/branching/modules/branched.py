@@ -24,7 +24,7 @@ leave_fans_alone()
 
 
 class Branches(nn.Module):
-    """Modules by group. Unlike `nn.ModuleDict` it takes any task name, `keys` and `type` included."""
+    """Modules by group. Unlike `nn.ModuleDict` it accepts any task name, even `keys` or `type`."""
 
     def __init__(self, partition: Partition, by_group: Mapping[Group, nn.Module]) -> None:
         super().__init__()
@@ -44,18 +44,18 @@ class Branches(nn.Module):
         return module
 
     def assign(self, name: str, value: Any) -> None:
-        """Set an attribute of every group's module; of a fan, each gets its group's value.
+        """Set an attribute of every group's module; each gets its group's value of a fan.
 
-        Parameters are tied from then on, as they are between layers to which one parameter is assigned; of any other
-        tensor, each has its own.
+        A parameter is then tied, as it is between any layers that one parameter is assigned to; of any other tensor,
+        each module gets a copy.
         """
         for number, group in enumerate(self._partition.groups):
             mine = within(value, group)
             if type(mine) is TaskFan:
                 raise FanError(
-                    f"A value that differs between the tasks {list(group)} is assigned to {name!r}{where()}, of which "
-                    "they share one. Branch the layer in the plan's finer groups, or assign to each group's copy "
-                    "(the submodules of .branches) what all of its tasks can use."
+                    f"A value that differs between the tasks {list(group)} is assigned to {name!r}{where()}, which "
+                    "these tasks share. Split them into finer groups in the plan, or assign to each group's copy (the "
+                    "submodules of .branches) a value that all of its tasks can use."
                 )
             if type(value) is TaskFan and isinstance(value, nn.Parameter):  # nn.Parameter(fan)
                 mine = nn.Parameter(mine.detach(), mine.requires_grad)
@@ -67,8 +67,8 @@ class Branches(nn.Module):
 class Branched(nn.Module):
     """A layer with one copy per task group; its output is a task fan.
 
-    A group's copy is the submodule `branches.<group>`. Attributes of the layer (`conv.weight`) read as fans; what is
-    assigned to one (`conv.stride = 2`, `norm.momentum = 0.01`) is assigned to every copy's.
+    A group's copy is the submodule `branches.<group>`. Reading an attribute of the layer (`conv.weight`)
+    gives a fan; assigning one (`conv.stride = 2`, `norm.momentum = 0.01`) assigns it to every copy.
     """
 
     branches: Branches
@@ -108,8 +108,8 @@ class Branched(nn.Module):
             super().__setattr__(name, value)
         elif isinstance(value, nn.Module):
             raise UsageError(
-                f"{self.layer_name!r} is branched: a module assigned to its {name!r} would have to be one for all "
-                f"copies. Assign to each copy: for copy in layer.branches.children(): copy.{name} = ..."
+                f"{self.layer_name!r} is branched: all copies would share one module assigned to its {name!r}. "
+                f"Assign one to each copy: for copy in layer.branches.children(): copy.{name} = ..."
             )
         else:
             self.branches.assign(name, value)
@@ -122,11 +122,11 @@ class Branched(nn.Module):
         return all(hasattr(copy, name) for copy in branches.children())
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """Refuse: the parameters are the copies'."""
+        """Refuse: only the copies have parameters."""
         raise _not_here(f"The parameter {name!r}", self.layer_name)
 
     def register_buffer(self, name: str, tensor: Tensor | None, persistent: bool = True) -> None:
-        """Refuse: the buffers are the copies'."""
+        """Refuse: only the copies have buffers."""
         raise _not_here(f"The buffer {name!r}", self.layer_name)
 
     def __getattr__(self, name: str) -> Any:
@@ -149,7 +149,7 @@ class Branched(nn.Module):
 
 
 class _NoParameters(dict[str, Any]):
-    """The parameters of a branched layer itself: there are none, and who takes one out meant the copies'."""
+    """The parameters of a branched layer itself: none. Code that removes one meant those of the copies."""
 
     def __init__(self, layer_name: str) -> None:
         super().__init__()
@@ -164,9 +164,9 @@ class _NoParameters(dict[str, Any]):
 
 def _not_here(what: str, layer_name: str) -> UsageError:
     return UsageError(
-        f"{what} cannot be taken, replaced or registered at {layer_name!r}, which is branched: its parameters and "
-        "buffers are those of its copies. Do for each copy what was meant for the layer (pruning, a normalisation of "
-        "its weight): for copy in layer.branches.children(): ..."
+        f"{what} cannot be removed, replaced or registered at {layer_name!r}, which is branched: its copies hold the "
+        "parameters and buffers. Do it for each copy (prune it, or normalise its weight): "
+        "for copy in layer.branches.children(): ..."
     )
 
 
@@ -203,7 +203,7 @@ class _Holder(nn.Module):
 
 
 def _load_original_into_branches(module: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-    """Let a checkpoint from before the surgery load: every copy gets the layer's own entries."""
+    """Let a checkpoint of the unbranched model load: every copy gets the layer's entries."""
     assert isinstance(module, Branched)
     load_into_branches(module.branches, state_dict, prefix, lambda key: True)
 
@@ -222,7 +222,7 @@ def load_into_branches(
 
 
 class LoadBareParameter:
-    """Lets a checkpoint from before the surgery load: the copies of a bare parameter get its own entry."""
+    """Lets a checkpoint of the unbranched model load: the copies of a bare parameter get its entry."""
 
     def __init__(self, name: str) -> None:
         self.name = name

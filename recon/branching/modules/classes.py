@@ -1,4 +1,4 @@
-"""Classes of modules that the surgery works on: each stays an instance of the user's class, and becomes more."""
+"""Add methods and attributes to a module's class; the module stays an instance of the user's class."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from torch import nn
 
 
 class Surgery(NamedTuple):
-    """What a class has beyond the user's."""
+    """What `operate` adds to a user's class."""
 
     mixins: tuple[type[nn.Module], ...] = ()  # their methods go before the user's own
-    # what `function(module, name)` gives, whatever lies there
+    # what `function(module, name)` computes, even if the module has it
     attributes: tuple[tuple[str, Callable[[nn.Module, str], Any]], ...] = ()
 
 
 def operate(module: nn.Module, surgery: Surgery) -> None:
-    """Give a module's class these mixins and attributes, beside those that it has had since earlier surgery."""
+    """Give a module's class these mixins and attributes, beside those that it has from earlier calls."""
     done: Surgery = vars(type(module)).get("_surgery", Surgery())
     both = Surgery(done.mixins + surgery.mixins, done.attributes + surgery.attributes)
     module.__class__ = _surgical_class(original_class(module), both)  # type: ignore[arg-type]
@@ -42,7 +42,7 @@ def _surgical_class(cls: type[nn.Module], surgery: Surgery) -> type[nn.Module]:
 
 
 def _property(name: str, function: Callable[[nn.Module, str], Any]) -> property:
-    def read(module: nn.Module) -> Any:  # a function: torch.compile takes no partial for one
+    def read(module: nn.Module) -> Any:  # not a partial: torch.compile needs a function
         return function(module, name)
 
     return property(read)

@@ -1,4 +1,4 @@
-"""What the surgery hooks onto modules of the user's own."""
+"""The forward hooks that `convert` registers on the user's modules."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from recon.support.network.forward import check_outputs
 class TasksOnly:
     """Forward pre-hook of a module that serves some tasks only: it sees no other task's values.
 
-    What swaps a module for another (torch.ao's quantization, say) puts its hooks on the new one, without a word on how
-    they want to be called: it works with the keyword arguments, and without.
+    Code that swaps a module for another (torch.ao's quantization, say) moves the hooks to the new one, and may forget
+    that they take keyword arguments: this one works with and without.
     """
 
     def __init__(self, tasks: Group) -> None:
@@ -35,5 +35,5 @@ class SplitOutputs:
 
     def __call__(self, module: nn.Module, args: Any, *others: Any) -> dict[str, Any]:
         """Take the fans apart."""
-        output = check_outputs(others[-1], self.tasks)  # behind the keyword arguments, if the hook was put on for them
+        output = check_outputs(others[-1], self.tasks)  # after the keyword arguments, if the hook gets them
         return {task: value_for(output[task], task) for task in self.tasks}

@@ -1,4 +1,4 @@
-"""Rotations: the part of a model trained by RotoGrad that stands between the shared features and the tasks' heads."""
+"""Rotations: RotoGrad's part of a model, between the shared features and the tasks' heads."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from recon.support.network.layers import module_at
 NAME = "rotograd"
 """The submodule of the model that holds them."""
 LARGEST = 512
-"""How many dimensions are rotated at most, unless one says how many: a matrix exponential of them is due every step."""
+"""How many dimensions to rotate at most by default: every step computes a matrix exponential of this size."""
 
 _ORIGINAL = ".parametrizations.weight.original"
 
@@ -38,7 +38,7 @@ class Feature:
 
 
 class Features(dict[str, Feature]):
-    """`{task: feature}` of a forward pass: parts of a graph, which copies and files of the model are made without."""
+    """`{task: feature}` of a forward pass: parts of a graph, so copies and files of the model leave them out."""
 
     def __copy__(self) -> Features:
         return Features(self)
@@ -54,12 +54,12 @@ class Rotations(nn.Module):
     """One orthogonal matrix R a task; the task's head sees R z where the layer gives the shared features z.
 
     A submodule of the model, so that its state goes wherever the model's goes: `rotograd.<layer>.<task>...`, with
-    slashes for the dots of the layer's path. The matrices are made by the first forward pass, which shows their size,
-    or by the state that is loaded. They start as identities.
+    slashes for the dots of the layer's path. The first forward pass makes the matrices, when it shows
+    their size; so does loading a state. They start as identities.
 
     z's dimension of features is the last, or the channels of images and volumes (four dimensions and more). The first
-    `size` of them are rotated; with 0 all, up to `LARGEST`. Without `tasks`, the state to be loaded tells them; without
-    `layer`, the module whose output is z, the first forward pass finds it.
+    `size` of them are rotated; with 0 all, up to `LARGEST`. Without `tasks`, the state that is loaded names them.
+    Without `layer`, the module whose output is z, the first forward pass finds it.
     """
 
     def __init__(self, tasks: Sequence[str] = (), layer: str = "", size: int = 0) -> None:
@@ -89,7 +89,7 @@ class Rotations(nn.Module):
         return R
 
     def turn(self, value: Tensor, task: str, back: bool = False) -> Tensor:
-        """R z, or Rᵀ z; the matrix counts as a constant."""
+        """R z, or Rᵀ z if `back`; the matrix counts as a constant."""
         with torch.no_grad():
             R = self.matrix(task).to(value)
         features = by_feature(value)
@@ -98,11 +98,11 @@ class Rotations(nn.Module):
             turned = torch.cat([turned, features[..., len(R) :]], dim=-1)
         if value.ndim < 4:
             return turned
-        # No view: whoever writes into one (an activation in place) changes where its gradient is found.
+        # Not a view: a write into a view (by an activation in place) would change where its gradient is found.
         return turned.movedim(-1, 1).clone(memory_format=torch.contiguous_format)
 
     def before_forward(self, model: nn.Module, args: Any, kwargs: Any) -> None:
-        """Forward pre-hook of the model: forget the last pass, and take one's place in the first."""
+        """Forward pre-hook of the model: forget the last pass; in the first, find the layer and hook onto it."""
         if self._searching:
             return
         self.features.clear()
@@ -135,7 +135,7 @@ class Rotations(nn.Module):
     def after_model(self, model: nn.Module, args: Any, output: Any) -> dict[str, Any]:
         """Forward hook of the model: each task's entry of the output holds that task's value."""
         output = check_outputs(output, self.tasks)
-        # In the model's own order: a state that is loaded does not tell that of the tasks.
+        # In the order of the model's output: a loaded state does not say in which order the tasks come.
         return {task: value_for(value, task) for task, value in output.items() if task in self.tasks}
 
     def _by_task(self, output: Any) -> dict[str, Tensor]:
@@ -151,7 +151,7 @@ class Rotations(nn.Module):
         if missing:
             raise UsageError(
                 f"The layer {self.layer!r} serves the tasks {list(output._partition.tasks)} only, not {missing}. Name "
-                "a layer that all tasks pass: rotograd:layer=NAME."
+                "a layer whose output all tasks use: rotograd:layer=NAME."
             )
         return {task: output.for_group((task,)) for task in self.tasks}
 
@@ -165,7 +165,7 @@ class Rotations(nn.Module):
             self.to(value.device)
 
     def _fill(self, like: Tensor) -> None:
-        """A matrix a task, with as many rows as `like`, where and of the kind that it is."""
+        """Make a matrix for each task: as many rows as `like`, on its device and of its dtype."""
         holder = nn.Module()
         for task in self.tasks:
             matrix = nn.utils.skip_init(
@@ -203,11 +203,11 @@ def attach_rotations(model: nn.Module, tasks: Sequence[str] = (), layer: str = "
 
 
 def refuse_rotations(model: nn.Module) -> None:
-    """Fail on a model that holds rotations."""
+    """Raise UsageError if the model holds rotations."""
     if isinstance(getattr(model, NAME, None), Rotations):
         raise UsageError(
-            "The model was trained by RotoGrad, and each task sees the shared features through a rotation of its own, "
-            "which has no place in the original architecture. Branch a model before RotoGrad is attached to it."
+            "The model was trained by RotoGrad: each task sees the shared features through its own rotation, which the "
+            "original architecture does not have. Branch the model before RotoGrad is attached to it."
         )
 
 
@@ -228,18 +228,18 @@ def _segment(layer: str) -> str:
 
 @contextmanager
 def _no_autocast() -> Iterator[None]:
-    """Autocast halves the bits of products, in which no matrix stays orthogonal."""
+    """Turn autocast off: computed with half the bits, no matrix stays orthogonal."""
     with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
         yield
 
 
 def _real(value: Tensor) -> torch.dtype:
-    # Under autocast the features have half the bits.
+    # The features may come from code under autocast, with half the bits.
     return torch.promote_types(value.dtype, torch.float32)
 
 
 def _make_from_state(module: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-    """Let a state load that was saved with the rotations in it."""
+    """Let a model load a state that was saved with rotations in it."""
     assert isinstance(module, Rotations)
     found = {
         key[len(prefix) :].removesuffix(_ORIGINAL): value
@@ -251,6 +251,6 @@ def _make_from_state(module: nn.Module, state_dict: dict[str, Any], prefix: str,
     names = [name.rpartition(".") for name in found]
     layer, tasks = names[0][0].replace("/", "."), tuple(task for _, _, task in names)
     if (module.tasks and set(module.tasks) != set(tasks)) or (module.layer and module.layer != layer):
-        return  # load_state_dict tells which entries are missing and which are not expected
+        return  # load_state_dict reports the missing and unexpected entries
     module.tasks, module._asked = module.tasks or tasks, layer
     module._fill(next(iter(found.values())))

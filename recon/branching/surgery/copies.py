@@ -1,4 +1,4 @@
-"""The copies: of a model, of the layers that a plan branches, and of the statistics that follow the fan."""
+"""Copy a model, the layers that a plan branches, and the statistics that differ between tasks."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from recon.branching.fans.compilers import compile_anew
+from recon.branching.fans.compilers import renew_wrappers
 from recon.branching.modules.branched import Branched, BranchedParameter
 from recon.branching.modules.statistics import keep_by_group
 from recon.branching.partition import Group, Partition, refine
@@ -20,9 +20,9 @@ from recon.support.network.references import STRUCTURE, redirect_references
 
 
 def copy_model(model: nn.Module) -> nn.Module:
-    """A model of its own with the same weights."""
+    """A deep copy of the model."""
     try:
-        # With gradients, a scripted module would make its copy a function of the original's parameters.
+        # With gradients on, the copy of a scripted module would depend on the original's parameters.
         with torch.no_grad(), _DetachedCopies():
             twin = copy.deepcopy(model)
         for original, parameter in zip(model.parameters(), twin.parameters(), strict=True):
@@ -30,13 +30,13 @@ def copy_model(model: nn.Module) -> nn.Module:
         return twin
     except Exception as error:
         raise UsageError(
-            f"The model cannot be copied{_uncopied(model)}: {type(error).__name__}: {error}. Let it hold nothing that "
-            "copy.deepcopy does not take (a lock, an open file, a generator), or make that when it is first used."
+            f"The model cannot be copied{_uncopied(model)}: {type(error).__name__}: {error}. It must hold nothing "
+            "that copy.deepcopy cannot copy (a lock, an open file, a generator); make such things on first use."
         ) from error
 
 
 def _uncopied(model: nn.Module) -> str:
-    """Which attribute it is that cannot be copied, in words."""
+    """The attribute that cannot be copied, in words."""
     memo = {id(part): part for part in [*model.modules(), *model.parameters(), *model.buffers()]}
     for path, module in model.named_modules():
         for name, value in vars(module).items():
@@ -49,10 +49,10 @@ def _uncopied(model: nn.Module) -> str:
 
 
 class _DetachedCopies(TorchFunctionMode):
-    """Copies of what a model keeps of a forward are without its graph, which torch does not copy.
+    """Copies the tensors that a forward left in a model without their graph, which torch cannot copy.
 
-    An activation kept as an attribute, a weight that a hook made (pruning, `weight_norm`): the next forward makes it
-    anew.
+    They are activations kept as attributes, or weights that a hook made (pruning, `weight_norm`): the next forward
+    makes new ones.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -64,7 +64,7 @@ class _DetachedCopies(TorchFunctionMode):
 
 
 def branch_layers(model: nn.Module, layers: Mapping[str, Partition]) -> None:
-    """Put a branched layer in every place where the model reaches one of these."""
+    """Put a branched layer in every place where the model reaches one of these layers."""
     copies = _ParameterCopies(
         {
             p: layers[layer.name]
@@ -79,7 +79,7 @@ def branch_layers(model: nn.Module, layers: Mapping[str, Partition]) -> None:
         if partition is None:
             continue
         if isinstance(place.owner, nn.Parameter):
-            if place.parent._parameters[place.attribute] is None:  # the container has two paths: done at the first
+            if place.parent._parameters[place.attribute] is None:  # done already: the container has two paths
                 continue
             parameters = {group: copies.get(place.owner, group) for group in partition.groups}
             BranchedParameter(place.path, partition, parameters).put_into(place.parent)
@@ -89,7 +89,7 @@ def branch_layers(model: nn.Module, layers: Mapping[str, Partition]) -> None:
             branched[place.owner] = Branched(place.path, partition, modules)
         setattr(place.parent, place.attribute, branched[place.owner])
     redirect_references(model.modules(), lambda module: branched.get(module, module))
-    compile_anew(model)
+    renew_wrappers(model)
 
 
 class _ParameterCopies:
@@ -117,7 +117,7 @@ class _ParameterCopies:
         return self.copies[key]
 
     def module(self, module: nn.Module, group: Group) -> nn.Module:
-        if group[0] == next(iter(self.partitions.values())).tasks[0]:  # as above: no handle of a hook loses its module
+        if group[0] == next(iter(self.partitions.values())).tasks[0]:  # as above; handles of hooks keep their module
             return module
         memo: dict[int, Any] = {id(p): self.get(p, group) for p in module.parameters()}
         return copy.deepcopy(module, memo)

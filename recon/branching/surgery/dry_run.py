@@ -1,4 +1,4 @@
-"""What dry forwards tell about a branched model: where statistics must follow the fan, and who serves whom."""
+"""Dry forwards of a branched model: which statistics differ between tasks, and which modules serve which task."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def find_statistics(branched: nn.Module, example_inputs: Any) -> dict[str, Parti
         run(branched.train(), fresh(example_inputs))
         for path, module in branched.named_modules():
             partition = partition_of(list(module._buffers.values()))
-            if partition is not None:  # assigned anew
+            if partition is not None:  # the forward has assigned a new one
                 note(path, partition)
         changed = [p for p, module in branched.named_modules() if not equal_values(before[p], buffer_values(module))]
         everybody = tuple(dict.fromkeys(task for partition in found.values() for task in partition.tasks))
@@ -67,7 +67,7 @@ def find_statistics(branched: nn.Module, example_inputs: Any) -> dict[str, Parti
 
 
 def with_inner(found: Mapping[str, Partition], changed: Mapping[str, Group]) -> dict[str, Partition]:
-    """`found`, and what its modules hold that writes buffers: it runs once per group, as they do.
+    """`found`, and the modules inside these that write buffers: they run once per group as well.
 
     `changed` has the modules that write buffers, and the tasks they run for.
     """
@@ -114,11 +114,11 @@ def find_task_modules(branched: nn.Module, tasks: Group, example_inputs: Any, or
         inside = module in copies or any(path.startswith(f"{outer}.") for outer in found)
         if path in arriving and 0 < len(served) < len(tasks) and not inside:
             found[path] = tuple(task for task in tasks if task in served)
-    return found if _nobody_misses(branched, found, example_inputs) else {}
+    return found if _all_tasks_complete(branched, found, example_inputs) else {}
 
 
 def refuse_foreign(outputs: Mapping[str, Any], original: nn.Module) -> None:
-    """Fail where the copy of a model still computes with the original's parameters."""
+    """Raise UsageError if the copy of a model still computes with the original's parameters."""
     leaves = reached_leaves([leaf for leaf in leaves_of(dict(outputs)) if isinstance(leaf, Tensor)])
     foreign = [name for name, parameter in original.named_parameters() if parameter in leaves]
     if foreign:
@@ -129,8 +129,8 @@ def refuse_foreign(outputs: Mapping[str, Any], original: nn.Module) -> None:
         )
 
 
-def _nobody_misses(branched: nn.Module, task_modules: Mapping[str, Group], example_inputs: Any) -> bool:
-    """Whether every task has its output, and its statistics updated as often, if the modules run for these alone."""
+def _all_tasks_complete(branched: nn.Module, task_modules: Mapping[str, Group], example_inputs: Any) -> bool:
+    """Whether all tasks keep their outputs and updates of statistics if these modules run for these tasks only."""
     if not task_modules:
         return True
     writes = _buffer_writes(branched, example_inputs)
@@ -150,7 +150,7 @@ def _nobody_misses(branched: nn.Module, task_modules: Mapping[str, Group], examp
 
 
 def _buffer_writes(branched: nn.Module, example_inputs: Any) -> dict[str, int | None]:
-    """How often a training forward writes each buffer; `None` for one that it assigns anew, as a whole or its data."""
+    """How often a training forward writes each buffer; `None` for one that it replaces (the buffer or its `.data`)."""
     with state_kept(branched), torch.no_grad():
         before = {name: (buffer, buffer._version, storage_of(buffer)) for name, buffer in branched.named_buffers()}
         run(branched.train(), fresh(example_inputs))
@@ -162,7 +162,7 @@ def _buffer_writes(branched: nn.Module, example_inputs: Any) -> dict[str, int | 
 
 
 def _buffers_of_others(branched: nn.Module, task_modules: Mapping[str, Group]) -> set[str]:
-    """The buffers, within modules that serve some tasks only, of groups in which none of these is."""
+    """Buffers in modules that serve some tasks only, kept for groups that have none of these tasks."""
     return {
         f"{path}.{inner}.{name}" if inner else f"{path}.{name}"
         for path, tasks in task_modules.items()
@@ -176,7 +176,7 @@ def _buffers_of_others(branched: nn.Module, task_modules: Mapping[str, Group]) -
 
 @contextmanager
 def _watch_fans(model: nn.Module) -> Iterator[set[str]]:
-    """Collect the paths of the modules that values which have fanned out reach."""
+    """Collect the paths of the modules that get fans among their inputs."""
     reached: set[str] = set()
 
     def watch(path: str) -> Any:

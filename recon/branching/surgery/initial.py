@@ -18,7 +18,7 @@ Init = Literal["copy", "scratch"] | str | Path | Mapping[str, Tensor] | Callable
 
 
 def initialise(model: nn.Module, init: Init) -> None:
-    """Give an unbranched model the weights that `init` stands for, as `recon.convert` describes."""
+    """Give an unbranched model the weights that `init` asks for; see `recon.convert`."""
     if isinstance(init, str) and init == "copy":
         return
     if isinstance(init, nn.Module):
@@ -33,12 +33,12 @@ def initialise(model: nn.Module, init: Init) -> None:
     else:
         raise UsageError(
             f"init is {type(init).__name__}. Choose 'copy', 'scratch', a function that makes a fresh model, or a "
-            "checkpoint from before the surgery: a state dict, or the path of one."
+            "checkpoint of the unbranched model: a state dict, or the path of one."
         )
 
 
 def draw_copies(branched: nn.Module, model: nn.Module, init: Init, copies: str) -> None:
-    """Let the second, third, ... copy of each layer start from a draw of its own, if they are to be independent."""
+    """Draw new weights for the second, third, ... copy of each layer, if `copies` is 'independent'."""
     if copies == "equal":
         return
     draw = _drawing(model, init)
@@ -64,7 +64,7 @@ def _set_copy(part: Branched, layer: nn.Module, path: str, state: Mapping[str, A
 
 
 def _drawing(model: nn.Module, init: Init) -> Callable[[], Mapping[str, Any]] | None:
-    """What makes the state of a fresh model, anew at every call."""
+    """A function that draws the state of a fresh model at every call; None if `init` draws no weights."""
     if isinstance(init, str) and init == "scratch":
         return lambda: _reset(copy_model(model)).state_dict()
     return partial(_made_by, init) if callable(init) else None
@@ -88,9 +88,8 @@ def _reset(model: nn.Module) -> nn.Module:
             stuck += own
     if stuck:
         raise UsageError(
-            f"init='scratch' asks every layer to draw new weights, but nothing draws {shortened(stuck)}: "
-            "their modules have no reset_parameters method. Pass a function that "
-            "makes a fresh model instead: init=make_model."
+            f"init='scratch' lets every layer draw new weights, but nothing draws {shortened(stuck)}: their modules "
+            "have no reset_parameters method. Pass a function that makes a fresh model instead: init=make_model."
         )
     return model
 
@@ -111,4 +110,4 @@ def _misfit(model: nn.Module, state: Mapping[str, Any]) -> str:
     other = [key for key in own if key in state and getattr(state[key], "shape", None) != own[key].shape]
     found = {"missing": missing, "not in the model": unknown, "of another shape": other}
     parts = [f"{len(keys)} {what} ({shortened(keys, 3)})" for what, keys in found.items() if keys]
-    return f"Entries: {'; '.join(parts)}. Take a checkpoint of the same architecture, unbranched."
+    return f"Entries: {'; '.join(parts)}. Use a checkpoint of the same architecture, unbranched."

@@ -1,4 +1,4 @@
-"""The form of a branched model that takes any forward: the whole network runs once per task."""
+"""mode="per-task": run the whole network once per task, for a forward that cannot work on fans."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from recon.support.network.tensors import equal
 
 
 class PerTaskForward:
-    """Takes the place of a branched model's forward: `{task: its output of the original network with its copies}`."""
+    """Replaces a branched model's forward: runs the original network once per task, with the task's copies."""
 
     def __init__(self, branched: nn.Module, tasks: Group) -> None:
         self.branched = branched
@@ -31,10 +31,10 @@ class PerTaskForward:
         """Run the network once per task."""
         views = [TaskView(self.branched, task, self.tasks) for task in self.tasks]
         for view in views:
-            vars(view.network).pop("forward", None)  # this object: the original is its class's
+            vars(view.network).pop("forward", None)  # this object; the forward of its class is found then
         outputs = {}
         for view in views:
-            # What one task's forward writes into its inputs, the next one's must not see; the caller sees the last's.
+            # A task must not see what another's forward wrote into the inputs; the caller sees what the last one wrote.
             args_, kwargs_ = (args, kwargs) if view is views[-1] else fresh((args, kwargs))
             outputs[view.task] = check_outputs(view.network.forward(*args_, **kwargs_), self.tasks)[view.task]
         _keep_attributes(views)
@@ -52,7 +52,7 @@ def _keep_attributes(views: Sequence[TaskView]) -> None:
         same = len(values) == len(views) and all(_is_same(values[0], value) for value in values[1:])
         kept = vars(module).get(name)
         if isinstance(kept, (list, dict, set)) and type(values[0]) is type(kept):
-            # What the tasks fill in differently is a cache, which the model's own methods could not find to clear.
+            # If the tasks fill it differently, it is a cache: kept by task, the model's methods could not clear it.
             if same:
                 refill(kept, values[0])
             continue
@@ -72,10 +72,10 @@ def _is_same(value: Any, other: Any) -> bool:
 
 
 def find_statistics_by_value(branched: nn.Module, tasks: Group, example_inputs: Any) -> dict[str, Partition]:
-    """`dry_run.find_statistics` for forwards that fans cannot pass: the modules whose buffers come out different.
+    """`dry_run.find_statistics` for forwards that fans cannot pass: the modules whose buffers end up different.
 
-    Each task's network runs once in training mode, from the same buffers and random state, with random numbers in
-    the place of the weights, so that no two copies are equal and no layer is cut off by a weight of zero.
+    Each task's network runs once in training mode, from the same buffers and random state, with random numbers
+    instead of the weights, so that no two copies are equal and no layer is cut off by a weight of zero.
     """
     twin = copy_model(branched).train()
     perturb(twin)
@@ -98,10 +98,10 @@ def find_statistics_by_value(branched: nn.Module, tasks: Group, example_inputs: 
 
 
 def refuse_repeated_writes(branched: nn.Module, tasks: Group, example_inputs: Any) -> None:
-    """Fail where a forward changes a parameter that several tasks share, by more than rounding, for each of them.
+    """Raise UsageError if a forward, run for each task in turn, changes a shared parameter more than once.
 
-    Run once per task, it would decay the weight once per task, say. A forward that writes the same again (it
-    normalises the weight) is fine.
+    It would decay a weight once per task, say. A forward that writes the same values again (it normalises a weight)
+    is fine.
     """
     twin = copy_model(branched)
     perturb(twin)

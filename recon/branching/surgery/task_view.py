@@ -21,11 +21,11 @@ class ByTask(dict[str, Any]):
 
 
 class TaskView:
-    """The original modules, made anew around the branched model's own parameters and buffers: nothing is copied.
+    """The original modules, rebuilt around the branched model's parameters and buffers: no tensor is copied.
 
-    `network` is the view of the whole model for `task`. `beside` are all tasks, if the views of all of them are to run,
-    one after the other, as one forward. What they share is then written once: only the first of the tasks that share a
-    buffer has it, the others have scratch copies. Forward hooks on a branched layer run on its copies.
+    `network` is the view of the whole model for `task`. `beside` are all tasks, if the views of all of them run one
+    after the other as one forward. A shared buffer is then written once: only the first of the tasks that share it has
+    the buffer itself, the others have scratch copies. Forward hooks on a branched layer run on its copies.
     """
 
     def __init__(self, branched: nn.Module, task: str, beside: Group = ()) -> None:
@@ -39,7 +39,7 @@ class TaskView:
 
     @property
     def modules(self) -> dict[nn.Module, nn.Module]:
-        """`{module of the branched model: its view}`, the containers of copies left out."""
+        """`{module of the branched model: its view}`, without the containers of copies."""
         return {module: self._views[module] for module in self._given}
 
     def changes(self) -> dict[tuple[nn.Module, str], Any]:
@@ -109,12 +109,12 @@ class TaskView:
 
 
 def _identity(value: Any) -> Any:
-    """What changes if an attribute is set anew, or something is put into it."""
+    """A value that changes if the attribute is replaced, or the list, dict or set in it is filled."""
     if isinstance(value, dict):
         return id(value), [(id(key), id(item)) for key, item in value.items()]
     return (id(value), [id(item) for item in value]) if isinstance(value, (list, set)) else id(value)
 
 
 def _group_of(task: str, partition: Partition) -> Group:
-    # Statistics of what some tasks alone reach have no group for the others, to whom they mean nothing.
+    # Statistics of a module that only some tasks reach have no group for the others, which never use them.
     return partition.groups[partition.label_of.get(task, 0)]

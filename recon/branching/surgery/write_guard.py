@@ -1,4 +1,4 @@
-"""What a dry run of a branched model refuses, and how it says so."""
+"""WriteGuard: a dry run refuses writes in place that a branched model would compute wrongly."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from recon.support.network.tensors import storage_of
 
 
 class WriteGuard(TorchDispatchMode):
-    """Fails where a tensor is read that the original would have written into, but a branched model has not.
+    """Fails where the forward reads a tensor that the original has written into, but the branched model has not.
 
     `x += fan` makes a new x out of a tensor that has not fanned out. The original changes the tensor itself, so that
     every other name and view of it sees the change.
@@ -58,7 +58,7 @@ class WriteGuard(TorchDispatchMode):
                 raise
         if self.stale and not func.is_view and any(self._is_stale(leaf) for leaf in tree_leaves((args, kwargs))):
             raise FanError(
-                f"This uses a tensor that an earlier statement changes in place by values that differ between "
+                f"This uses a tensor that an earlier statement changes in place, by values that differ between "
                 f"tasks{where()}. Let that statement make a new tensor (y = y + x for y += x), or branch later layers "
                 "only."
             )
@@ -75,12 +75,12 @@ class WriteGuard(TorchDispatchMode):
 
 @contextmanager
 def watch_writes(guard: WriteGuard) -> Iterator[None]:
-    """Let `guard` look on."""
+    """Let `guard` watch inside the block; its errors say where the values fan out, and what to do."""
     try:
         with watching(guard), guard:
             yield
     except UsageError as error:
-        # TorchScript makes an error of its own out of a refusal.
+        # TorchScript turns a refusal into an error of its own.
         refusal = error if isinstance(error, FanError) else guard.refusal or _refused_read(error.__cause__)
         if refusal is None:
             raise
@@ -88,10 +88,10 @@ def watch_writes(guard: WriteGuard) -> Iterator[None]:
 
 
 def _refused_read(error: BaseException | None) -> FanError | None:
-    """What the memory that a fan does not have answered to C++, with the statement that asked."""
+    """The refusal behind an error of C++ code that read a fan's memory, with the user's statement."""
     if error is None or not any(words in str(error) for words in READ_PAST_PYTHON):
         return None
-    return FanError(f"A fan is read past Python{where_raised(error)}. {UNREADABLE}")
+    return FanError(f"C++ code reads a fan's memory{where_raised(error)}. {UNREADABLE}")
 
 
 def way_out(origins: Iterable[str] = ()) -> str:

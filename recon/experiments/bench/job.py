@@ -1,4 +1,4 @@
-"""Job: one training of a bench, in a folder of its own. Imports torch."""
+"""Job: one training of a bench, in its own folder. Imports torch."""
 
 from __future__ import annotations
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from recon.experiments.comparison_rows import Row, columns_of, row_title
+from recon.experiments.comparison_rows import RunRow, columns_of, row_title
 from recon.problems.paper import PaperTable
 from recon.support.tables import short_number, text_table
 
@@ -17,7 +17,7 @@ def paper_key(method: str, surgery: str) -> tuple[str, str]:
     return method.partition(":")[0], surgery.partition(" ")[0]
 
 
-def paper_table(rows: Sequence[Row], paper: PaperTable) -> str:
+def paper_table(rows: Sequence[RunRow], paper: PaperTable) -> str:
     """The same rows and columns with the paper's figures; a dash where it has none."""
     columns = columns_of(rows[0])
     cells = []
@@ -42,7 +42,7 @@ def paper_table(rows: Sequence[Row], paper: PaperTable) -> str:
     return text_table(["method", *("\n".join(title) for title, _ in columns), "Δm %", "#P"], cells)
 
 
-def paper_data(row: Row, paper: PaperTable | None) -> dict[str, Any] | None:
+def paper_data(row: RunRow, paper: PaperTable | None) -> dict[str, Any] | None:
     """The paper's figures of a row as plain values."""
     theirs = None if paper is None else paper.rows.get(_key(row))
     if paper is None or theirs is None:
@@ -56,5 +56,5 @@ def paper_data(row: Row, paper: PaperTable | None) -> dict[str, Any] | None:
     }
 
 
-def _key(row: Row) -> tuple[str, str]:
+def _key(row: RunRow) -> tuple[str, str]:
     return paper_key(row.first.method, row.first.surgery)

@@ -1,4 +1,4 @@
-"""A recorder's lines as TensorBoard's events. Imports torch."""
+"""Write a recorder's lines as TensorBoard events. Imports torch."""
 
 from __future__ import annotations
 

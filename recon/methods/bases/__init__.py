@@ -1,1 +1,1 @@
-"""What methods are built on."""
+"""Base classes of the gradient methods."""

@@ -104,7 +104,7 @@ class GramianAggregator(Aggregator):
             raise UsageError(f"Expected a Gramian of shape (T, T), but got {tuple(gramian.shape)}.")
         G = gramian.detach().cpu().double()
         if not G.isfinite().all():
-            # One bad gradient spoils its whole row and column; only the diagonal tells whose it was.
+            # One bad gradient spoils its whole row and column; only the diagonal shows whose it was.
             bad = (~G.diagonal().isfinite()).nonzero().flatten().tolist()
             bad = bad or (~G.isfinite()).any(dim=1).nonzero().flatten().tolist()
             raise NonFiniteError(non_finite(bad, self._names(tasks, len(G))))

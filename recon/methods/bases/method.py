@@ -1,4 +1,4 @@
-"""What a gradient method is: something that combines the losses, or the gradients, of the tasks."""
+"""Method: the base class of all that combines the losses, or the gradients, of the tasks."""
 
 from __future__ import annotations
 

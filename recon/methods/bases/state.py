@@ -1,4 +1,4 @@
-"""What methods keep from step to step: a random stream of their own, and tensors by task."""
+"""What methods keep from step to step: their own random stream, and tensors by task."""
 
 from __future__ import annotations
 

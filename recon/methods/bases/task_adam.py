@@ -1,4 +1,4 @@
-"""TaskAdam: numbers of the tasks that a method learns by itself, absent tasks left alone."""
+"""TaskAdam: an Adam for numbers by task that a method learns; it leaves absent tasks alone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which tasks have a say in a step: a gradient of zero has no direction, and its weight no meaning."""
+"""Leave out tasks whose gradient is zero: it has no direction, and its weight no meaning."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ NEGLIGIBLE = 1e-8
 
 
 def has_direction(lengths: Tensor) -> Tensor:
-    """(T,) booleans: which of these gradients, of such lengths, have a direction to speak of."""
+    """(T,) booleans: which gradients of these lengths have a direction."""
     return (lengths > 0) & (lengths > NEGLIGIBLE * lengths.max())
 
 

@@ -25,7 +25,7 @@ from recon.support.processes import average_, gather, world_size
 class Reach:
     """What each task of a step reaches: the trainable `parameters` that its loss depends on, in the order of the rows.
 
-    `outside` are the other leaves that want a gradient: a learned temperature of the loss, an input.
+    `outside` are the other leaves that require a gradient: a learned temperature of the loss, an input.
     """
 
     parameters: Mapping[str, list[nn.Parameter]]

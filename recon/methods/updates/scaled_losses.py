@@ -1,4 +1,4 @@
-"""Losses that come multiplied by a number, by a GradScaler say: methods see the losses and gradients without it."""
+"""Losses that a GradScaler has multiplied: methods see the losses and gradients without the factor."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def warn_if_scaled(losses: Mapping[str, Tensor], method: Method) -> None:
 
 
 def _factor(loss: Tensor) -> object:
-    """What tells one factor from another, if the loss ends in a product with a constant."""
+    """What a factor is recognised by, if the loss ends in a product with a constant."""
     node = loss.grad_fn
     kind = "" if node is None else node.name()
     if kind not in ("MulBackward0", "DivBackward0"):

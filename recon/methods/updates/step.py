@@ -44,8 +44,8 @@ def backward(
 ) -> dict[str, Tensor]:
     """Accumulate the method's update into the parameters' `.grad`, in place of `sum(losses).backward()`.
 
-    A parameter that one task alone reaches gets that task's gradient, weighted by a loss weighting, be it alone or
-    before an aggregator, and as it is by an aggregator alone. A loss weighting that learns (uw) gets its own gradients
+    A parameter that one task alone reaches gets that task's gradient, weighted by a loss weighting, alone or before
+    an aggregator, and as it is by an aggregator alone. A loss weighting that learns (uw) gets its own gradients
     too: give its parameters to the optimizer.
 
     Where several processes train together, the gradients are averaged over the ranks, as DistributedDataParallel
@@ -126,7 +126,7 @@ def _backward(
         if recorder is not None:
             with _full_precision(recorder.device):
                 return recorded_weighting(method, losses, recorder)
-        # DistributedDataParallel would average, too, but wants one forward a step, and every parameter in it.
+        # DistributedDataParallel would average, too, but expects one forward a step, and every parameter in it.
         if world_size() > 1:
             return averaged_weighting(method, losses, parameters)
         total, weights = method.combine(losses)

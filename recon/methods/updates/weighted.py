@@ -1,4 +1,4 @@
-"""The update of a loss weighting, where one backward pass of one process would not do."""
+"""The update of a loss weighting, where one backward pass in one process is not enough."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Methods that weight losses."""
+"""Methods that weigh the losses of the tasks."""

@@ -1,4 +1,4 @@
-"""Weightings by other functions of the losses than their sum: geometric mean, IMTL-L, smooth Tchebycheff."""
+"""Weightings that minimise another function of the losses: geometric mean, IMTL-L, smooth Tchebycheff."""
 
 from __future__ import annotations
 

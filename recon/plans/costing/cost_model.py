@@ -1,4 +1,4 @@
-"""The costs of any plan for one model, without converting it: what a plan optimiser asks thousands of times."""
+"""The costs of any plan for one model, without converting it: a plan optimiser asks for it thousands of times."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class CostModel:
 
     Attributes:
         layers: the names of all layers, in model order.
-        unsupported: the kernels that ran past Python (a scripted module's), or the error that stopped the trace.
+        unsupported: the kernels that C++ code called (a scripted module's), or the error that stopped the trace.
 
     Raises:
         PlanError: the model is branched already.

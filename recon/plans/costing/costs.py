@@ -45,7 +45,7 @@ def costs(model: nn.Module, plan: BranchPlan | None = None, example_inputs: Any 
     Args:
         model: the unbranched model; without a plan, any model, branched or not, is run and measured.
         plan: what would be branched; nothing if None.
-        example_inputs: a batch of inputs, as the model's forward takes it.
+        example_inputs: a batch of inputs, as the model's forward expects them.
 
     Raises:
         UsageError: there are no example inputs, or the plan is none.

@@ -1,4 +1,4 @@
-"""What a forward pass computes and makes: multiply-adds and bytes, counted while it runs."""
+"""Count what a forward pass computes and stores, while it runs: multiply-adds and bytes."""
 
 from __future__ import annotations
 

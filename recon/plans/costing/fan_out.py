@@ -34,7 +34,7 @@ class Partitions:
         found = self._numbers.get(partition)
         if found is None:
             if not partition.tasks:
-                raise FanError("Values computed for different tasks meet, but no task sees them all.")
+                raise FanError("Values computed for different tasks meet, but no task has all of them.")
             found = self._numbers[partition] = len(self._all)
             self._all.append(partition)
             self.sizes.append(len(partition.groups))
@@ -43,8 +43,8 @@ class Partitions:
     def __getitem__(self, number: int) -> Partition:
         return self._all[number]
 
-    def meet(self, numbers: Iterable[int], result: int = SHARED) -> int:
-        """The common refinement."""
+    def refinement(self, numbers: Iterable[int], result: int = SHARED) -> int:
+        """The common refinement of these partitions and `result`."""
         for number in numbers:
             if number not in (result, SHARED):
                 result = number if result == SHARED else self._refine(result, number)
@@ -130,14 +130,14 @@ class FanOut:
         plain = self._spread(training, parameters, {}, {})
         statistics: dict[str, int] = {}
         for path, value in training.writes:
-            statistics[path] = self.partitions.meet([plain.values[value]], statistics.get(path, SHARED))
+            statistics[path] = self.partitions.refinement([plain.values[value]], statistics.get(path, SHARED))
         statistics = {path: number for path, number in statistics.items() if number != SHARED}
         whole = self._spread(training, parameters, statistics, {}) if statistics else plain
         only = self._task_modules(parameters, whole.arriving)
         if only:
             try:
                 restricted = [self._spread(flow, parameters, statistics, only) for flow in self.flows]
-                if self._nobody_misses(whole.values, restricted, only):
+                if self._all_tasks_complete(whole.values, restricted, only):
                     return restricted[0].values, restricted[1].values
             except FanError:
                 pass
@@ -151,18 +151,18 @@ class FanOut:
         `parameters` are their partitions; the modules in `statistics` keep statistics by group, and run once per group
         as a whole; those in `only` run for some tasks only.
         """
-        meet, restrict, sizes = self.partitions.meet, self.partitions.restrict, self.partitions.sizes
+        refinement, restrict, sizes = self.partitions.refinement, self.partitions.restrict, self.partitions.sizes
         values = [*parameters, *(statistics.get(path, SHARED) for path in flow.owners)]
         arriving: set[str] = set()
         inside: list[int] = []  # by call: the groups that all within it runs for
         tasks: list[Group | None] = []
         for step in flow.steps:
             if isinstance(step, Operation):
-                number = meet([values[i] for i in step.inputs], inside[step.within])
+                number = refinement([values[i] for i in step.inputs], inside[step.within])
                 values.append(restrict(number, tasks[step.within]))
                 continue
             around, served = (inside[step.around], tasks[step.around]) if inside else (SHARED, None)
-            inputs = meet([values[i] for i in step.inputs], around)
+            inputs = refinement([values[i] for i in step.inputs], around)
             if sizes[inputs] > sizes[around]:
                 arriving.add(step.path)
             if step.path in only and inputs != around:  # what has not fanned out is not restricted
@@ -171,7 +171,7 @@ class FanOut:
             own = [parameters[i] for i in self._of_module.get(step.path, ())]
             if step.path in statistics:
                 own += [statistics[step.path], inputs]
-            inside.append(restrict(meet(own, around), served))
+            inside.append(restrict(refinement(own, around), served))
             tasks.append(served)
             restrict(inputs, served)  # raises where no task is left
         return Fans(values, arriving)
@@ -185,7 +185,7 @@ class FanOut:
                 found[path] = tasks
         return found
 
-    def _nobody_misses(self, whole: Sequence[int], restricted: Sequence[Fans], only: Mapping[str, Group]) -> bool:
+    def _all_tasks_complete(self, whole: Sequence[int], restricted: Sequence[Fans], only: Mapping[str, Group]) -> bool:
         """Whether every task has its output, and the statistics outside of these modules are all updated."""
         for flow, fans in zip(self.flows, restricted, strict=True):
             for task, outputs in flow.outputs.items():

@@ -45,7 +45,7 @@ class LayerRow:
 
 
 @dataclass(frozen=True)
-class Stage:
+class PictureStage:
     """Layers of one module."""
 
     name: str  # the module's path; empty for layers at the root
@@ -58,7 +58,7 @@ class Stage:
 class Layout:
     """A branched network, ready to be drawn."""
 
-    stages: tuple[Stage, ...]  # from the input to the outputs
+    stages: tuple[PictureStage, ...]  # from the input to the outputs
     groups: tuple[Group, ...]  # those that share every copy of every layer
     order: tuple[str, ...]  # from left to right: every group's side by side, if the plan's groups nest
 
@@ -84,7 +84,7 @@ def network_layout(cost_model: CostModel, layers: Mapping[str, Partition]) -> La
         for _, rows in stages
     ]
     return Layout(
-        tuple(Stage(stage, tuple(rows), *total) for (stage, rows), total in zip(stages, totals, strict=True)),
+        tuple(PictureStage(stage, tuple(rows), *total) for (stage, rows), total in zip(stages, totals, strict=True)),
         finest.groups,
         _order(finest.tasks, layers.values()),
     )

@@ -16,7 +16,7 @@ from matplotlib.path import Path as Curve
 
 from recon.branching.partition import Group
 from recon.errors import cut
-from recon.plans.pictures.network_layout import Lane, LayerRow, Layout, Stage, network_layout
+from recon.plans.pictures.network_layout import Lane, LayerRow, Layout, PictureStage, network_layout
 from recon.support.pictures import save_picture
 from recon.support.tables import short_number
 
@@ -101,7 +101,7 @@ class _Drawing:
             return _FOOT + 0.055 * max(len(_short_name(group)) for group in groups)
         return _FOOT + 0.15
 
-    def _stage(self, stage: Stage, top: float, shaded: bool) -> float:
+    def _stage(self, stage: PictureStage, top: float, shaded: bool) -> float:
         forks = sum(row.fork is not None for row in stage.rows)
         bottom = top + _GAP + _ROW * len(stage.rows) + _FORK * forks
         if shaded:
@@ -153,7 +153,7 @@ class _Drawing:
                     PathPatch(curve, fill=False, edgecolor=self._colour(part), linewidth=width, gid="fork")
                 )
 
-    def _macs(self, stage: Stage, middle: float) -> None:
+    def _macs(self, stage: PictureStage, middle: float) -> None:
         scale = _LARGEST / self.most_macs
         for count, colour in ((stage.macs, _ADDED), (stage.plain_macs, _ONCE)):
             self.axes.add_patch(
@@ -240,7 +240,7 @@ def _group_colours(groups: Sequence[Group]) -> dict[Group, Any]:
     return {group: spread(0.05 + 0.9 * number / (len(groups) - 1)) for number, group in enumerate(groups)}
 
 
-def _row_label(stage: Stage, row: LayerRow) -> str:
+def _row_label(stage: PictureStage, row: LayerRow) -> str:
     local = [name[len(stage.name) + 1 :] if stage.name else name for name in row.names]
     if len(local) == 1:
         return cut(local[0], 18, "…")

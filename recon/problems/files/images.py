@@ -1,4 +1,4 @@
-"""Image files, read with errors that name them."""
+"""Read image files, with errors that name the file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How metrics are made, and one that several problems have."""
+"""How metrics are made, and one that several problems share: accuracy."""
 
 from __future__ import annotations
 

@@ -148,7 +148,7 @@ class Document:
         return value
 
     def number_or_nan(self, key: str, *, least: float | None = None) -> float:
-        """A number; null, which stands for one that is not finite, gives NaN."""
+        """A number; null, which means one that is not finite, gives NaN."""
         return math.nan if key in self.values and self.values[key] is None else self.number(key, least=least)
 
     def names(self, key: str, *, least: int = 0) -> tuple[str, ...]:

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from recon.errors import UsageError
 from recon.support.files.locks import closed, held_alone, try_hold
-from recon.support.files.whole import PARTIAL, cannot_write, kind_of, make_folder, remove_left, remove_partial, settle
+from recon.support.files.whole import PARTIAL, cannot_write, kind_of, make_folder, remove_left, remove_partial, sync
 
 _SAVED, _NEW, _GONE = ".saved", ".new.", ".gone"
 
@@ -41,7 +41,7 @@ def replacing(folder: str | Path, files: Collection[str]) -> Iterator[Path]:
             _check_way(path, new)
             gone = [name for name in files if not (new / name).exists() and os.path.lexists(path / name)]
             (new / _GONE).write_text("\0".join(gone), encoding="utf-8")
-            settle(new / _GONE)
+            sync(new / _GONE)
             _commit(path, new)
         finish_replacing(path)
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Weights on disk: safetensors files, and state dicts from before the surgery, in any kind of file."""
+"""Weights on disk: safetensors files, and state dicts of unbranched models in any kind of file."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def load_weights(model: nn.Module, state: Mapping[str, Any]) -> None:
 
 
 def read_state_dict(path: Path) -> Mapping[str, Tensor]:
-    """The state dict of a model from before the surgery.
+    """The state dict of an unbranched model.
 
     The path is that of a folder that `recon.save` wrote, a safetensors file, or a file that `torch.save` wrote: a state
     dict, or a training checkpoint that holds one under `state_dict` or `model`.
@@ -86,8 +86,8 @@ def read_state_dict(path: Path) -> Mapping[str, Tensor]:
     if path.suffix == ".safetensors":
         if read_metadata(path).get("plan"):
             raise CheckpointError(
-                f"{path} holds a branched model, but a checkpoint from before the surgery is needed. To go on from a "
-                "branched one, use recon.load."
+                f"{path} holds a branched model, but a checkpoint of the unbranched model is needed. To go on from "
+                "a branched one, use recon.load."
             )
         return read_weights(path)
     try:

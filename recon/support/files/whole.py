@@ -36,7 +36,7 @@ def write_atomically(path: str | Path, write: Callable[[Path], object]) -> None:
         with temporary_file(target) as temporary:
             write(temporary)
             temporary.chmod(0o666 & ~_umask())
-            settle(temporary)
+            sync(temporary)
             os.replace(temporary, target)
     except OSError as error:
         raise cannot_write(path, error) from error
@@ -70,7 +70,7 @@ def mode_of(path: str | Path) -> int | None:
 
 
 def kind_of(mode: int) -> str:
-    """What a mode stands for, in a message."""
+    """The kind of file that a mode means, for a message."""
     kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket", stat.S_IFREG: "a file"}
     return kinds.get(stat.S_IFMT(mode), "a device")
 
@@ -160,7 +160,7 @@ def make_folder(path: str | Path) -> Path:
     return Path(path)
 
 
-def settle(path: Path) -> None:
+def sync(path: Path) -> None:
     """Wait until the file is on the disk: a machine that is switched off must not leave an empty one."""
     with path.open("rb") as file:
         os.fsync(file.fileno())

@@ -1,4 +1,4 @@
-"""What a batch and a model's output look like, checked once for everyone who runs a model."""
+"""Run a model on a batch: the form of batches, inputs and outputs, and the checks of it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Batch = tuple[Any, Mapping[str, Any]]
 
 
 class Inputs(NamedTuple):
-    """What a forward of several arguments takes; anything else is the one argument of `model(inputs)`.
+    """The arguments of a forward that has several; any other value is the one argument of `model(inputs)`.
 
     A tuple, so that data loaders collate it and `to_device` moves it like any other nest.
     """
@@ -31,7 +31,7 @@ class Inputs(NamedTuple):
 
 
 def inputs(*args: Any, **kwargs: Any) -> Inputs:
-    """Inputs for `model(*args, **kwargs)`, wherever recon takes inputs: in a batch, or as example inputs."""
+    """Inputs for `model(*args, **kwargs)`, wherever recon accepts inputs: in a batch, or as example inputs."""
     return Inputs(args, kwargs)
 
 
@@ -43,10 +43,10 @@ def call(model: nn.Module, inputs: Any) -> Any:
 
 
 def run(model: nn.Module, example_inputs: Any) -> Mapping[str, Any]:
-    """What the model gives for the example inputs, in the mode it is in."""
+    """The model's outputs for the example inputs, in the mode it is in."""
     mode = "training" if model.training else "evaluation"
     try:
-        # A dry run looks on at operations, and `fullgraph=True` would fail on that: compiled parts run uncompiled.
+        # Dry runs watch operations, and `fullgraph=True` would fail on that: compiled parts run uncompiled.
         with torch.compiler.set_stance("force_eager"):
             return call(model, example_inputs)
     except ReconError:
@@ -54,13 +54,13 @@ def run(model: nn.Module, example_inputs: Any) -> Mapping[str, Any]:
     except Exception as error:
         raise UsageError(
             f"The model's forward fails on the example inputs in {mode} mode: {type(error).__name__}: {error}. Pass "
-            "what the forward takes, as in training: the inputs of two samples or more, without their targets; for "
+            "what the forward expects, as in training: the inputs of two samples or more, without their targets; for "
             "several arguments, recon.inputs(x, mask=mask)."
         ) from error
 
 
 def fresh(inputs: Tree) -> Tree:
-    """The same inputs for a forward that may write into them: in nests, tensors and graph batches of their own.
+    """A copy of the inputs (nests, tensors, graph batches) for a forward that may write into them.
 
     Gradients reach the tensors that were given.
     """
@@ -77,7 +77,7 @@ def fresh(inputs: Tree) -> Tree:
 def _own(leaf: Any) -> Any:
     if isinstance(leaf, nn.Module) or not hasattr(leaf, "to"):
         return leaf
-    # A graph batch clones its tensors as a tensor does itself; a tokenizer's output is at least a dict of its own.
+    # Tensors and graph batches can be cloned; of a tokenizer's output, at least the dict is copied.
     return leaf.clone() if hasattr(leaf, "clone") else copy.copy(leaf)
 
 
@@ -97,9 +97,9 @@ def to_device(batch: Tree, device: torch.device | str) -> Tree:
 
 def _leaf_to_device(leaf: Any, device: torch.device | str) -> Any:
     if isinstance(leaf, Tensor):
-        # Towards the CPU, a copy that does not block could be read before it has arrived.
+        # To the CPU, a copy that does not block could be read before it has arrived.
         return leaf.to(device, non_blocking=torch.device(device).type != "cpu")
-    # A tokenizer's output or a graph batch knows how to move itself, but not every one takes `non_blocking`.
+    # A tokenizer's output or a graph batch knows how to move itself, but not all accept `non_blocking`.
     return leaf.to(device) if hasattr(leaf, "to") else leaf
 
 
@@ -119,12 +119,12 @@ def unpack(batch: Any) -> Batch:
 
 
 def task_outputs(model: nn.Module, inputs: Any, tasks: Iterable[str]) -> Mapping[str, Any]:
-    """Run the model and check that it answers for every one of `tasks`."""
+    """Run the model and check that its output has an entry for each of `tasks`."""
     return check_outputs(call(model, inputs), tasks)
 
 
 def check_outputs(outputs: Any, tasks: Iterable[str]) -> Mapping[str, Any]:
-    """A model's outputs, if they have an entry for every one of `tasks`."""
+    """A model's outputs, if they have an entry for each of `tasks`."""
     if not isinstance(outputs, Mapping):
         got = "Tensor" if isinstance(outputs, Tensor) else type_name(outputs)
         raise ProblemError(

@@ -25,21 +25,21 @@ def last_uses(values: Sequence[Tensor]) -> dict[Tensor, int]:
 
 
 def used_at_once(values: Sequence[Tensor]) -> set[Tensor]:
-    """The leaves behind `values` that a compiled part of the model uses: in which order, autograd does not know."""
+    """The leaves behind `values` that a compiled part of the model uses, in an order that autograd does not know."""
     compiled = [node for node in graph_behind(values)[0] if is_compiled(node)]
     return set(leaves_among([], [used for node in compiled for used, _ in node.next_functions if used is not None]))
 
 
 def leaves_before(values: Sequence[Tensor], stops: Collection[Node]) -> tuple[list[Tensor], set[Node]]:
-    """The leaf tensors that `values` depend on by another way than through `stops`, and the stops that are met."""
+    """The leaf tensors that `values` depend on other than through `stops`, and the stops that are reached."""
     nodes, _ = graph_behind(values, stops)
     return leaves_among(values, nodes), {node for node in nodes if node in stops}
 
 
 def graph_behind(values: Sequence[Tensor], stops: Collection[Node] = ()) -> tuple[dict[Node, None], set[Edge]]:
-    """The nodes that `values` depend on, as they are met, and which outputs of opaque ones.
+    """The nodes that `values` depend on, in the order found, and which outputs of opaque ones.
 
-    What lies behind the `stops` is not looked at.
+    The search ends at the `stops`.
     """
     seen: dict[Node, None] = {}
     met: set[Edge] = set()
@@ -48,7 +48,7 @@ def graph_behind(values: Sequence[Tensor], stops: Collection[Node] = ()) -> tupl
         node, output = edge = stack.pop()
         if node is None:
             continue
-        if is_opaque(node):  # what lies behind it is another for each output
+        if is_opaque(node):  # each of its outputs depends on other inputs
             if edge not in met:
                 met.add(edge)
                 seen[node] = None

@@ -1,4 +1,4 @@
-"""Which layers a model has, what each owns, and every place where it is reached."""
+"""Find a model's layers: what each owns, and every path at which it is reached."""
 
 from __future__ import annotations
 
@@ -79,11 +79,11 @@ def find_layers(model: nn.Module) -> list[Layer]:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model itself, out of DistributedDataParallel, DataParallel and torch.compile, which prefix its names."""
+    """The model inside DistributedDataParallel, DataParallel and torch.compile, which add prefixes to its names."""
     while True:
         if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
             model = model.module
-        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):  # what torch.compile keeps
+        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):  # torch.compile
             model = inner
         else:
             return model
@@ -97,7 +97,7 @@ def canonical_name(layers: list[Layer], name: str) -> str:
     inside = [layer.name for layer in layers if layer.name.startswith(f"{name}.")]
     if inside:
         raise PlanError(
-            f"{name!r} is no layer itself, but holds {len(inside)}: {shortened(inside, 6)}. Name those that you want."
+            f"{name!r} is not a layer, but holds {len(inside)}: {shortened(inside, 6)}. Name those that you want."
         )
     raise UnknownNameError("layer", name, [layer.name for layer in layers])
 

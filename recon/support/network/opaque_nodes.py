@@ -1,7 +1,7 @@
-"""What lies behind autograd nodes that stand for a whole part of a model: compiled code, and wrappers around outputs.
+"""Look inside autograd nodes that hold a whole part of a model: compiled code, and wrappers around outputs.
 
-For autograd, each output of a node depends on all its inputs. Where one node holds the trunk and the heads of all
-tasks, every task would so reach every head.
+For autograd, each output of a node depends on all its inputs. If one node holds the trunk and the heads of all tasks,
+every task seems to reach every head.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ Edge = tuple[Node | None, int]
 
 _COMPILED = "CompiledFunctionBackward"
 
-# Of DistributedDataParallel, of modules with full backward hooks, and of DataParallel, which copies for each device.
+# Nodes of DistributedDataParallel, of full backward hooks, and of DataParallel, which copies to each device.
 _HANDED_ON = {"_DDPSinkBackward", "BackwardHookFunctionBackward", "BroadcastBackward"}
 _CLOSED = {
     "DifferentiableGraphBackward": "scripted or traced (torch.jit)",
@@ -39,12 +39,12 @@ def is_opaque(node: Node) -> bool:
 
 
 def is_compiled(node: Node) -> bool:
-    """Whether this node is a part of the model that torch.compile has made one."""
+    """Whether this node is a part of the model that torch.compile has compiled."""
     return _kind(node) == _COMPILED
 
 
 def edges_behind(node: Node, output: int) -> Sequence[Edge] | None:
-    """The next edges that this output of an opaque node depends on; None if that cannot be told."""
+    """The next edges that this output of an opaque node depends on; None if torch does not show it."""
     kind, edges = _kind(node), node.next_functions
     if kind in _HANDED_ON:
         return [edges[output % len(edges)]]
@@ -57,19 +57,19 @@ def edges_behind(node: Node, output: int) -> Sequence[Edge] | None:
 
 
 def how_hidden(node: Node) -> str:
-    """What was done to the part of the model that an opaque node stands for."""
+    """What was done to the part of the model inside an opaque node, for a message."""
     return _CLOSED.get(_kind(node), "compiled as a whole")
 
 
 def _kind(node: Node) -> str:
     kind = type(node).__name__
-    if kind == "CppFunction":  # what of torch has no class in Python, and calls itself by its place in C++
+    if kind == "CppFunction":  # nodes without a class in Python, whose name is that of a place in C++
         return node.name().rpartition("::")[2]
     return kind if kind not in _KINDS or _is_of_torch(node) else ""
 
 
 def _is_of_torch(node: Node) -> bool:
-    """Whether it comes from torch's own class, not from a user's of the same name."""
+    """Whether the node is of torch's own class, not of a user's class of the same name."""
     return getattr(node, "_forward_cls", object).__module__.startswith("torch.")
 
 
@@ -78,13 +78,13 @@ def _open(node: Node) -> _Opened | None:
     if forward not in _opened:
         try:
             _opened[forward] = _trace(forward)
-        except Exception:  # whatever another version of torch makes of its own parts
+        except Exception:  # another version of torch may be built differently
             _opened[forward] = None
     return _opened[forward]
 
 
 def _trace(forward: Any) -> _Opened:
-    """Follow the graph of the backward, which AOTAutograd has traced and keeps; there is no public way to it."""
+    """Follow the graph of the backward that AOTAutograd has traced; torch has no public access to it."""
     kept = forward._lazy_backward_info
     graph = (kept.bw_module if hasattr(kept, "bw_module") else kept.bw_module_fn()).graph
     outputs = _differentiable_outputs(forward.metadata)
@@ -93,13 +93,13 @@ def _trace(forward: Any) -> _Opened:
     for node in graph.nodes:  # in the order of computation
         sources.setdefault(node, set()).update(*(sources[used] for used in node.all_input_nodes))
     (result,) = (node for node in graph.nodes if node.op == "output")
-    # Numbers among the inputs have no edge; they alone neither want a gradient nor are leaves.
+    # Only numbers among the inputs have no edge: they neither require a gradient nor are leaves.
     inputs = [
         gradient
         for gradient, info in zip(result.args[0], forward.metadata.input_info, strict=True)
         if info.requires_grad or info.is_leaf
     ]
-    # A gradient that is zero whatever comes in, of a sign say, is one of every output.
+    # A gradient that is always zero (that of a sign, say) counts for every output.
     behind = {
         output: [i for i, g in enumerate(inputs) if g is not None and (output in sources[g] or not sources[g])]
         for output in outputs

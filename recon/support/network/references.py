@@ -1,4 +1,4 @@
-"""Modules that a model holds outside its registered children: in plain attributes, lists, dicts and bound methods."""
+"""Replace modules that a model holds outside its children: in plain attributes, lists, dicts, bound methods."""
 
 from __future__ import annotations
 

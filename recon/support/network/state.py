@@ -1,4 +1,4 @@
-"""Run a model, or change it, and leave no trace."""
+"""Run or change a model and put everything back; copy, compare and perturb its state."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from recon.support.network.tensors import equal, storage_of
 @contextmanager
 def state_kept(model: nn.Module) -> Iterator[None]:
     """Put back what a forward changes: modes, parameters, buffers, what modules remember, and the random state."""
-    kept = [(module, _Attributes(module), _Buffers(module)) for module in model.modules()]
-    parameters = [_Kept(p) for p in model.parameters() if type(p.data) is Tensor and not is_lazy(p)]
+    kept = [(module, _KeptAttributes(module), _KeptBuffers(module)) for module in model.modules()]
+    parameters = [_KeptTensor(p) for p in model.parameters() if type(p.data) is Tensor and not is_lazy(p)]
     devices = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
     with torch.random.fork_rng(devices=sorted(index for index in devices if index is not None)):
         try:
@@ -32,7 +32,7 @@ def state_kept(model: nn.Module) -> Iterator[None]:
                 parameter.put_back()
 
 
-class _Attributes:
+class _KeptAttributes:
     """What a module's attributes are, and what the lists, dicts and sets among them hold."""
 
     def __init__(self, module: nn.Module) -> None:
@@ -51,13 +51,13 @@ class _Attributes:
 
 
 def refill(container: list[Any] | dict[Any, Any] | set[Any], content: Any) -> None:
-    """Let a list, dict or set hold what another one holds."""
+    """Give a list, dict or set the content of another one."""
     content = copy.copy(content)
     container.clear()
     container.extend(content) if isinstance(container, list) else container.update(content)
 
 
-class _Kept:
+class _KeptTensor:
     """Where a tensor keeps its values, and the values: a forward may normalise or clip its own weights."""
 
     def __init__(self, tensor: Tensor) -> None:
@@ -66,18 +66,18 @@ class _Kept:
     @torch.no_grad()
     def put_back(self) -> None:
         tensor = self.tensor
-        if storage_of(tensor) != storage_of(self.data):  # `tensor.data = value`: its views see nothing of it
+        if storage_of(tensor) != storage_of(self.data):  # `tensor.data = value`, which its views do not see
             tensor.data = self.data
         if not tensor.is_meta and not equal(tensor, self.value):
             tensor.copy_(self.value)
 
 
-class _Buffers:
+class _KeptBuffers:
     """What a module's own buffers are, where they keep their values, and the values."""
 
     def __init__(self, module: nn.Module) -> None:
         self.buffers = dict(module._buffers)
-        self.kept = [_Kept(buffer) for buffer in self.buffers.values() if buffer is not None]
+        self.kept = [_KeptTensor(buffer) for buffer in self.buffers.values() if buffer is not None]
 
     def put_back(self, module: nn.Module) -> None:
         now = module._buffers
@@ -114,7 +114,7 @@ def perturb(model: nn.Module, seed: int = 0) -> None:
 @torch.no_grad()
 def move_statistics(model: nn.Module) -> None:
     """Change every buffer a little."""
-    # Statistics that are the example's already would not change, and look as if they were never written.
+    # Statistics that already equal the example's would not change, as if they were never written.
     for buffer in model.buffers():
         if buffer.is_floating_point() and buffer.layout == torch.strided and buffer.is_contiguous():
             buffer.mul_(1.01)

@@ -7,27 +7,27 @@ from torch import Tensor
 
 
 class SharedTensor:
-    """A tensor among the arguments of an operation that may write into it, whatever its name."""
+    """A tensor among the arguments of an operation that may write into it."""
 
     def __init__(self, tensor: Tensor) -> None:
         self.tensor = tensor
         self.version = tensor._version
-        # F.batch_norm does not count its writes; no operation writes into what requires a gradient uncounted.
+        # F.batch_norm does not count its writes: compare values. All writes into what requires a gradient are counted.
         self.value = None if tensor.requires_grad else tensor.clone()
 
     @property
     def changed(self) -> bool:
-        """Whether it was written into since."""
+        """Whether it was written into after this object was made."""
         if self.tensor._version != self.version:
             return True
         return self.value is not None and not equal(self.value, self.tensor)
 
 
 def equal(tensor: Tensor, other: Tensor) -> bool:
-    """`torch.equal`, and yes for sparse tensors, which it does not take."""
+    """`torch.equal`, and True for sparse tensors, which it does not accept."""
     return tensor.layout != torch.strided or torch.equal(tensor, other)
 
 
 def storage_of(tensor: Tensor) -> int:
-    """What tells tensors that share memory."""
+    """A number that tensors have in common if they share memory."""
     return tensor.untyped_storage()._cdata if tensor.layout == torch.strided else id(tensor)

@@ -1,4 +1,4 @@
-"""Which models the gradient engine takes, and what it says of the others."""
+"""Check that recon can train a model by task gradients; say why not (sharded, not a module, without values)."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def as_module(model: Any) -> nn.Module:
 
 
 def refuse_untrainable(model: nn.Module) -> None:
-    """Fail on a model whose parameters are not all there in this process: sharded, or on the meta device."""
+    """Refuse a model whose parameters are not all there in this process: sharded, or on the meta device."""
     refuse_sharded(model)
     for name, parameter in model.named_parameters():
         if parameter.is_meta and parameter.requires_grad:
@@ -44,7 +44,7 @@ def refuse_untrainable(model: nn.Module) -> None:
 
 
 def refuse_sharded(model: nn.Module) -> None:
-    """Fail on a model that is sharded (FSDP, tensor parallel, DeepSpeed), or an engine that makes its own gradients."""
+    """Refuse a sharded model (FSDP, tensor parallel, DeepSpeed), or an engine that makes its own gradients."""
     for name, module in model.named_modules():
         if fault := _fault_of_class(type(module)):  # type: ignore[arg-type]
             raise UsageError(f"{f'Module {name!r}' if name else 'The model'} is {fault}. {_WAY_OUT}")
@@ -59,21 +59,21 @@ def _fault_of_class(kind: type) -> str:
         if issubclass(kind, _loaded("torch.distributed.fsdp", sharding)):
             return f"sharded over processes ({'fully_shard' if sharding == 'FSDPModule' else sharding})"
     if all(callable(getattr(kind, name, None)) for name in ("backward", "step", "save_checkpoint")):
-        return f"a {kind.__name__}, an engine with backward() and step() of its own, blind to gradients made elsewhere"
+        return f"a {kind.__name__}, an engine with backward() and step() that ignores gradients made elsewhere"
     return ""
 
 
 def _fault_of_parameter(module: nn.Module, name: str, parameter: Tensor) -> str:
     if type(parameter) is not nn.Parameter and isinstance(parameter, _loaded("torch.distributed.tensor", "DTensor")):
         return "a DTensor, sharded over processes (fully_shard, parallelize_module)"
-    # Of torch's own layers: others may have an empty parameter on purpose, to know a device say.
+    # Only in torch's own layers: others may have an empty parameter on purpose, to know the device, say.
     if name == "weight" and parameter.shape == (0,) and type(module).__module__.startswith("torch.nn."):
         return "empty: its values are partitioned over processes (DeepSpeed's stage 3, say)"
     return ""
 
 
 def _loaded(module: str, name: str) -> type | tuple[type, ...]:
-    """A class, if its module is imported: before, which takes a second, nothing can be one of its objects."""
+    """A class, if its module is imported; if not, nothing is an object of it, and the import takes a second."""
     return getattr(sys.modules.get(module), name, ())
 
 

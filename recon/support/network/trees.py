@@ -1,4 +1,4 @@
-"""Nests of tuples, lists, dicts and dataclasses: torch's trees, into Python's own dataclasses too."""
+"""Map over nests of tuples, lists, dicts and dataclasses, and list their leaves."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 
 def map_tree(call: Callable[..., Any], *structures: Any) -> Any:
-    """`tree_map`, into dataclasses too: Python's own are leaves to it."""
+    """`tree_map`, but into dataclasses too, which it treats as leaves."""
 
     def visit(leaf: Any, *others: Any) -> Any:
         names = _parts(leaf)
@@ -29,7 +29,7 @@ def map_tree(call: Callable[..., Any], *structures: Any) -> Any:
 
 
 def leaves_of(structure: Any) -> Iterator[Any]:
-    """`tree_leaves`, into dataclasses too."""
+    """`tree_leaves`, but into dataclasses too."""
     for leaf in tree_leaves(structure):
         names = _parts(leaf)
         if names is None:
@@ -39,10 +39,10 @@ def leaves_of(structure: Any) -> Iterator[Any]:
 
 
 def _parts(leaf: Any) -> Sequence[str] | None:
-    """The names of what lies in a leaf of torch's trees that is none to us; None for any other."""
+    """The names of the fields of what is a leaf to torch, but not to recon; None for a leaf to both."""
     if isinstance(leaf, type):
         return None
     if is_dataclass(leaf):
         return [field.name for field in fields(leaf)]
-    # Older torch goes into named tuples, but not into classes made from them, such as PackedSequence.
+    # Older torch maps over named tuples, but not over classes derived from them, such as PackedSequence.
     return getattr(leaf, "_fields", None) if isinstance(leaf, tuple) else None
