@@ -54,7 +54,7 @@ class Method(nn.Module, ABC):
         """
         tasks = tuple(tasks)
         if not tasks or len(set(tasks)) < len(tasks):
-            raise UsageError(f"Method {self.name!r} needs the different names of all tasks, but got {list(tasks)}.")
+            raise UsageError(f"Method {self.name!r} needs the names of all tasks, each once, but got {list(tasks)}.")
         if self.tasks == tasks:
             return
         if self.tasks:

@@ -36,7 +36,7 @@ from recon.methods.weightings.basic import Joint
 from recon.methods.weightings.gradnorm import NormWeighting
 from recon.support.network.forward import model_device
 from recon.support.network.trainable import Model, as_module
-from recon.support.processes import world_size
+from recon.support.processes import gather, world_size
 
 _workspaces: WeakKeyDictionary[Method, Workspace] = WeakKeyDictionary()  # no part of a method that is copied or saved
 
@@ -86,11 +86,11 @@ def backward(
     parts, model = model, as_module(model)
     if isinstance(method, str):
         # Of several modules, the one around them is another in every step.
-        method = method_by_name(method, parts if isinstance(parts, nn.Module) else parts[0], tuple(losses))
+        method = method_by_name(method, parts if isinstance(parts, nn.Module) else parts[0], _all_tasks(losses))
     method = Joint() if method is None else wrap(method)
     _check_profiler(profiler, method)
     if not method.tasks:
-        method.setup(tuple(losses))
+        method.setup(_all_tasks(losses))
     scale = read_scale(loss_scale, losses)
     if scale is None:
         warn_if_scaled(losses, method)
@@ -156,6 +156,11 @@ def _backward(
 def _full_precision(device: torch.device) -> torch.autocast:
     """Gradients and weights are no activations: autocast must not round what is made of them."""
     return torch.autocast(device.type, enabled=False)
+
+
+def _all_tasks(losses: Mapping[str, Tensor]) -> tuple[str, ...]:
+    """The tasks that have a loss on any rank; every rank gets the same answer, though its own part may lack some."""
+    return tuple(dict.fromkeys(task for tasks in gather(tuple(losses)) for task in tasks))
 
 
 def _check_losses(losses: Mapping[str, Tensor]) -> None:
