@@ -1,4 +1,4 @@
-"""What is made of a problem: seeded models, its loaders, and inputs to try them on. Imports torch."""
+"""Makes seeded models, loaders and example inputs from a problem. Imports torch."""
 
 from __future__ import annotations
 
@@ -42,7 +42,9 @@ def make_model(problem: Problem, seed: int) -> nn.Module:
     seed_everything(seed)
     model = problem.make_model()
     if not isinstance(model, nn.Module):
-        raise ProblemError(f"make_model of {problem.name!r} must return a torch.nn.Module, but gave {_kind(model)}.")
+        raise ProblemError(
+            f"make_model of {problem.name!r} must return a torch.nn.Module, but returned {_kind(model)}."
+        )
     return model
 
 
@@ -73,7 +75,7 @@ def make_loaders(
             return train, test
         case other:
             raise ProblemError(
-                f"make_loaders of {problem.name!r} must return (train loader, test loader), but gave {_kind(other)}."
+                f"make_loaders of {problem.name!r} must return (train loader, test loader), not {_kind(other)}."
             )
 
 
@@ -88,7 +90,7 @@ def first_batch(problem: Problem, loader: Iterable[Batch], device: torch.device)
     """The train loader's first batch.
 
     Raises:
-        ProblemError: there is none, or it is no `(inputs, {task name: target})`.
+        ProblemError: there is no batch, or it is not `(inputs, {task name: target})`.
     """
     for batch in loader:
         return to_device(unpack(batch), device)

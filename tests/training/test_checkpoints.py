@@ -362,7 +362,7 @@ def test_epochs_may_grow(path, tmp_path):
     assert_same(training.resume(epochs=3), training.run(), tmp_path)
     again = training.resume(epochs=3, chance=5)
     assert_same(again, training.run(), tmp_path)
-    with pytest.raises(CheckpointError, match="is in epoch 3 already, but epochs is 2"):
+    with pytest.raises(CheckpointError, match="is already in epoch 3, but epochs is 2"):
         training.resume(epochs=2)
 
 
@@ -501,9 +501,9 @@ def test_a_damaged_or_foreign_checkpoint(begun, path, damage):
 
 
 def test_a_state_that_cannot_be_kept_is_refused_at_the_first_checkpoint(path):
-    with pytest.raises(CheckpointError, match=r"settings, hold something else than tensors"):
+    with pytest.raises(CheckpointError, match=r"settings, hold something other than tensors"):
         Training(path, settings={"lr": np.float64(0.1)}).resume(checkpoint_seconds=0)
-    with pytest.raises(CheckpointError, match=r"settings, hold something else than tensors"):
+    with pytest.raises(CheckpointError, match=r"settings, hold something other than tensors"):
         Training(path, settings={"lr": lambda: 0.1}).resume(checkpoint_seconds=0)
     assert os.listdir(path.parent) == []
 

@@ -1,4 +1,4 @@
-"""The demo: a bench of the problem `digits`, and what it tells. Imports torch."""
+"""The demo: a bench of the problem `digits`, and its report. Imports torch."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Demo:
         top_k: how many layers are branched.
         device: where the models run.
         workers: how many trainings run at the same time.
-        tell: is given a line of text whenever something is done.
+        tell: called with a line of text whenever a step of the demo is done.
     """
 
     folder: Path

@@ -60,7 +60,7 @@ class Aggregator(Method):
         return indices
 
     def _check(self, J: Tensor, tasks: Sequence[str] | None) -> None:
-        """Refuses what is no (T, P), and gradients that are not finite, in one pass over the memory if they are."""
+        """Refuses a tensor that is not (T, P), and gradients that are not finite; finite ones are read only once."""
         check_rows(J)
         if not J.sum(dim=1).isfinite().all() and not (finite := J.isfinite().all(dim=1)).all():
             raise NonFiniteError(non_finite((~finite).nonzero().flatten().tolist(), self._names(tasks, len(J))))
@@ -104,7 +104,7 @@ class GramianAggregator(Aggregator):
             raise UsageError(f"Expected a Gramian of shape (T, T), but got {tuple(gramian.shape)}.")
         G = gramian.detach().cpu().double()
         if not G.isfinite().all():
-            # One bad gradient spoils its whole row and column; only the diagonal tells whose it was.
+            # One bad gradient spoils its whole row and column; only the diagonal shows whose it was.
             bad = (~G.diagonal().isfinite()).nonzero().flatten().tolist()
             bad = bad or (~G.isfinite()).any(dim=1).nonzero().flatten().tolist()
             raise NonFiniteError(non_finite(bad, self._names(tasks, len(G))))

@@ -26,7 +26,7 @@ class Lane:
 
     Args:
         tasks: the group.
-        kind: `once` where the layer runs but once, for all the tasks it serves; `shared` where it runs for each group
+        kind: `once` where the layer runs once, for all the tasks it serves; `shared` where it runs for each group
             with the same weights; `own` where each group has its own copy.
     """
 
