@@ -1,4 +1,4 @@
-"""What the commands and solvers take that are to answer at once, in units of what nothing can undercut.
+"""How long the commands and solvers take that should answer at once, relative to a lower bound.
 
     python benchmarks/answers.py
 

@@ -6,7 +6,7 @@
 Anywhere, to see that it works: --train-samples 256 --epochs 1 --seeds 1.
 
 Network, optimizer, batches and schedule are the paper's (SGD 0.1, momentum 0.9, a tenth after a half and after three
-quarters, batches of 256), but for the number of epochs: the paper's 120, or as many as fit into `--minutes`, by a few
+quarters, batches of 256), except the number of epochs: the paper's 120, or as many as fit into `--minutes`, by a few
 steps of each variant that are timed first. (Convolutions in float32 take TF32 where the GPU has it: PyTorch's own
 setting.) The layers are the first 25 of the conflict map that ships with the
 project. Every run is kept in the file as soon as it is done, and is not done again: the same call goes on with the
@@ -237,7 +237,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     data: dict[str, Any]
     data = json.loads(args.out.read_text()) if args.out.exists() else {"settings": settings, "runs": {}}
     if data["settings"] != settings or args.epochs not in (None, data.get("epochs", args.epochs)):
-        sys.exit(f"{args.out} holds {data.get('epochs')} epochs with {data['settings']}, not this. Take another --out.")
+        sys.exit(
+            f"{args.out} holds {data.get('epochs')} epochs with {data['settings']}, not this. Choose another --out."
+        )
     if "epochs" not in data:
         data["epochs"] = args.epochs or epochs_that_fit(bench, wanted, 60 * args.minutes, started)
     print(f"{hardware}, torch {torch.__version__}: {data['epochs']} of the paper's {PAPER_EPOCHS} epochs", flush=True)

@@ -41,7 +41,7 @@ class ResNet50(nn.Module):
 class HandBranchedResNet18(nn.Module):
     """`ResNet18` with lists of its norms, the stem and the convolutions of layer1, an entry per task.
 
-    What one writes without recon. The entry of branched layer `<layer>.branches.task<i>` is `<layer>.<i>`.
+    What you would write without recon. The entry of branched layer `<layer>.branches.task<i>` is `<layer>.<i>`.
     """
 
     def __init__(self, tasks: int) -> None:

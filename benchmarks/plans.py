@@ -112,7 +112,9 @@ class Ledger:
         """The problem's entry. Trainings of other lengths are not mixed."""
         entry = self.data.setdefault(study.name, {"settings": study.settings(), "runs": {}, "seconds_per_step": {}})
         if entry["settings"] != study.settings():
-            sys.exit(f"{self.path} was measured with {entry['settings']}, not {study.settings()}. Take another --out.")
+            sys.exit(
+                f"{self.path} was measured with {entry['settings']}, not {study.settings()}. Choose another --out."
+            )
         return entry
 
     def save(self) -> None:
@@ -323,7 +325,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--budget", type=float, default=1.25, help="of the multiply-adds, a ratio")
     parser.add_argument("--controls", nargs="+", default=["k"], choices=("k", "parameters", "budget"))
-    parser.add_argument("--runs", type=int, help="at most so many trainings now")
+    parser.add_argument("--runs", type=int, help="run at most so many trainings now")
     parser.add_argument("--workers", type=int, default=min(2, os.cpu_count() or 1), help="trainings at a time")
     parser.add_argument("--rounds", type=int, default=15, help="of timing")
     for option in ("--epochs", "--profile-epochs", "--train-samples"):

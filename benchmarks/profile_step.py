@@ -173,7 +173,7 @@ def print_many_tasks(device: str, rounds: int) -> None:
 
     seconds = step_seconds(
         {
-            # As long as the other two, so that the machine's whims hit it as they do those.
+            # As long as the other two, so that changes of the machine's speed affect all three alike.
             "forward": repeated(forward, PLAIN),
             "forward and backward": repeated(forward_and_backward, PLAIN),
             "profiled": profiled,

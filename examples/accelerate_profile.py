@@ -6,8 +6,8 @@ Run it from the folder above, with `pip install accelerate`:
     python examples/accelerate_profile.py map.json bf16
     accelerate launch examples/accelerate_profile.py map.json
 
-`profiler.backward(losses)` takes the place of `accelerator.backward(sum(losses.values()))`, and the loop stays as it
-is: the model trains as it would, and a map of the conflicts falls out. The network is that of own_problem.py.
+`profiler.backward(losses)` replaces `accelerator.backward(sum(losses.values()))`, and the loop stays as it
+is: the model trains as it would, and you get a map of the conflicts. The network is that of own_problem.py.
 
 `accelerator.backward` does two things besides: it divides the loss by the number of batches that are accumulated, and
 with fp16 it scales it, so that small gradients do not vanish. Do the same to each task's loss (`scaled` below). The

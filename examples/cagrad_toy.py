@@ -107,7 +107,7 @@ def descend(methods: list[str], starts: Tensor, steps: int = STEPS, lr: float = 
     path = [toy.points.detach().clone()]
     moving: Sequence[int] = range(toy.points[..., 0].numel())
     for step in range(steps):
-        if step % _LOOK == 0 and step:  # a path that has arrived costs no more solving
+        if step % _LOOK == 0 and step:  # a path that has arrived needs no more solving
             moved = (path[-1] - path[-1 - _LOOK]).norm(dim=-1).flatten()
             moving = [i for i in moving if moved[i] > 1e-3]
         losses = toy().values()

@@ -3,7 +3,7 @@
     python examples/gradnorm_toy.py
 
 Task i is to learn `sigma_i tanh((B + eps_i) x)`: B is common to all tasks, eps_i is its own, and so is its scale
-sigma_i, which decides how loud the task is in the sum of the losses. What counts is the task-normalised test loss, the
+sigma_i, which decides the task's weight in the sum of the losses. What counts is the task-normalised test loss, the
 mean of `L_i(t) / L_i(0)`. The network has four layers of 100 ReLUs and a linear head for each task.
 """
 

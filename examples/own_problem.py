@@ -25,7 +25,7 @@ from recon import Metric, Problem, Task
 
 
 class DigitNet(nn.Module):
-    """Any module will do, as long as it returns one output for each task, under the task's name."""
+    """Any module works, as long as it returns one output for each task, under the task's name."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Train, compare and bench problems, with folders and records: what the command line runs."""
+"""Train problems, compare the runs, and run benches: what the command line does, for Python."""
 
 from __future__ import annotations
 

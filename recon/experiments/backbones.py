@@ -21,7 +21,7 @@ from recon.support.random_states import global_states_kept
 from recon.training.evaluation import eval_mode
 
 Shapes = dict[str, tuple[int, ...]]
-"""`{task name: shape of its output}`; of what is no tensor, `()`."""
+"""`{task name: shape of its output}`; `()` for an output that is not a tensor."""
 
 _KINDS = {
     "images": "takes images (N, C, H, W) and gives logits (N, classes)",
@@ -67,13 +67,13 @@ def _maker(name: str, problem: Problem) -> Callable[[], nn.Module]:
 class _UserBackbone:
     def __init__(self, name: str, problem: Problem) -> None:
         self.name, self.problem = name, problem
-        # What a user's own problem takes is the user's to say, and its data are not to be read for this.
+        # Only the user knows what their own problem accepts, and this is no reason to read its data.
         self.checked = problem.example_inputs is None
 
     def __call__(self) -> nn.Module:
         model = call_function(self.name)
         if not isinstance(model, nn.Module):
-            raise ProblemError(f"{self.name} must return a torch.nn.Module, but it gave {type(model).__name__}.")
+            raise ProblemError(f"{self.name} must return a torch.nn.Module, but it returned {type(model).__name__}.")
         if not self.checked:
             with global_states_kept():
                 self._check(model)
@@ -146,9 +146,9 @@ def _settings(backbone: Callable[..., nn.Module], inputs: Tensor) -> dict[str, A
 
 
 def _others(name: str, kind: str | None) -> str:
-    own = "a function of your own, path/to/file.py:function"
+    own = "your own function, path/to/file.py:function"
     known = [other for other in models.__all__ if kind and models.KINDS.get(other) == kind and other != name]
-    return f"For this problem there are {', '.join(known)}; or take {own}." if known else f"Take {own}."
+    return f"Choose {', '.join(known)}, or {own}." if known else f"Choose {own}."
 
 
 def _inputs_text(inputs: Any) -> str:

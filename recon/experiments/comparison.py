@@ -118,7 +118,7 @@ def _baselines(runs: Mapping[str, Sequence[Run]], notes: list[str]) -> Sequence[
     if not found:
         notes.append(
             "Δm needs a single-task run: train one with `recon train PROBLEM --single-task --out single`, then add it "
-            "to the runs or pass `--baseline single`."
+            "to the runs, or pass it as the baseline (`--baseline single`; in Python, baseline=run)."
         )
         return []
     name = next(iter(found))
@@ -128,7 +128,7 @@ def _baselines(runs: Mapping[str, Sequence[Run]], notes: list[str]) -> Sequence[
 
 
 def _deltas(runs: Sequence[Run], baselines: Sequence[Run], notes: list[str]) -> list[float]:
-    """Δm by seed; empty where it cannot be had, and then the notes say why."""
+    """Δm by seed; empty where it cannot be computed, and then the notes say why."""
     if not baselines:
         return []
     from recon.training import delta_m  # late: it imports torch
@@ -137,7 +137,7 @@ def _deltas(runs: Sequence[Run], baselines: Sequence[Run], notes: list[str]) -> 
     try:
         return [delta_m(r.results, b.results, r.higher_is_better) for r, b in zip(runs, alone, strict=True)]
     except UsageError as error:
-        note = f"Δm cannot be had: {error}"
+        note = f"Δm cannot be computed: {error}"
         notes += [] if note in notes else [note]
         return []
 
@@ -153,7 +153,7 @@ def _check(runs: Sequence[tuple[str, Run]]) -> None:
 
 def _how_to_finish(name: str, run: Run) -> str:
     train = f"recon train {run.problem if run.problem in problems.names() else 'PROBLEM'}"
-    again = f"Give the command that began it once more, with --resume: {train}"
+    again = f"Run the command that started it again, with --resume (in Python, resume=True): {train}"
     if run.is_single_task:
         return f"it was stopped. {again} --single-task --out {name} --resume."
     if run.history:
@@ -167,7 +167,7 @@ def _check_same(what: str, values: Sequence[tuple[str, str]]) -> None:
         if value != expected:
             raise UsageError(
                 f"Only runs of the same {what} can be compared, but {first} has {expected!r} and {name} has {value!r}. "
-                "Compare them apart."
+                "Compare them separately."
             )
 
 

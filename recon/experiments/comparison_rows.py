@@ -111,7 +111,7 @@ def spread(values: Sequence[float], digits: int | None = None, sign: bool = Fals
 
 
 def cells(row: RunRow, columns: Sequence[Column]) -> list[str]:
-    """What stands in the columns of the metrics, of Δm, of the parameters and of the multiply-adds."""
+    """The cells for the metrics, Δm, the parameters and the multiply-adds."""
     return [
         *(spread(row.mean_over(names)) for _, names in columns),
         spread(row.deltas, 2, sign=True),

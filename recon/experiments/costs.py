@@ -66,7 +66,7 @@ def _per_sample(costs: Costs, samples: int) -> Costs:
 
 
 class TrainingStep:
-    """One joint training step after the other, on a copy of the model and one batch: something to time."""
+    """Takes joint training steps on a copy of the model and one batch, to be timed."""
 
     def __init__(self, problem: Problem, model: nn.Module, batch: Batch) -> None:
         self.model = copy_model(model).train()

@@ -1,4 +1,4 @@
-"""Make seeded models, loaders and example inputs from a problem. Imports torch."""
+"""Makes seeded models, loaders and example inputs from a problem. Imports torch."""
 
 from __future__ import annotations
 
@@ -38,7 +38,9 @@ def make_model(problem: Problem, seed: int) -> nn.Module:
     seed_everything(seed)
     model = problem.make_model()
     if not isinstance(model, nn.Module):
-        raise ProblemError(f"make_model of {problem.name!r} must return a torch.nn.Module, but gave {_kind(model)}.")
+        raise ProblemError(
+            f"make_model of {problem.name!r} must return a torch.nn.Module, but returned {_kind(model)}."
+        )
     return model
 
 
@@ -69,7 +71,7 @@ def make_loaders(
             return train, test
         case other:
             raise ProblemError(
-                f"make_loaders of {problem.name!r} must return (train loader, test loader), but gave {_kind(other)}."
+                f"make_loaders of {problem.name!r} must return (train loader, test loader), not {_kind(other)}."
             )
 
 

@@ -47,7 +47,7 @@ def make_optimizer(problem: Problem, model: nn.Module, recipe: Recipe) -> Optimi
 def make_scheduler(
     problem: Problem, loader: Iterable[Batch], epochs: int, recipe: Recipe | None = None
 ) -> MakeScheduler | None:
-    """What makes the scheduler of an optimizer, stepped after every optimizer step; None where there is none.
+    """A function that makes the optimizer's scheduler, which is stepped after every optimizer step; None without one.
 
     Refused are settings that do not go together, and a warm-up that leaves no steps, or goes beyond a milestone.
     """
@@ -69,7 +69,7 @@ def make_scheduler(
 
 
 def depends_on_length(problem: Problem, recipe: Recipe) -> bool:
-    """Whether the learning rates are others if the training is longer."""
+    """Whether a longer training has different learning rates."""
     own = problem.make_scheduler is not None if recipe.schedule is None else recipe.schedule != "constant"
     return own or isinstance(recipe.warm_up, float)
 
@@ -87,7 +87,10 @@ def _warm_up_steps(recipe: Recipe, total: int) -> int:
     asked = recipe.warm_up or 0
     steps = asked if isinstance(asked, int) else max(1, round(asked * total))
     if steps >= total:
-        raise UsageError(f"A warm-up of {asked} takes all of the {total} steps. Choose fewer, or a part such as 0.05.")
+        raise UsageError(
+            f"A warm-up of {asked} would take all {total} steps of the training. Choose fewer steps, or a share of all "
+            "steps, such as 0.05."
+        )
     return steps
 
 
@@ -101,8 +104,8 @@ def _main_schedule(problem: Problem, recipe: Recipe, per_epoch: int, total: int,
         milestones = [epoch * per_epoch - rise for epoch in recipe.milestones]
         if milestones[0] <= 0:
             raise UsageError(
-                f"The warm-up takes {rise} steps, but the first of the milestones comes after {milestones[0] + rise}. "
-                "Warm up for fewer steps."
+                f"The warm-up takes {rise} steps, but the first milestone comes after {milestones[0] + rise} steps. "
+                "Warm up for fewer steps, or choose later milestones."
             )
         return partial(MultiStepLR, milestones=milestones, gamma=0.1 if recipe.gamma is None else recipe.gamma)
     factory = problem.make_scheduler
@@ -116,5 +119,5 @@ def _rising(optimizer: Optimizer, steps: int) -> LRScheduler:
 
 def _one_cycle(optimizer: Optimizer, total: int, rise: float) -> LRScheduler:
     peaks = [group["lr"] for group in optimizer.param_groups]
-    # The momentum stays what the user says it is.
+    # The momentum stays as the user set it.
     return OneCycleLR(optimizer, peaks, total, pct_start=rise, cycle_momentum=False)

@@ -14,7 +14,7 @@ SCHEDULES = ("constant", "step", "cosine", "one-cycle")
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a training goes; what is None is the problem's own.
+    """How a training goes; a setting that is None is the problem's own.
 
     Args:
         optimizer: one of `OPTIMIZERS`.
@@ -43,24 +43,28 @@ class Recipe:
     amp: Literal["bf16", "fp16"] | None = None
 
     def settings(self) -> dict[str, Any]:
-        """What a training's record keeps of it: plain values, by the options of `recon train`."""
+        """The settings as a training's record keeps them: plain values, by the options of `recon train`."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         values["milestones"] = list(self.milestones)
         return {f"--{name.replace('_', '-')}": value for name, value in values.items()}
 
     def check(self, epochs: int) -> None:
-        """See that the settings go together, in a training of so many epochs.
+        """Check that the settings fit together, in a training of so many epochs.
 
         Raises:
             UsageError: they do not.
         """
         steps = self.schedule == "step"
         if (self.milestones or self.gamma is not None) and not steps:
-            raise UsageError("milestones and gamma go with the schedule step.")
+            raise UsageError(
+                "milestones and gamma belong to the schedule step. Choose that schedule, or leave them out."
+            )
         if steps and not self.milestones:
-            raise UsageError("The schedule step needs milestones, such as 10 and 15.")
+            raise UsageError("The schedule step needs milestones, the epochs after which it steps, such as 10 and 15.")
         if any(later <= earlier for earlier, later in pairwise([0, *self.milestones, epochs])):
             listed = " ".join(map(str, self.milestones))
-            raise UsageError(f"The milestones {listed} must rise, and lie within the {epochs} epochs.")
+            raise UsageError(
+                f"The milestones are {listed}. They must increase, from above 0 to below the {epochs} epochs."
+            )
         if self.momentum is not None and self.optimizer in ("adam", "adamw"):
-            raise UsageError(f"momentum is of SGD, so it does not go with the optimizer {self.optimizer}.")
+            raise UsageError(f"momentum is a setting of sgd, not of {self.optimizer}. Choose sgd, or leave it out.")

@@ -53,19 +53,20 @@ def as_recorded(problem: Problem, record: Run | None, folder: Path) -> Problem:
     own = is_own(record.backbone)
     if problem.backbone and not (own and is_own(problem.backbone)):
         raise UsageError(
-            f"The backbone {problem.backbone} contradicts {folder}, whose model is {_network(record.backbone)}. Leave "
-            "the backbone out, or pass another folder."
+            f"The backbone {problem.backbone} does not fit {folder}, whose model is {_network(record.backbone)}. "
+            "Leave the backbone out, or pass another folder."
         )
-    if problem.backbone:  # the same file may lie elsewhere here; the weights show whether it fits
+    if problem.backbone:  # the file may lie elsewhere on this machine; the weights show whether it fits
         return problem
     if own:
         raise UsageError(
-            f"The model in {folder} is {shown(record.backbone)}: code that is not recon's, and that is not run because "
-            f"a file says so. If you trust it, name it yourself: {_backbone_option(record.backbone)}"
+            f"The model in {folder} was made by {shown(record.backbone)}, which is not part of recon. Recon does not "
+            "run code because a file names it. If you trust this code, name it yourself: "
+            f"{_backbone_option(record.backbone)} (in Python, with_backbone(problem, ...))."
         )
     if record.backbone not in models.__all__:
         raise CheckpointError(
-            f"{folder / RUN_FILE}: field 'backbone' is {shown(record.backbone)}, which is none of recon's networks. "
+            f"{folder / RUN_FILE}: field 'backbone' is {shown(record.backbone)}, but recon has no such network. "
             "Train again with `recon train`."
         )
     return with_backbone(problem, record.backbone)

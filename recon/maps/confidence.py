@@ -80,7 +80,7 @@ def intervals(series: Series, level: float = 0.9) -> Series:
     A layer without a conflict has no noise to resample: its interval is [0, 0].
     """
     if not 0 < level < 1:
-        raise UsageError(f"level is {level}, not a share between 0 and 1, such as 0.9.")
+        raise UsageError(f"level is {level}. Choose a share between 0 and 1, such as 0.9.")
     tail = (1 - level) / 2
     low_high = np.quantile(resample(series), [tail, 1 - tail], axis=0, method="nearest")
     return low_high.T.astype(np.int64)
@@ -89,8 +89,8 @@ def intervals(series: Series, level: float = 0.9) -> Series:
 def top_k_probability(series: Series, k: int) -> Floats:
     """(L,): how often each layer is among the k highest resampled scores. They add up to k.
 
-    Layers that tie at the cut share its places: `ConflictMap.ranking` breaks ties by model order, of which the data
-    say nothing, least of all among layers that never conflict.
+    Layers that tie at the cut share its places. (`ConflictMap.ranking` breaks ties by model order, about which the data
+    say nothing.)
     """
     _check(series, k)
     scores = resample(series)
@@ -126,7 +126,7 @@ def expected_overlap(series: Series, k: int, future: float | None = None, draws:
     bins, layers = series.shape
     future = bins if future is None else future
     if future < 0:
-        raise UsageError(f"future is {future} bins; it must not be negative.")
+        raise UsageError(f"future is {future} bins. It must not be negative.")
     if future == 0:
         return 1.0
     first, second = series[: bins // 2], series[bins // 2 :]
@@ -147,10 +147,12 @@ def _check(series: Series, k: int = 1, least: int = 2) -> None:
     counts = isinstance(series, np.ndarray) and series.ndim == 2 and series.dtype.kind in "iu" and (series >= 0).all()
     if not counts or series.shape[1] == 0:
         kind = f"{series.dtype} of shape {series.shape}" if isinstance(series, np.ndarray) else type(series).__name__
-        raise UsageError(f"series is {kind}; expected counts, not negative, of shape (bins of steps, layers).")
+        raise UsageError(f"series is {kind}. Pass non-negative counts of shape (bins of steps, layers).")
     if len(series) < least:
         raise UsageError(
             f"The series has {len(series)} bins of steps, but noise shows in {least} or more: profile more steps."
         )
     if not 1 <= k <= series.shape[1]:
-        raise UsageError(f"The top {k} of {series.shape[1]} shared layers were asked for: take 1 to {series.shape[1]}.")
+        raise UsageError(
+            f"k is {k}, but there are {series.shape[1]} shared layers. Choose between 1 and {series.shape[1]}."
+        )

@@ -28,7 +28,7 @@ class ConflictMap(ScoreTable):
         top_k: int | None = None,
         rename: Mapping[str, str] | None = None,
     ) -> MapComparison:
-        """How far another map ranks the layers like this one, over the layers that both have.
+        """How similarly another map ranks the layers, over the layers that both have.
 
         The two may differ in data, tasks, threshold, method or seed.
 
@@ -43,7 +43,7 @@ class ConflictMap(ScoreTable):
             UsageError: `top_k` is out of range, or a map has no scores at this threshold.
             UnknownNameError: a rename changes no name.
         """
-        from recon.maps.comparison import compare  # late: it imports scipy, which takes its time
+        from recon.maps.comparison import compare  # late: it imports scipy, which is slow
 
         return compare(self, other, threshold=threshold, top_k=top_k, rename=rename)
 
@@ -58,7 +58,7 @@ class ConflictMap(ScoreTable):
             names: what to call them in messages and in `made_by`; "map 1", "map 2"... when not given.
 
         Raises:
-            MapMismatchError: the maps do not fit together; the message says in what.
+            MapMismatchError: the maps do not fit together; the message says why.
             UsageError: fewer than two maps, or the same one twice.
         """
         return merge(maps, names)

@@ -86,7 +86,7 @@ def _values(counts: Counts | None) -> list[Any] | None:
 
 
 def _refuse_scores(document: Document) -> None:
-    """Refuse a file of the published code, and say what reads it."""
+    """Refuse a file of the published code, and name the command that reads it."""
     if document.values and all(type(document.values[key]) is int for key in document):
         document.wrong("format", "is missing: not a conflict map; `recon map import` reads the published code's scores")
 

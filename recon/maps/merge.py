@@ -26,8 +26,8 @@ def merge(maps: Sequence[Table], names: Sequence[str] = ()) -> Table:
     for (one, name), (other, other_name) in combinations(zip(maps, names, strict=True), 2):
         if _same_counts(one, other):
             raise UsageError(
-                f"{name} and {other_name} hold the very same counts, so one run would count twice. Merge maps of "
-                "different runs, as from `recon profile --seed`."
+                f"{name} and {other_name} hold exactly the same counts, so one run would count twice. Merge maps of "
+                "different runs, such as profiles with different seeds."
             )
     aligned = [first, *(_aligned(cmap, first) for cmap in maps[1:])]
     stage_steps = [cmap.stage_steps for cmap in maps]
@@ -43,14 +43,14 @@ def merge(maps: Sequence[Table], names: Sequence[str] = ()) -> Table:
 
 
 def _why_not(first: ScoreTable, cmap: ScoreTable) -> str:
-    """Why the counts of the two do not add up to anything; empty if they do."""
+    """Why the counts of the two cannot be added up; empty if they can."""
     if set(first.tasks) != set(cmap.tasks):
         tasks, others = (", ".join(of.tasks) or "unknown" for of in (cmap, first))
         return f"its tasks are {tasks}, the other's {others}. `recon map compare` takes maps of different tasks."
     if threshold_bin(first.threshold) != threshold_bin(cmap.threshold):
         return (
             f"its threshold is {cmap.threshold:g}, the other's {first.threshold:g}. The counts by task pair and "
-            "quarter are kept at a map's own S alone: profile both with the same --threshold."
+            "quarter are kept only at a map's own S. Profile both with the same threshold."
         )
     here, there = ({layer.name: layer for layer in of.layers} for of in (first, cmap))
     missing, extra = [name for name in here if name not in there], [name for name in there if name not in here]
@@ -69,7 +69,7 @@ def _why_not(first: ScoreTable, cmap: ScoreTable) -> str:
 
 def _same_counts(one: ScoreTable, other: ScoreTable) -> bool:
     others = {layer.name: layer for layer in other.layers}
-    if not any(one.scores().values()):  # nothing distinguishes two runs
+    if not any(one.scores().values()):  # without a conflict, equal counts do not mean the same run
         return one is other
     return one.scores() == other.scores() and all(
         np.array_equal(_or_empty(layer.histogram), _or_empty(others[layer.name].histogram)) for layer in one.layers
@@ -109,12 +109,12 @@ def _sum_layers(records: Sequence[LayerConflicts]) -> LayerConflicts:
 
 
 def _total(values: Sequence[Any]) -> Any:
-    """The sum, unknown as soon as one of them is."""
+    """The sum; unknown if one of them is."""
     return None if any(value is None for value in values) else sum(values[1:], values[0])
 
 
 def _made_by(maps: Sequence[ScoreTable], names: Sequence[str]) -> dict[str, Any]:
-    """What all the runs were made by, and for each what it alone was."""
+    """What the runs have in common in `made_by`, and what each has of its own."""
     first = maps[0].made_by
     common = {key: value for key, value in first.items() if all(cmap.made_by.get(key) == value for cmap in maps)}
     sources = [

@@ -11,13 +11,13 @@ from itertools import islice, takewhile
 from recon.errors import MapMismatchError, UnknownNameError, UsageError
 from recon.maps.score_table import Table
 
-_CANDIDATES = 20  # so many prefixes, the most frequent first, or names are tried out: comparing all takes seconds
+_CANDIDATES = 20  # try at most so many prefixes (the most frequent first) or names: comparing all takes seconds
 
 
 def renamed(cmap: Table, rename: Mapping[str, str] | None) -> Table:
     """The same map with other layer names, by `{old prefix: new prefix}` of whole path components.
 
-    An empty old prefix puts the new one before every name, an empty new one takes the old one away. Where several fit,
+    An empty old prefix puts the new one before every name, an empty new one removes the old one. Where several fit,
     the longest one counts, once.
     """
     if not rename:
@@ -73,7 +73,7 @@ def _suggested_rename(names: Sequence[str], known: Sequence[str]) -> tuple[str, 
 
 
 def _differing_prefixes(one: list[str], other: list[str]) -> tuple[str, str]:
-    """What is left of two paths without the components that both end with."""
+    """Two paths without the components that both end with."""
     same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(reversed(one), reversed(other), strict=False)))
     return ".".join(one[: len(one) - same]), ".".join(other[: len(other) - same])
 

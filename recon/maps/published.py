@@ -27,13 +27,13 @@ _COPY = re.compile(r"\.m_list\.\d+")  # where a layer of its networks keeps its 
 _WRAPPER = "feature_extractor."  # where its ResNet keeps the backbone
 _SAID_THRESHOLD = re.compile(r"[_-]S(-?\d+(?:\.\d+)?)\.json$")
 _REMEDY = "Give a {layer: score} file (.json) or a log of cosines (.pt) that the published code wrote."
-_NO_COSINE = 1e-3  # how far rounding may take a cosine out of [-1, 1]
+_NO_COSINE = 1e-3  # how far rounding may move a cosine out of [-1, 1]
 
 
 def read_published(path: str | Path, threshold: float, tasks: Sequence[str] = ()) -> ConflictMap:
     """A conflict map from a file of the published code, with its layer names brought to those of a plain network.
 
-    A `.json` file holds `{layer: S-conflict score}` at the one S that the code was run with; layers come by score, and
+    A `.json` file holds `{layer: S-conflict score}` at the S that the code was given; layers are ordered by score, and
     nothing else is known of them. A `.pt` file, `{"cos": {layer: [the cosines of one step's task pairs, ...]}}`, holds
     every cosine: what `recon profile` would have counted, but for shapes and layer types, is counted from it. Cosines
     that are NaN are left out; a zero gradient has cosine 0 there, which is no conflict.
@@ -61,7 +61,7 @@ def _from_scores(path: Path, threshold: float, tasks: Sequence[str]) -> Conflict
     if said and not math.isclose(float(said[1]), threshold, abs_tol=1e-6):
         raise UsageError(
             f"The name of {path} says that its scores were counted at S={said[1]}, not {threshold:g}. Give that "
-            "threshold; rename the file if it is wrong."
+            "threshold, or rename the file if its name is wrong."
         )
     scores = read_document(path, MapFileError, _REMEDY).values
     if not 0 < len(scores) <= MOST_LAYERS:
@@ -131,7 +131,7 @@ def _load(path: Path) -> Mapping[str, Sequence[Tensor]]:
     try:
         document = read_tensors(path)
     except FileNotFoundError:
-        raise MapFileError(f"{path}: there is no such file. Give the path of an existing one.") from None
+        raise MapFileError(f"{path}: there is no such file. Check the path.") from None
     except TensorFileError as error:
         raise _wrong(path, str(error)) from error
     log = document.get("cos") if isinstance(document, dict) else None
@@ -154,14 +154,14 @@ def _stack(path: Path, name: str, steps: Sequence[Tensor]) -> NDArray[Any]:
     cosines = torch.stack(list(steps))
     values = (cosines if cosines.dtype == torch.float64 else cosines.float()).numpy()
     if (np.abs(values[~np.isnan(values)]) > 1 + _NO_COSINE).any():
-        raise _wrong(path, f"the values of {name!r} are no cosines: some lie outside [-1, 1]")
+        raise _wrong(path, f"the values of {name!r} are not cosines: some lie outside [-1, 1]")
     return values
 
 
 def _check_tasks(path: Path, pairs: int, tasks: Sequence[str]) -> None:
     count = (1 + math.isqrt(1 + 8 * pairs)) // 2
     if count * (count - 1) // 2 != pairs:
-        raise _wrong(path, f"has {pairs} cosines a step, which is no number of pairs of tasks")
+        raise _wrong(path, f"has {pairs} cosines a step, but no number of tasks has {pairs} pairs")
     if tasks and len(tasks) != count:
         raise MapFileError(f"{path}: has the cosines of {count} tasks, but {len(tasks)} are named: {', '.join(tasks)}.")
 

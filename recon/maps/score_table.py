@@ -33,7 +33,7 @@ def threshold_bin(threshold: float) -> int:
 
 @dataclass
 class LayerConflicts:
-    """What was counted in one shared layer; what an imported file does not say is empty or None.
+    """What was counted in one shared layer; a field that an imported file does not give is empty or None.
 
     Args:
         name: the layer's name.
@@ -109,7 +109,7 @@ class ScoreTable:
         made = self.made_by
         return (
             f"The profile was interrupted in epoch {made.get('epoch')} of {made.get('epochs')}: its map holds what was "
-            "counted until then. Go on with --resume."
+            "counted until then. Go on with --resume (in Python, resume=True)."
         )
 
     def scores(self, threshold: float | None = None) -> dict[str, int]:
@@ -125,8 +125,8 @@ class ScoreTable:
             return int(layer.histogram[:below].sum())
         if below != threshold_bin(self.threshold) or layer.score is None:
             raise UsageError(
-                f"This map holds scores at S={self.threshold:g} alone, no cosines that could be scored at another "
-                "threshold. Leave the threshold out, or profile with recon to score at any."
+                f"This map holds only its scores at S={self.threshold:g}, not the cosines to score it at another "
+                "threshold. Leave the threshold out, or make a map with recon, which can be scored at any."
             )
         return layer.score
 
@@ -158,12 +158,13 @@ class ScoreTable:
     def series(self) -> Counts:
         """(B, layers): cosines below the map's own threshold by bin of `bin_steps` consecutive steps.
 
-        A map that was imported or merged, or is of one bin, does not know them.
+        Raises:
+            UsageError: the map does not hold them, because it is imported, merged or of one bin.
         """
         if not self.has_series:
             raise UsageError(
-                "This map does not know its scores over time, so it cannot say how sure they are: imported and "
-                "merged maps do not, nor does one of a single step. Profile with recon, for two steps or more."
+                "This map holds no scores over time, so nothing shows how sure its scores are: imported and "
+                "merged maps hold none, nor does the map of a single step. Profile with recon, for two steps or more."
             )
         return np.stack([layer.series for layer in self.layers if layer.series is not None], axis=1)
 

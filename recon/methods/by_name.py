@@ -18,7 +18,7 @@ _made: WeakKeyDictionary[nn.Module, dict[tuple[str, int], Method]] = WeakKeyDict
 def method_by_name(text: str, model: nn.Module, tasks: Sequence[str]) -> Method:
     """The method of this name that was made for the model, set up for these tasks at least.
 
-    One that remembers something is refused: nobody could save that, or give its parameters to an optimizer.
+    A method that keeps something is refused: nobody could save it, or give its parameters to an optimizer.
     """
     made = _made.setdefault(model, {})
     key = text, edition()
@@ -36,7 +36,7 @@ def method_by_name(text: str, model: nn.Module, tasks: Sequence[str]) -> Method:
 def _remembers(text: str) -> str:
     make = f"recon.methods.{'parse' if ':' in text else 'get'}({text!r})"
     return (
-        f"Method {text!r} may keep something from step to step, which its name alone does not hold. Make it once, "
+        f"Method {text!r} may keep something from step to step, so its name alone is not enough. Make it once, "
         f"before the loop, and pass it: method = {make}. (A class of your own that keeps nothing says so: "
         "memoryless = True.)"
     )

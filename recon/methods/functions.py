@@ -85,8 +85,8 @@ def method_class(function: Callable[..., Tensor]) -> type[Method]:
     first = parameters[0].name if parameters else ""
     if first not in _FAMILIES:
         raise UsageError(
-            "A function that is a method has J (the task gradients), gramian (their inner products) or losses as its "
-            f"first parameter, by this name; {function.__name__}{signature} has not."
+            "A method's function needs J (the task gradients), gramian (their inner products) or losses as its "
+            f"first parameter, by this name, but {function.__name__}{signature} has none of them."
         )
     content = {
         "function": staticmethod(function),

@@ -57,7 +57,7 @@ def register(name: str, *, title: str = "", paper: str = "", scale: str = "") ->
     What a function can be: see `functions.method_class`.
 
     The options are the parameters of the class's `__init__`, or those of the function after the first; each needs a
-    default. A definition that is executed again, in a notebook say, takes the place of its earlier self. A class that
+    default. A definition that is executed again, for example in a notebook, replaces the earlier one. A class that
     keeps nothing from step to step says so (`memoryless = True`), and may be given to `recon.backward` by its name.
 
     Args:

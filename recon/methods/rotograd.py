@@ -64,7 +64,7 @@ class RotoGrad(FeatureMethod):
         super().__init__()
         if size < 0 or not 0 <= lr < math.inf or not 0 < decay <= 1:
             raise UsageError(
-                "RotoGrad takes a size and an lr of at least 0 and a decay in (0, 1], but got "
+                "RotoGrad needs a size and an lr of at least 0 and a decay in (0, 1], but got "
                 f"size={size}, lr={lr}, decay={decay}."
             )
         self.layer, self.size, self.lr, self.decay = layer, size, lr, decay
@@ -153,7 +153,7 @@ class RotoGrad(FeatureMethod):
                 raise UnknownNameError("task", task, self.tasks)
         if not rotations.features:
             raise UsageError(
-                "There is no forward pass with gradients since the method was attached, or the features need none: "
+                "No forward pass has computed gradients since the method was attached, or the features need none: "
                 f"everything up to the layer {rotations.layer!r} is frozen. Run the model before each backward, and "
                 "train some of what the tasks share."
             )
@@ -178,7 +178,7 @@ class RotoGrad(FeatureMethod):
                 # Σ ⟨Rᵀ g, v⟩ over the samples is the inner product of R with Σ g vᵀ.
                 (-(R * (g.T @ v)).sum()).backward()
         optimizer.step()
-        optimizer.zero_grad()  # other code that looks at the model's gradients finds none there
+        optimizer.zero_grad()  # nothing else that reads the model's gradients must find any there
         for group in optimizer.param_groups:
             group["lr"] *= self.decay
 

@@ -31,13 +31,13 @@ def wrap(method: Any) -> Method:
     gradients that are not finite are refused by name; random numbers come from a stream of the object's own, so that
     the ranks of a distributed training agree; and its state is part of the `state_dict`, as far as it is made of
     parameters, tensors and plain values, which the Adam inside TorchJD's FAMO is not. An object that keeps a state by
-    row knows nothing of tasks: where one is absent, it starts anew or raises, as it says in its documentation.
+    row knows nothing of tasks: where one is absent, it starts over or raises, as its documentation says.
 
     Args:
         method: a `Method`, or a TorchJD `Aggregator`, `Weighting` (on Gramians or Jacobians) or `Scalarizer`.
 
     Raises:
-        UsageError: it is none of these.
+        UsageError: it is something else.
     """
     if isinstance(method, Method):
         return method

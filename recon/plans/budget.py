@@ -33,7 +33,7 @@ class Budget:
         for name, limit in self._limits.items():
             if not limit >= 1:
                 raise PlanError(
-                    f"{name} is {limit:g}, a ratio to the unbranched model, which costs 1 itself. Take more than 1, "
+                    f"{name} is {limit:g}, a ratio to the unbranched model, which itself costs 1. Give more than 1, "
                     "such as 1.05."
                 )
 
@@ -59,9 +59,9 @@ class Chooser:
     """Chooses layers of one model under any budget.
 
     An operation runs once per group as soon as a value that reaches it has fanned out, so whatever lies below a fan is
-    branched at no further multiply-adds. Of partitions that nest, the finest that reaches an operation decides how
+    branched at no further multiply-adds. Where partitions nest, the finest one that reaches an operation decides how
     often it runs: its cost is the largest that any of the branched layers would cause alone. So the multiply-adds of a
-    plan are a sum over steps, each a set of layers of which the first one pays and the others get it for nothing; the
+    plan are a sum over steps, each a set of layers of which the first one pays and the others are free; the
     parameters are a sum over layers. With x_l = 1 for a branched layer and r_s = 1 for a step that is paid, the most
     conflict within a budget is the mixed-integer program
 
@@ -144,7 +144,7 @@ class Chooser:
         cheapest = min(alone, key=lambda name: budget.overrun(alone[name]))
         parameters, macs = _up(alone[cheapest].parameters_ratio), _up(alone[cheapest].macs_ratio)
         raise PlanError(
-            f"No layer fits {budget}. The cheapest, {cheapest!r}, would take {parameters}x the parameters and "
+            f"No layer fits {budget}. The cheapest, {cheapest!r}, would need {parameters}x the parameters and "
             f"{macs}x the multiply-adds."
         )
 
@@ -243,5 +243,5 @@ def _steps(added: NDArray[np.int64]) -> dict[tuple[int, ...], int]:
 
 
 def _up(ratio: float) -> str:
-    """Rounded up, so that it would do as a budget."""
+    """Rounded up, so that it is large enough as a budget."""
     return f"{np.ceil(ratio * 1e4) / 1e4:g}"

@@ -63,12 +63,12 @@ def _for_all_layers(cmap: ConflictMap, tasks: Sequence[str], groups: Groups) -> 
             raise PlanError(f"groups is {groups!r}. Choose 'per-task', 'conflict', a number, or a list of groups.")
         case int():
             if not 2 <= groups <= len(tasks):
-                raise PlanError(f"groups is {groups}, but {len(tasks)} tasks make 2 to {len(tasks)} groups.")
+                raise PlanError(f"groups is {groups}, but {len(tasks)} tasks can form 2 to {len(tasks)} groups.")
             one_each = groups == len(tasks)
             return Partition.per_task(tasks) if one_each else fewest_conflicts(conflict_graph(cmap, tasks), groups)
     partition = Partition.of_groups(groups, tasks)
     if len(partition.groups) < 2:
-        raise PlanError(f"Groups {list(groups)} are one group, which branches nothing. Make two or more.")
+        raise PlanError(f"groups is {list(groups)}: a single group branches nothing. Give two or more.")
     return partition
 
 
@@ -102,8 +102,8 @@ def by_conflict(cmap: ConflictMap, tasks: Sequence[str]) -> dict[str, Partition]
 
     With tau the mean conflict rate of all layers and pairs, a pair of tasks that shares a layer costs its conflicts
     there and saves the tau that is usual; a layer gets the cut with the least sum over the pairs that share it, which
-    is correlation clustering (Bansal, Blum and Chawla, Machine Learning 2004) along the hierarchy. In two groups at
-    least: a branched layer is split.
+    is correlation clustering (Bansal, Blum and Chawla, Machine Learning 2004) along the hierarchy. At least two groups:
+    a branched layer is split.
     """
     cuts = hierarchy(conflict_graph(cmap, tasks))[1:]
     conflicts, observed = _by_pair(cmap, tasks)
@@ -114,7 +114,7 @@ def by_conflict(cmap: ConflictMap, tasks: Sequence[str]) -> dict[str, Partition]
 
 
 def separated(cmap: ConflictMap, split: Mapping[str, Partition], threshold: float | None = None) -> dict[str, int]:
-    """`{layer: conflicts that branching it would part}`: its score, of which the groups' inner conflicts are left out.
+    """`{layer: conflicts that branching it would part}`: its score without the conflicts within the groups.
 
     Conflicts by pair are known at the map's own threshold; at another one, a layer's score is parted in the same
     proportion. Where the map does not know the pairs of these tasks, nothing is left out.
@@ -138,10 +138,10 @@ def _by_pair(cmap: ConflictMap, tasks: Sequence[str]) -> tuple[Matrix, Matrix]:
     """(layers, T, T) conflicts and gradient pairs seen, each symmetric."""
     unknown = [task for task in tasks if task not in cmap.tasks]
     if unknown or any(layer.conflicts is None or layer.observed is None for layer in cmap.layers):
-        what = f"knows nothing of the tasks {unknown}" if unknown else "does not have the conflicts of each pair"
+        what = f"has no counts for the tasks {unknown}" if unknown else "does not hold the conflicts of each pair"
         raise PlanError(
             f"Tasks are grouped by how often each pair of them conflicted, but the map {what}. Profile with recon, "
-            "take groups='per-task', or name the groups yourself."
+            "use groups='per-task', or list the groups yourself."
         )
     number = {task: i for i, task in enumerate(tasks)}
     pairs = [(i, number[a], number[b]) for i, (a, b) in enumerate(cmap.pairs) if a in number and b in number]

@@ -21,7 +21,7 @@ class Match:
         cmap: the map of the layers that are in the model, under the model's names and in its order.
         missing: the map's layers, after renaming, that are not in the model.
         changed: the layers in `cmap` whose parameters have other shapes in the model, such as a stem with more input
-            channels. They count all the same. A map without shapes, as an imported one, has none of them.
+            channels. They are ranked nevertheless. A map without shapes, such as an imported one, has none of them.
         hint: what to try for the missing layers; may be empty.
     """
 
@@ -36,7 +36,7 @@ class Match:
         return tuple(layer.name for layer in self.cmap.layers)
 
     def warnings(self) -> list[str]:
-        """What a user should know before trusting the map, a sentence or two each."""
+        """Warnings to read before trusting the map, a sentence or two each."""
         total = len(self.matched) + len(self.missing)
         lines = [self.cmap.unfinished] if self.cmap.unfinished else []
         if self.missing:
@@ -76,7 +76,7 @@ def match(cmap: ConflictMap, model: nn.Module, rename: Mapping[str, str] | None 
         if name in found:
             raise MapMismatchError(
                 f"Two of the map's layers, one of them {scored.name!r}, are the same layer of this model, {name!r}, "
-                "reached by two paths. Take a map made on this model: `recon profile` makes one."
+                "reached by two paths. Use a map made on this model: profile it."
             )
         found[name] = scored
     names = [scored.name for scored in cmap.layers]

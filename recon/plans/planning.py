@@ -180,8 +180,8 @@ def _names(
     if selection.auto:
         if threshold not in (None, cmap.threshold):
             raise PlanError(
-                f"auto=True resamples the conflicts at the map's own S={cmap.threshold:g}, the only ones that it "
-                "knows over time. Leave the threshold out."
+                f"auto=True resamples the conflicts at the map's own S={cmap.threshold:g}, the only ones that the map "
+                "holds over time. Leave the threshold out."
             )
         return sure_layers(cmap)
     if selection.share is not None:
@@ -217,7 +217,7 @@ def _at_parameters_of(
     if not chosen:
         raise PlanError(
             f"The plan in like=... adds {limit:,} parameters, and {order[0]!r}, the first in line, alone adds "
-            f"{added(split, order[:1]):,}. Choose by another select, or by top_k."
+            f"{added(split, order[:1]):,}. Use another select, or top_k."
         )
     return chosen
 
@@ -227,8 +227,8 @@ def _with_unscored(names: Sequence[str], split: Mapping[str, Partition], groups:
     unscored = [name for name in names if name not in split]
     if unscored and groups == "conflict":
         raise PlanError(
-            f"groups='conflict' looks into the map, which has no layer {unscored[0]!r}. Choose among its shared "
-            "layers, or take other groups."
+            f"groups='conflict' needs the map's counts, but it has no layer {unscored[0]!r}. Choose among its shared "
+            "layers, or use other groups."
         )
     return {**split, **dict.fromkeys(unscored, next(iter(split.values())))}
 

@@ -59,12 +59,16 @@ class Selection:
                 f"like=... or layers=[...]. Given: {' and '.join(given) or 'none'}."
             )
         if self.select != "top" and given and given[0] in ("share", "auto", "layers"):
-            raise PlanError(f"select={self.select!r} is for top_k, max_params, max_macs and like, not for {given[0]}.")
+            raise PlanError(
+                f"select={self.select!r} works with top_k, max_params, max_macs and like, not with {given[0]}."
+            )
         if self.select == "top" and self.like is not None:
-            raise PlanError("like=... is for a control at that plan's parameters: choose select='random' or another.")
+            raise PlanError(
+                "like=... makes a control with as many parameters as that plan. Choose them by select='random', say."
+            )
         if self.share is not None and not 0 < self.share <= 1:
             raise PlanError(
-                f"share is {self.share:g}. Take a share of all conflict above 0 and at most 1, such as 0.5."
+                f"share is {self.share:g}. Give a share of all conflict, above 0 and at most 1, such as 0.5."
             )
 
     def _given(self) -> list[str]:
@@ -106,7 +110,9 @@ class Selection:
             kinds = {layer.name: layer.kind.lower() for layer in find_layers(model)}
             norms = [name for name in ranking if "norm" in kinds[name]]
             if not norms:
-                raise PlanError("select='norms': none of the shared layers is a norm, by the name of its class.")
+                raise PlanError(
+                    "select='norms' finds no norm among the shared layers, going by the names of their classes."
+                )
             return norms
         return {"top": ranking, "first": shared, "last": shared[::-1]}[self.select]
 
@@ -138,7 +144,9 @@ def holding_share(cmap: ConflictMap, share: float, threshold: float | None = Non
     scores = cmap.scores(threshold)
     total, held, chosen = sum(scores.values()), 0, []
     if not total:
-        raise PlanError("No layer of the map has a conflict, so none holds a share of it. Score at a higher threshold.")
+        raise PlanError(
+            "No layer of the map has a conflict, so none has a share of it. Score the map at a higher threshold."
+        )
     for name in cmap.ranking(threshold):
         chosen.append(name)
         held += scores[name]
@@ -175,7 +183,9 @@ def names_matching(pattern: str, names: Sequence[str]) -> list[str]:
     try:
         found = [name for name in names if re.fullmatch(pattern, name)]
     except re.error as error:
-        raise PlanError(f"layers={pattern!r} is no regular expression: {error}. Or pass a list of names.") from error
+        raise PlanError(
+            f"layers={pattern!r} is not a regular expression: {error}. Correct it, or pass a list of names."
+        ) from error
     if not found:
         hint = "A pattern must match the whole name of a shared layer, as in '.*bn1'."
         raise UnknownNameError("shared layer", pattern, names, hint)

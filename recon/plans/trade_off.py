@@ -100,7 +100,7 @@ def frontier(
     for limit, budget in ((limit, budget) for limit in dearest for budget in budgets if budget < dearest[limit]):
         try:
             more.append((f"{limit}={budget:g}", choice(**{limit: budget})))
-        except PlanError:  # no layer fits; whatever else is wrong, the plans by K have run into
+        except PlanError:  # no layer fits; any other error would have come up with the plans by K
             continue
     for selector, made in more + ([("chosen", chosen)] if chosen else []):
         if all(p.layers != made.plan.layers for p in points):

@@ -25,7 +25,7 @@ def counted_map(
     if not shared:
         raise UsageError(
             f"No layer is shared: in none of {tally.steps} steps did the losses of two tasks depend on the same "
-            "trainable layer. A batch needs the targets of two tasks or more, and the tasks a common backbone."
+            "trainable layer. Give each batch the targets of two or more tasks, and the tasks a common backbone."
         )
     histogram = tally.histogram.numpy()
     conflicts, observed, stage_steps = tally.by_stage(len(tasks))

@@ -45,7 +45,7 @@ class Profiler:
         model: the model that trains; any layer may be shared, frozen ones take no part. It may be wrapped in
             DistributedDataParallel or compiled: the layers are named as in the model itself. Of a list of modules they
             begin with the module's number (`torch.nn.ModuleDict` gives names).
-        threshold: S in (-1, 0], a multiple of 0.01. The scores at other thresholds can be had later all the same;
+        threshold: S in (-1, 0], a multiple of 0.01. The map can be scored at other thresholds later;
             counts by task pair and stage of training are kept at this one.
         tasks: fixes the order of the tasks in the map; found as they come when not given.
         every: profile the first and then each n-th step, and train plainly in between.
@@ -58,7 +58,7 @@ class Profiler:
 
     Raises:
         UsageError: the threshold is off the grid, `every` is below 1, `until_stable` no share, `top_k` above the number
-            of layers, no such memory, or a model that is none or is sharded over processes.
+            of layers, no such memory, or `model` is not a module or is sharded over processes.
     """
 
     def __init__(
@@ -84,10 +84,10 @@ class Profiler:
         self.memory = memory
         self.layers = find_layers(unwrapped(model))
         if top_k is not None and top_k > len(self.layers):
-            raise UsageError(f"top_k is {top_k}, but the model has {len(self.layers)} layers. Take fewer.")
+            raise UsageError(f"top_k is {top_k}, but the model has {len(self.layers)} layers. Choose fewer.")
         # In layer order, so that each layer is one block of columns in the Jacobian.
         self.parameters = [p for layer in self.layers for p in layer.parameters.values()]
-        self.buffers = list(model.buffers())  # to find them anew takes longer than to look at them
+        self.buffers = list(model.buffers())  # finding them again takes longer than looking at them
         self.workspace = Workspace()
         self._layer_of: dict[Tensor, int] = {
             p: i for i, layer in enumerate(self.layers) for p in layer.parameters.values()
@@ -187,7 +187,7 @@ class Profiler:
             UsageError: the profiler was made without `until_stable`, or `top_k` is above the number of shared layers.
         """
         if self._stable is None:
-            raise UsageError("is_stable() needs to know when: make the profiler with until_stable=0.9, say.")
+            raise UsageError("is_stable() needs a goal: make the profiler with until_stable, such as until_stable=0.9.")
         if self._tally is None or not self._stable.due(self.steps):
             return False
         counts, bin_steps = self._tally.series()
@@ -226,16 +226,16 @@ class Profiler:
         """Go on recording from what `state_dict` gave.
 
         Raises:
-            CheckpointError: it was another profiler's.
+            CheckpointError: the state is of a profiler with other settings.
         """
         mine: dict[str, Any] = {"threshold": self.threshold, "every": self.every, "memory": self.memory}
         mine["layers"] = [layer.name for layer in self.layers]
         for name, value in mine.items():
             if name not in state:
-                raise CheckpointError(f"This is no saved state of a profiler: it has no {name}.")
+                raise CheckpointError(f"This is not the saved state of a profiler: it has no {name}.")
             if state[name] != value:
                 raise CheckpointError(
-                    f"The saved profile has other {name}: {state[name]}, not {value}. Profile with the settings of "
+                    f"The saved profile has a different {name}: {state[name]}, not {value}. Use the settings of "
                     "the interrupted run, or start over."
                 )
         self._calls = state["calls"]

@@ -25,9 +25,9 @@ class StableRanking:
 
     def __post_init__(self) -> None:
         if not 0 < self.overlap <= 1:
-            raise UsageError(f"The overlap to wait for is {self.overlap}; take a share in (0, 1], such as 0.9.")
+            raise UsageError(f"The overlap to wait for is {self.overlap}. Give a share in (0, 1], such as 0.9.")
         if self.top_k is not None and self.top_k < 1:
-            raise UsageError(f"top_k is {self.top_k}; take at least 1 layer.")
+            raise UsageError(f"top_k is {self.top_k}. Give at least 1 layer.")
 
     def __str__(self) -> str:
         top = "The top quarter of the layers" if self.top_k is None else f"The top {self.top_k} layers"

@@ -69,7 +69,7 @@ def profile(
         until_stable: stop when the top layers are expected to overlap by this share with those of all the epochs.
         top_k: of how many layers; a quarter of the shared ones when not given.
         memory: `exact`, or `sketch` for large models and many tasks, see `Profiler`.
-        made_by: what else the map's file should say of how it was made.
+        made_by: what else to note in the map's file about how it was made.
         on_epoch: called with the epoch's record after each epoch.
         progress: show a progress bar on stderr.
         checkpoint: a file that keeps the training and the counts; see `recon.train` for it, `resume`,
@@ -117,7 +117,7 @@ def profile(
             return
         try:
             cmap = map_of(history, finished=False, epoch=history.epochs[-1].number)
-        except (UsageError, GradientError):  # no step was profiled yet, or none that is of use
+        except (UsageError, GradientError):  # no step was profiled yet, or none that counts
             return
         on_checkpoint(cmap)
 

@@ -21,20 +21,20 @@ from recon.support.user_code import user_line
 logger = logging.getLogger(__name__)
 
 _END = object()
-_LOOKED_AT = 64  # numbers of each tensor of a batch, to recognise it by
+_LOOKED_AT = 64  # numbers of each tensor of a batch, to recognise the batch by
 
 
 class BatchStream:
     """One epoch of a loader after the other.
 
-    The order of an epoch's batches hangs on the random states at its beginning. To get to a place within it, those
+    The order of an epoch's batches depends on the random states at its beginning. To get to a place within it, those
     are put back, and the batches up to there are drawn again. A loader of your own with `state_dict` and
     `load_state_dict` says and finds its place itself. `remembers` says whether `state_dict` will be asked for, so that
     the random states have to be remembered.
 
     Attributes:
         drawn: how many of the epoch's batches are done.
-        settled: whether `state_dict` can be asked for: a loader that reports its own position cannot while it draws.
+        settled: whether `state_dict` can be asked for: a loader that reports its own place cannot do so while it draws.
     """
 
     def __init__(self, loader: Iterable[Batch], remembers: bool) -> None:
@@ -123,7 +123,7 @@ class BatchStream:
     def _draw_again(self, iterator: Iterator[Batch], epoch: int) -> None:
         batch: Any = None
         for number in range(self.drawn):
-            if number == self.drawn - 1 > 0:  # the last one comes out as it did, random transforms and all
+            if number == self.drawn - 1 > 0:  # the last one is the same as before, random transforms included
                 set_global_states(self._random_before)
             batch = _next(iterator, number, epoch)
             if batch is _END:
@@ -135,8 +135,8 @@ class BatchStream:
         if mark != self._mark and 0 not in (mark, self._mark):
             logger.warning(
                 "The loader does not repeat its batches: batch %d of epoch %d is not the one that was trained on, so "
-                "the result will differ from an uninterrupted training's. Its chance must come from the global random "
-                "states or from generators in the loader, its samplers or its data set; or give it state_dict() and "
+                "the result will differ from an uninterrupted training's. Draw its random numbers from the global "
+                "random states, or from generators in the loader, its samplers or data; or give it state_dict() and "
                 "load_state_dict().",
                 self.drawn,
                 epoch,
@@ -203,12 +203,12 @@ def _loader_error(error: Exception, number: int, epoch: int) -> LoaderError:
     what = f"{type(error).__name__}: {lines[0]}" if len(lines) == 1 else lines[-1]
     return LoaderError(
         f"Your code raised {what}{user_line(error)}, asked by the data loader for batch {number + 1} of epoch "
-        f"{epoch}. Mend it, or leave that sample out."
+        f"{epoch}. Fix it, or skip that sample."
     )
 
 
 def _mark_of(batch: Batch) -> int:
-    """What a batch is recognised by: a check sum of a few numbers of each of its tensors on the CPU, 0 without any."""
+    """A checksum of a few numbers of each of the batch's tensors on the CPU; 0 without any."""
     total = 0
     for leaf in tree_leaves(batch):
         if isinstance(leaf, Tensor) and leaf.device.type == "cpu" and leaf.layout == torch.strided and leaf.numel():

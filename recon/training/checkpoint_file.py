@@ -64,12 +64,12 @@ def _write(path: Path, content: Mapping[str, Any]) -> None:
     try:
         with path.open("wb") as file:
             torch.save(content, file)
-        # What torch.save takes and a safe torch.load refuses must not come to light at the resume.
+        # Find out now, not at the resume, that a safe torch.load refuses what torch.save accepted.
         torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (pickle.PickleError, AttributeError, TypeError) as error:
         raise CheckpointError(
             "This training cannot be kept in a checkpoint: the state_dict of the model, the optimizer, the scheduler, "
-            "the method or the loader, or the settings, hold something else than tensors, numbers, texts, lists and "
+            "the method or the loader, or the settings, hold something other than tensors, numbers, strings, lists and "
             f"dicts ({_first_sentence(error)})."
         ) from error
     except RuntimeError as error:  # torch's writer stumbles over the place in the file that it could not write

@@ -46,7 +46,7 @@ class Checkpoints:
         on_save: Callable[[History], None] | None,
     ) -> None:
         if not seconds >= 0:
-            raise UsageError(f"checkpoint_seconds is {seconds}; give a number of at least 0.")
+            raise UsageError(f"checkpoint_seconds is {seconds}. Give a number of at least 0.")
         if path is not None and world_size() > 1:
             raise UsageError("A checkpoint keeps the training of one process, but several train together here.")
         self.run = run
@@ -77,7 +77,7 @@ class Checkpoints:
         begun = self.run.epoch - (self.run.stream.drawn == 0)
         if begun > epochs:
             raise CheckpointError(
-                f"{self.path} is in epoch {begun} already, but epochs is {epochs}. Ask for {begun} or more, or delete "
+                f"{self.path} is already in epoch {begun}, but epochs is {epochs}. Ask for {begun} or more, or delete "
                 "the file to start over."
             )
         self._saved = self.run.position
@@ -85,7 +85,7 @@ class Checkpoints:
 
     @contextmanager
     def kept(self) -> Iterator[None]:
-        """Whatever ends the training in here, the last complete step is saved, if that can be done."""
+        """Inside, save the last complete step if that is possible, whatever ends the training."""
         if self.path is None:
             yield
             return
@@ -117,7 +117,7 @@ class Checkpoints:
         if not all(parameter.isfinite().all() for parameter in self.run.model.parameters()):
             return  # the next step will find out; the last good checkpoint stays
         with self._interrupts.held(), self.run.meter.paused():
-            # What cannot be written now cannot be written again on the way out.
+            # If it cannot be written now, do not try again on the way out.
             self._saved = self.run.position
             write_training(self.path, {"belongs_to": self._belongs_to, **self.run.state_dict()})
             if self.on_save is not None:
@@ -147,8 +147,8 @@ class Interrupts:
     """While installed, Ctrl-C raises its KeyboardInterrupt only where no step is under way.
 
     In the middle of a step some of the weights or statistics are new and some are old: there is nothing to save.
-    A second Ctrl-C does not wait. A handler that the caller has set for the signal stays, and Python lets only
-    the main thread handle it at all.
+    A second Ctrl-C does not wait. A handler that the user installed stays in place, and Python lets
+    only the main thread handle signals at all.
     """
 
     def __init__(self) -> None:
@@ -196,20 +196,20 @@ def refuse_existing(path: Path) -> None:
     """A checkpoint that an interrupted training left is not overwritten by another one."""
     if path.exists():
         raise UsageError(
-            f"{path} is there already: a training was interrupted, and can go on from it with --resume (in Python, "
+            f"{path} exists already: an interrupted training left it, and can go on from it with --resume (in Python, "
             "resume=True). To start over, delete the file."
         )
 
 
 def progress(run: TrainingRun) -> str:
-    """How far a training got, for people."""
+    """How far a training got, for messages."""
     if run.stream.drawn:
         return f"in epoch {run.epoch}, after {run.stream.drawn} of its batches"
     return f"after epoch {run.epoch - 1}"
 
 
 def belongs_to(run: TrainingRun, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """What distinguishes one training from another, by the name that errors use for it."""
+    """The settings that a resumed training must share, by the names that error messages use."""
     return {
         **settings,
         "tasks": list(run.method.tasks),

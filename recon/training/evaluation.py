@@ -88,8 +88,8 @@ def evaluate(
     spoilt = [task for task, metrics in results.items() if math.isnan(metrics.get(LOSS, 0.0)) and LOSS in states[task]]
     if spoilt:
         logger.warning(
-            "The mean loss of %s is NaN: one batch is enough for that, one without any label say (0 / 0). Leave the "
-            "target out of such a batch, or let it be None.",
+            "The mean loss of %s is NaN. A single batch can do that, such as one without any label (0 / 0). Leave the "
+            "target out of such a batch, or make it None.",
             spoilt,
         )
     return results
@@ -162,7 +162,7 @@ def _number(state: MetricState, task: str, metric: str) -> float:
     if value.numel() != 1:
         raise ProblemError(
             f"Metric {metric!r} of task {task!r} must be one number, but has shape {tuple(value.shape)}. "
-            "Let it average, for example with average='macro'."
+            "Make it average, for example with average='macro'."
         )
     return value.item()
 

@@ -156,13 +156,13 @@ class EpochMeter:
         never = [task for task in tasks if task not in counts]
         if never and not counts and self.number > 1:
             raise ProblemError(
-                f"The loader gave no batch in epoch {self.number}. What can be gone through once only, a generator "
-                "say, serves one epoch: pass a DataLoader or a list."
+                f"The loader gave no batch in epoch {self.number}. A loader that can be used only once, such as a "
+                "generator, lasts one epoch: pass a DataLoader or a list."
             )
         if never:
             raise ProblemError(
                 f"No batch of epoch {self.number} had a target for {never}. The loader yields (inputs, {{task name: "
-                "target}); check the names, and that it is not empty."
+                "target}): check the names, and that it is not empty."
             )
         self._warn_of_nothing(others[0])
         return self._record(counts, *others)

@@ -17,14 +17,14 @@ from recon.support.network.hooks import hooked
 from recon.support.processes import gather
 
 _FIRST = 2.0**16
-_GOOD_STEPS = 2000  # before a larger scale is tried
+_GOOD_STEPS = 2000  # steps before a larger scale is tried
 
 
 class LossScale:
     """What all losses of a step are multiplied by for the way back through the model, and divided by at its parameters.
 
     Dynamic loss scaling (Micikevicius et al., "Mixed Precision Training", ICLR 2018, section 3.2), with the numbers of
-    `torch.amp.GradScaler`. That one divides `.grad`, when a method has made it already; but many a method reads more
+    `torch.amp.GradScaler`. GradScaler divides `.grad`, after the method has made it; but many methods read more
     from a task's gradient than its direction, so here each is divided as it arrives. The losses keep their values.
     """
 

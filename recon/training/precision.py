@@ -31,10 +31,10 @@ class Precision:
 
     def __init__(self, amp: Amp | None, device: torch.device) -> None:
         if amp is not None and amp not in get_args(Amp):
-            raise UsageError(f"amp is {amp!r}. It is 'bf16', 'fp16' or None.")
+            raise UsageError(f"amp is {amp!r}. Choose 'bf16', 'fp16' or None.")
         if amp == "fp16" and device.type == "cpu":
             raise UsageError(
-                "amp='fp16' needs a GPU: on a CPU, float16 is slower than float32. Take amp='bf16', or leave it out."
+                "amp='fp16' needs a GPU: on a CPU, float16 is slower than float32. Use amp='bf16', or leave it out."
             )
         self.device = device
         self.dtype = None if amp is None else _DTYPES[amp]

@@ -21,7 +21,7 @@ from recon.training.history import Epoch
 
 logger = logging.getLogger(__name__)
 
-_MOST_STEPS = 1000  # held before they are written
+_MOST_STEPS = 1000  # lines kept in memory before they are written
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ class Recorder:
         """Go on behind the line that was the last one when `state_dict` was called."""
         found = self.path.stat().st_size if self.path.exists() else 0
         if found < state["size"] and rank() == 0:
-            logger.warning("%s has lost lines that were written: the last steps are missing there.", self.path)
+            logger.warning("%s is shorter than when the checkpoint was saved: its last steps are missing.", self.path)
         self._size = min(found, state["size"])
 
 

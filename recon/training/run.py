@@ -30,8 +30,8 @@ class TrainingRun:
     Attributes:
         history: of the finished epochs.
         meter: of the epoch under way.
-        reported: whether the last finished epoch was shown to the user.
-        stopped: whether the training was told to stop.
+        reported: whether `on_epoch` and the recorder have had the last finished epoch.
+        stopped: whether `stop` has ended the training.
     """
 
     model: nn.Module

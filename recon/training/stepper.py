@@ -137,7 +137,7 @@ class Stepper:
         return [p for group in self.run.optimizer.param_groups for p in group["params"]]
 
     def _losses_now(self, batch: Batch) -> Scalars:
-        """The losses of a batch that is done, as if nobody had asked."""
+        """The losses of a batch that is done, computed again without changing any state."""
         run = self.run
         with state_kept(run.model), global_states_kept(), torch.no_grad():
             losses = task_losses(run.model, *batch, self.losses, run.precision)
@@ -200,8 +200,8 @@ def _warn_of_other_names(targets: Mapping[str, Any], tasks: Iterable[str]) -> No
     others = [name for name in targets if name not in tasks]
     if missing and others:
         logger.warning(
-            "The first batch has no target for %s, but has some for %s, which are no tasks. If they are the same by "
-            "another name, call them alike.",
+            "The first batch has no target for %s, but it has targets for %s, which are not tasks. If these are the "
+            "same under another name, use one name for both.",
             missing,
             others,
         )

@@ -91,7 +91,7 @@ def train(
         resume: go on from the checkpoint, if there is one. Called as before, with the same loader, the training goes
             on as if it had never stopped; on the CPU, to the last bit. `epochs` may be more than before. Model,
             optimizer, scheduler, method, profiler, random states and the generators in the loader are put back. The
-            batches of the epoch that are done already are drawn again. Your own loader, if it depends on anything
+            batches of the epoch that are done already are drawn again. A loader of your own that depends on anything
             else, a count of its epochs say, needs `state_dict()` and `load_state_dict(state)`; the persistent workers
             of a DataLoader have random states that no one can put back.
         checkpoint_seconds: how often to save in between; 0 saves after every step.
@@ -108,7 +108,7 @@ def train(
         CheckpointError: the checkpoint is damaged, or of another training.
     """
     if epochs < 1:
-        raise UsageError(f"epochs is {epochs}; train for at least 1.")
+        raise UsageError(f"epochs is {epochs}. Train for at least 1.")
     if accumulate < 1:
         raise UsageError(f"accumulate is {accumulate}; a step needs at least 1 batch.")
     if clip is not None and not 0 < clip < math.inf:
@@ -118,11 +118,11 @@ def train(
     refuse_untrainable(model)
     check_optimizer(optimizer)
     if recorder is not None and not isinstance(recorder, Recorder):
-        raise UsageError(f"recorder is {recorder!r}. Make it of a path: recon.Recorder('metrics.jsonl').")
+        raise UsageError(f"recorder is {recorder!r}. Pass recon.Recorder('metrics.jsonl'), with the path of your file.")
     if {p for group in optimizer.param_groups for p in group["params"]}.isdisjoint(model.parameters()):
         raise UsageError(
-            "The optimizer holds no parameter of this model: it was made for another one (recon.convert and recon.load "
-            "return new models). Make it of model.parameters() anew."
+            "The optimizer has no parameter of this model: it was made for another one (recon.convert and recon.load "
+            "return new models). Make a new one from model.parameters()."
         )
     method = parse(method) if isinstance(method, str) else wrap(method)
     device = model_device(model)
@@ -181,21 +181,23 @@ def _with_bar(run: TrainingRun, epochs: int, show: bool) -> Iterator[Batch]:
 
 
 def check_optimizer(optimizer: Optimizer) -> None:
-    """Refuse what is no optimizer, and one whose step needs more than the gradients."""
+    """Refuse an object that is not an optimizer, and an optimizer whose step needs more than the gradients."""
     if isinstance(optimizer, LRScheduler):
         raise UsageError(
             f"optimizer is a learning rate scheduler ({type(optimizer).__name__}). Pass optimizer=scheduler.optimizer, "
             "scheduler=scheduler."
         )
     if not isinstance(optimizer, Optimizer):
-        raise UsageError(f"optimizer is {optimizer!r}. Make one of the parameters, torch.optim.Adam(...) say.")
+        raise UsageError(
+            f"optimizer is {optimizer!r}. Make one from the parameters, such as torch.optim.Adam(model.parameters())."
+        )
     # Of its class: the step that a scheduler puts on the object shows the arguments of the class's function.
     _, *arguments = signature(type(optimizer).step).parameters.values()
     needed = [a.name for a in arguments if a.default is a.empty and a.kind in _NAMED]
     if needed:
         raise UsageError(
             f"{type(optimizer).__name__}.step needs {', '.join(needed)}: such an optimizer computes the losses several "
-            "times a step, with gradients at each. Take another, or write the loop yourself, with a closure that calls "
+            "times a step, with gradients each time. Use another, or write your own loop, with a closure that calls "
             "optimizer.zero_grad() and recon.backward(losses, model, method), and returns the sum of the losses."
         )
 
@@ -210,7 +212,7 @@ def _add_parameters(
     if isinstance(scheduler, LRScheduler):
         raise UsageError(
             f"Method {method.name!r} has parameters of its own, and a scheduler must know them from the start. Pass "
-            "what makes the scheduler instead: scheduler=lambda optimizer: ...LR(optimizer, ...)."
+            "a function that makes the scheduler instead: scheduler=lambda optimizer: ...LR(optimizer, ...)."
         )
     group: dict[str, Any] = {"params": new}
     if "weight_decay" in optimizer.defaults:

@@ -55,9 +55,9 @@ def test_every_variant_is_trained_once_and_told_beside_the_others(bench, tmp_pat
     monkeypatch.setattr(bench.Bench, "run", lambda self, variant, seed, epochs: seen.append(variant) or dict(joint))
     again = call(bench, tmp_path)  # the length is that of the first call
     assert [variant.label for variant in seen] == ["pcgrad, float32"] and len(again["runs"]) == 4
-    with pytest.raises(SystemExit, match="Take another --out"):
+    with pytest.raises(SystemExit, match="Choose another --out"):
         call(bench, tmp_path, "--epochs", "2")
-    with pytest.raises(SystemExit, match="Take another --out"):
+    with pytest.raises(SystemExit, match="Choose another --out"):
         call(bench, tmp_path, "--amp")
 
 

@@ -56,5 +56,5 @@ def test_it_goes_on_where_it_stopped_and_prints_means_and_spreads(plans, tmp_pat
 
 def test_other_settings_need_another_file(plans, tmp_path, capsys):
     run(plans, tmp_path, capsys, "--runs", "1")
-    with pytest.raises(SystemExit, match="Take another --out"):
+    with pytest.raises(SystemExit, match="Choose another --out"):
         run(plans, tmp_path, capsys, "--epochs", "2")

@@ -300,7 +300,7 @@ WRONG = {
     "compare: rename hits nothing": ("map compare seed0.json inside.json --rename bakbone=", "'backbone'"),
     "merge: one map": ("map merge seed0.json --out new.json", "two or more"),
     "merge: no out": ("map merge seed0.json seed1.json", "--out"),
-    "merge: the same twice": ("map merge seed0.json seed1.json seed0.json --out new.json", "very same counts"),
+    "merge: the same twice": ("map merge seed0.json seed1.json seed0.json --out new.json", "exactly the same counts"),
     "merge: other tasks": ("map merge seed0.json other.json --out new.json", "its tasks are a, b, c"),
     "merge: other layers": ("map merge seed0.json inside.json --out new.json", "it lacks stem, norm, mix, last"),
     "merge: onto a source": ("map merge seed0.json seed1.json --out seed1.json", "one of the maps to merge"),

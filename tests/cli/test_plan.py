@@ -190,13 +190,13 @@ def test_a_forward_that_cannot_be_traced_is_measured(command, ask):
 
 WRONG = {
     "a budget below 1": (f"{TINY} --max-macs 0.9", "max_macs is 0.9"),
-    "no layer fits": (f"{TINY} --max-params 1.05", "The cheapest, 'norm', would take 1.091x the parameters"),
+    "no layer fits": (f"{TINY} --max-params 1.05", "The cheapest, 'norm', would need 1.091x the parameters"),
     "an unknown layer": (f"{TINY} --layers nrm", "'norm'"),
     "a pattern that matches nothing": (f"{TINY} --matching nor", "'norm'"),
     "a broken pattern": (f"{TINY} --matching nor(", "no regular expression"),
     "groups that miss a task": ("plan tiny.py:four --map four.json --top-k 1 --groups a+b c", "leave out ['d']"),
     "too many groups": ("plan tiny.py:four --map four.json --top-k 1 --groups 5", "2 to 4 groups"),
-    "groups of a map without pairs": (f"{TINY} --top-k 1 --groups conflict", "does not have the conflicts"),
+    "groups of a map without pairs": (f"{TINY} --top-k 1 --groups conflict", "does not hold the conflicts"),
     "two ways": (f"{TINY} --top-k 1 --share 0.5", "not allowed with"),
     "a budget and K": (f"{TINY} --top-k 1 --max-macs 2", "argument --max-macs: not allowed with argument --top-k"),
     "no way": (TINY, "--top-k --share --max-params --max-macs --auto"),
@@ -206,7 +206,7 @@ WRONG = {
     "a control of a share": (f"{TINY} --share 0.5 --select last", "select='last' is for"),
     "like without a control": (f"{TINY} --like branched", "for a control"),
     "like no model": (f"{TINY} --like nope --select last", "no model was saved there"),
-    "auto without series": (f"{TINY} --auto", "does not know its scores over time"),
+    "auto without series": (f"{TINY} --auto", "holds no scores over time"),
     "an unknown control": (f"{TINY} --top-k 1 --select best", "invalid choice"),
     "a share of nothing": (f"{TINY} --share 0", "above 0"),
 }

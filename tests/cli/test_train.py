@@ -469,9 +469,9 @@ def test_the_problem_s_own_schedule_is_the_default_and_takes_a_warm_up():
 
 def test_schedules_that_cannot_be():
     digits = recon.problems.get("digits")
-    with pytest.raises(UsageError, match="A warm-up of 40 takes all of the 40 steps"):
+    with pytest.raises(UsageError, match="A warm-up of 40 would take all 40 steps"):
         schedule(schedule="cosine", warm_up=40)
-    with pytest.raises(UsageError, match=r"The warm-up takes 10 steps, but the first of the milestones comes after 10"):
+    with pytest.raises(UsageError, match=r"The warm-up takes 10 steps, but the first milestone comes after 10 steps"):
         schedule(schedule="step", milestones=(1, 3), warm_up=10)
     with pytest.raises(ProblemError, match="the train loader of 'digits' has no length"):
         make_scheduler(digits, iter([]), 4, Recipe(schedule="cosine"))
@@ -514,25 +514,25 @@ WRONG = {
     "nothing to accumulate": ("--accumulate 0", "at least 1"),
     "an unknown optimizer": ("--optimizer sdg", "'sgd'"),
     "an unknown schedule": ("--schedule cosin", "'cosine'"),
-    "milestones without a schedule": ("--milestones 1 2", "go with the schedule step"),
-    "gamma without a schedule": ("--schedule cosine --gamma 0.5", "go with the schedule step"),
+    "milestones without a schedule": ("--milestones 1 2", "belong to the schedule step"),
+    "gamma without a schedule": ("--schedule cosine --gamma 0.5", "belong to the schedule step"),
     "steps without milestones": ("--schedule step", "needs milestones"),
-    "milestones that fall": ("--schedule step --milestones 2 1", "must rise"),
+    "milestones that fall": ("--schedule step --milestones 2 1", "must increase"),
     "milestones behind the end": ("--schedule step --milestones 1 3", "within the 3 epochs"),
-    "momentum of adam": ("--optimizer adam --momentum 0.9", "momentum is of SGD"),
+    "momentum of adam": ("--optimizer adam --momentum 0.9", "momentum is a setting of sgd"),
     "momentum of the problem's adam": ("--momentum 0.9", "is Adam, which has no momentum"),
     "too much momentum": ("--optimizer sgd --momentum 1", "below 1"),
     "negative weight decay": ("--weight-decay -1", "at least 0"),
     "a warm-up of nothing": ("--warm-up 0", "at least 1"),
     "a warm-up beyond the end": ("--warm-up 1.5", "a part between 0 and 1"),
-    "a warm-up as long as the training": ("--schedule cosine --warm-up 21", "takes all of the 21 steps"),
+    "a warm-up as long as the training": ("--schedule cosine --warm-up 21", "would take all 21 steps"),
     "evaluations never": ("--evaluate-every 0", "at least 1"),
     "best by an unknown metric": ("--best-by up.eror", "Did you mean 'up.error'"),
     "best by for single tasks": ("--single-task --best-by up.error", "does not go with --best-by"),
     "an unknown backbone": ("--model SmalResNet", "'SmallResNet'"),
     "a backbone for pictures": ("--model SmallResNet", "takes images (N, C, H, W)"),
     "no such function": ("--model tiny.py:wild", "'wide'"),
-    "no module": ("--model tiny.py:a_number", "must return a torch.nn.Module, but it gave int"),
+    "no module": ("--model tiny.py:a_number", "must return a torch.nn.Module, but it returned int"),
     "a network of another kind": ("--model tiny.py:headless", "must return {task name: output}"),
     "a folder without a model": ("--model ./nowhere", "no model was saved there"),
     "float16 on a CPU": ("--amp fp16 --device cpu", "needs a GPU"),

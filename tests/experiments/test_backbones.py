@@ -161,7 +161,7 @@ MISFITS = {
     "images for vectors": (ROWS, "ResNet18", "takes images (N, C, H, W)"),
     "a way of one's own": (ROWS, "ResNet18", "path/to/file.py:function"),
     "logits and maps": (problem((3, 8, 8), a=(2,), b=(1, 8, 8)), "ResNet18", "(2, 1, 8, 8) for task 'b'. Take a func"),
-    "maps of another size": (problem((3, 8, 8), a=(1, 4, 4), b=(1, 4, 4)), "fcn_resnet50", "Take a function"),
+    "maps of another size": (problem((3, 8, 8), a=(1, 4, 4), b=(1, 4, 4)), "fcn_resnet50", "Choose your own function"),
     "numbers": (problem((3, 8, 8), a=(), b=()), "ResNet18", "needs (2,) for task 'a'"),
     "sequences": (problem((3, 8), a=(2,), b=(2,)), "SmallResNet", "has inputs (2, 3, 8)"),
     "images that do not suit": (problem((1, 30, 30), a=(2,), b=(2,)), "ViT", "Images of 30x30 pixels cannot be cut"),
@@ -284,12 +284,12 @@ WRONG = {
     "unknown": ("plan own.py:problem --backbone SmalResNet --layers stem.conv", "'SmallResNet'"),
     "a folder": ("plan own.py:problem --backbone small --layers stem.conv", "no backbone named 'small'"),
     "no such function": ("plan own.py:problem --backbone own.py:wid --layers shared", "'wide'"),
-    "misfit": ("profile own.py:problem --backbone fcn_resnet50 --out new.json", "For this problem there are ResNet18"),
+    "misfit": ("profile own.py:problem --backbone fcn_resnet50 --out new.json", "Choose ResNet18"),
     "twice": ("train own.py:problem --model ViT --backbone ViT --out new", "does not go with --backbone ViT"),
     "evaluate another": ("evaluate own.py:problem --model small --backbone ViT", "small, whose model is SmallResNet"),
     "train another": ("train own.py:problem --model small --backbone ViT --out new", "Leave the backbone out"),
     "train recon's for one's own": (
-        "train own.py:problem --model small --backbone own.py:wide --out new", "contradicts small, whose model is Small"
+        "train own.py:problem --model small --backbone own.py:wide --out new", "fit small, whose model is Small"
     ),
     "evaluate none": ("evaluate own.py:problem --model plain --backbone ViT", "whose model is the problem's own"),
 }  # fmt: skip

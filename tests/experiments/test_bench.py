@@ -215,7 +215,7 @@ def test_all_controls_json_and_no_plan_within_the_budget(ask):
         ("--rename a=b", "--rename goes with --map"),
         ("--seeds 0", "at least 1"),
         ("--out full", "holds other files"),
-        ("--out wrong", "is not a results file"),
+        ("--out wrong", "not a results file"),
         ("--preset slow", "invalid choice"),
     ],
 )

@@ -68,7 +68,7 @@ def test_a_map_of_scores_answers_at_its_own_threshold_alone():
     assert cmap.stage_shares().shape == (3, 4) and np.isnan(cmap.stage_shares()).all()
     assert cmap.layers[0].size is None and cmap.pairs == []
     for ask in (cmap.scores, cmap.shares, cmap.ranking):
-        with pytest.raises(UsageError, match=r"scores at S=-0\.02 alone"):
+        with pytest.raises(UsageError, match=r"only its scores at S=-0\.02"):
             ask(-0.03)
 
 
@@ -280,5 +280,5 @@ def test_how_sure_the_scores_are():
 def test_a_map_without_series_cannot_tell_how_sure_it_is(cmap):
     assert not cmap.has_series
     for ask in (cmap.series, cmap.intervals, lambda: cmap.top_k_probability(1)):
-        with pytest.raises(UsageError, match="does not know its scores over time"):
+        with pytest.raises(UsageError, match="holds no scores over time"):
             ask()

@@ -136,9 +136,9 @@ def test_scores_alone_do_not_add_up_with_histograms():
 
 def test_the_same_map_twice_is_refused():
     one, two, _ = three()
-    with pytest.raises(UsageError, match=r"map 1 and map 3 hold the very same counts.*--seed"):
+    with pytest.raises(UsageError, match=r"map 1 and map 3 hold exactly the same counts.*different seeds"):
         ConflictMap.merge([one, two, make_map(tasks=TASKS, steps=20)])
-    with pytest.raises(UsageError, match="very same counts"):
+    with pytest.raises(UsageError, match="exactly the same counts"):
         ConflictMap.merge([score_map({"x": 3}), score_map({"x": 3})])
 
 

@@ -56,7 +56,7 @@ def test_a_score_file(scores):
     assert cmap.made_by["imported"] == "scores.json"
     assert np.isnan(list(cmap.shares().values())).all() and np.isnan(cmap.stage_shares()).all()
     assert all(layer.size is None for layer in cmap.layers)
-    with pytest.raises(UsageError, match=r"scores at S=-0\.02 alone"):
+    with pytest.raises(UsageError, match=r"only its scores at S=-0\.02"):
         cmap.scores(-0.1)
 
 
@@ -245,9 +245,9 @@ class Other:
         ({"cos": {"conv": [torch.zeros(1, dtype=torch.int64)]}}, "steps of 'conv' are not tensors"),
         ({"cos": {"conv": [torch.zeros(1), torch.zeros(3)]}}, "steps of 'conv' are not tensors"),
         ({"cos": {"conv": [torch.zeros(1), 3]}}, "steps of 'conv' are not tensors"),
-        ({"cos": {"conv": [torch.tensor([1.5])]}}, "are no cosines"),
-        ({"cos": {"conv": [torch.tensor([float("-inf")])]}}, "are no cosines"),
-        ({"cos": {"conv": [torch.zeros(2)]}}, "2 cosines a step, which is no number of pairs"),
+        ({"cos": {"conv": [torch.tensor([1.5])]}}, "are not cosines"),
+        ({"cos": {"conv": [torch.tensor([float("-inf")])]}}, "are not cosines"),
+        ({"cos": {"conv": [torch.zeros(2)]}}, "2 cosines a step, but no number of tasks has 2 pairs"),
         ({"cos": {"conv": [torch.zeros(1)], "fc": [torch.zeros(1)] * 2}}, "1 steps of 1 pairs, others 2 of 1"),
     ],
 )

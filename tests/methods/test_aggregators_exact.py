@@ -280,7 +280,7 @@ def test_mgda_divides_by_the_losses(normalize):
     losses = torch.tensor([0.5, 2.0, 30.0], dtype=torch.float64)
     method = methods.get("mgda", normalize=normalize)
     method.setup(("a", "b", "c"))
-    with pytest.raises(UsageError, match="has not been told the loss of 'a'"):
+    with pytest.raises(UsageError, match="does not know the loss of 'a'"):
         method.weights(J @ J.T)
     method.observe_losses(dict(zip("abc", losses, strict=True)))
     divisors = losses * J.norm(dim=1) if normalize == "loss+" else losses

@@ -11,6 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import recon
 from recon.errors import ProblemError, UsageError
+from recon.methods.bases.method import Method
 from recon.methods.gradients.reach import average_losses
 from recon.profiling.profiler import Profiler
 from recon.support.processes import average_, broadcast_model, gather
@@ -384,6 +385,45 @@ def _check_idle_rank(rank: int, method: str, every: int) -> None:
     states = [p.grad.clone() for p in many.parameters()]
     average_(states)
     assert all(torch.allclose(p.grad, mean) for p, mean in zip(many.parameters(), states, strict=True))
+
+
+@pytest.mark.parametrize(
+    "method", [None, "pcgrad", "joint", recon.methods.get("pcgrad"), recon.methods.get("uw")], ids=repr
+)
+@pytest.mark.parametrize("first", [(), TASKS[:1]])
+def test_a_first_step_without_some_losses_on_one_rank(
+    ranks: Ranks, method: str | Method | None, first: tuple[str, ...]
+) -> None:
+    """A method that nobody has set up learns of the same tasks on all ranks."""
+    ranks.run(_check_first_step, method, first, seconds=120)
+
+
+def _check_first_step(rank: int, method: str | Method | None, first: tuple[str, ...]) -> None:
+    model, inputs = fresh("CatAndStack"), shards("CatAndStack")[0]
+    with pytest.raises(UsageError, match=r"needs the names of all tasks, each once, but got \[\]"):
+        recon.backward({}, model, method)
+    for tasks in (first, TASKS):
+        every = losses_of(model, inputs)
+        model.zero_grad()
+        recon.backward(every if rank == 0 else {task: every[task] for task in tasks}, model, method)
+        found = [p.grad for p in model.parameters() if p.grad is not None]
+        means = [gradient.clone() for gradient in found]
+        average_(means)
+        assert found and all(torch.allclose(ours, mean) for ours, mean in zip(found, means, strict=True))
+    if isinstance(method, Method):
+        assert method.tasks == tuple(losses_of(model, inputs))
+
+
+@pytest.mark.parametrize("method", ["joint", "pcgrad"])
+def test_a_later_step_with_a_task_that_one_rank_lacks(ranks: Ranks, method: str) -> None:
+    """A method by its name is made anew for a task that comes later, on all ranks."""
+    ranks.run(_check_later_task, method, seconds=120)
+
+
+def _check_later_task(rank: int, method: str) -> None:
+    model, inputs = fresh("CatAndStack"), shards("CatAndStack")[0]
+    for tasks in (TASKS[:1], TASKS if rank == 0 else TASKS[:1], TASKS if rank else ()):
+        recon.backward(losses_of(model, inputs, tasks), model, method)
 
 
 def test_a_gradient_that_is_not_finite_on_one_rank(ranks: Ranks) -> None:

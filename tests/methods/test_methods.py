@@ -607,7 +607,7 @@ def test_combine_refuses_what_it_cannot_weigh(name):
         with pytest.raises(UsageError, match="call setup"):
             method.combine(losses_of(1.0, 2.0, 3.0))
     method.setup(TASKS)
-    with pytest.raises(UsageError, match="no loss to combine"):
+    with pytest.raises(UsageError, match="losses is empty"):
         method.combine({})
     with pytest.raises(UsageError, match=r"'depth' must be a scalar, but has shape \(2,\)"):
         method.combine({"depth": torch.ones(2)})

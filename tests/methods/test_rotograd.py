@@ -454,7 +454,7 @@ def test_refuses_what_is_not_attached():
     with pytest.raises(UsageError, match="not attached to the model"):
         recon.backward(square_losses(model, x_of(Net)), model, method)
     method.attach(model)
-    with pytest.raises(UsageError, match="no forward pass with gradients"):
+    with pytest.raises(UsageError, match="No forward pass has computed gradients"):
         recon.backward({task: torch.ones((), requires_grad=True) for task in TASKS}, model, method)
     with pytest.raises(UsageError, match="attached to another model"):
         method.attach(Net())
@@ -507,7 +507,7 @@ def test_refuses_gradients_that_are_not_finite():
 
 @pytest.mark.parametrize("options", [{"size": -1}, {"lr": -0.1}, {"lr": math.inf}, {"decay": 0.0}, {"decay": 1.5}])
 def test_refuses_options_out_of_range(options):
-    with pytest.raises(UsageError, match="takes a size and an lr of at least 0"):
+    with pytest.raises(UsageError, match="needs a size and an lr of at least 0"):
         methods.get("rotograd", **options)
 
 

@@ -123,10 +123,10 @@ def test_weights_are_those_of_the_backward_pass(model, x, name, memory):
 @pytest.mark.parametrize(
     ("name", "least", "said"),
     [
-        ("gradnorm", 0.0, "losses that are 0 at least have fallen; those of ['depth'] are not"),
+        ("gradnorm", 0.0, "losses of at least 0 have fallen; those of ['depth'] are not"),
         ("gls", 1e-6, "losses that are above 0; those of ['depth'] are not"),
-        ("imtl-l", 0.0, "scales losses that are 0 at least to 1; those of ['depth'] are not"),
-        ("famo", 0.0, "the logarithms of losses that are 0 at least; those of ['depth'] are not"),
+        ("imtl-l", 0.0, "scales losses of at least 0 to 1; those of ['depth'] are not"),
+        ("famo", 0.0, "the logarithms of losses of at least 0; those of ['depth'] are not"),
     ],
 )
 def test_losses_that_a_method_cannot_weigh_are_refused_by_name(name, least, said):

@@ -182,7 +182,7 @@ def test_a_fill_takes_each_layer_that_still_fits():
 
 @pytest.mark.parametrize("limits", [{"max_params": 0.9}, {"max_macs": 0.99}, {"max_macs": float("nan")}])
 def test_a_budget_below_one(limits):
-    with pytest.raises(PlanError, match=f"{next(iter(limits))} is .* Take more than 1"):
+    with pytest.raises(PlanError, match=f"{next(iter(limits))} is .* Give more than 1"):
         Budget(**limits)
 
 
@@ -198,7 +198,7 @@ def test_a_budget_that_no_layer_fits_names_the_cheapest():
     with pytest.raises(PlanError, match=r"No layer fits max_macs=1\.1\. .*'l2', .* 1\.5x the parameters and 1\.1143x"):
         chooser.best(Budget(max_macs=1.1))
     assert chooser.best(Budget(max_macs=1.1143)) == ["l2"]  # what the message says would do
-    with pytest.raises(PlanError, match=r"No layer fits max_params=1\.2\. .*'l0', would take 1\.3334x"):
+    with pytest.raises(PlanError, match=r"No layer fits max_params=1\.2\. .*'l0', would need 1\.3334x"):
         chooser.best(Budget(max_params=1.2))
 
 

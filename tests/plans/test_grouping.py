@@ -240,8 +240,8 @@ def test_a_map_without_pairs_parts_everything():
 @pytest.mark.parametrize(
     ("groups", "message"),
     [
-        (1, "6 tasks make 2 to 6 groups"),
-        (7, "6 tasks make 2 to 6 groups"),
+        (1, "6 tasks can form 2 to 6 groups"),
+        (7, "6 tasks can form 2 to 6 groups"),
         (True, "Choose 'per-task'"),
         ("by-conflict", "Choose 'per-task', 'conflict', a number"),
         ([["a", "b"], ["c", "d"]], r"leave out \['e', 'f'\]"),
@@ -257,7 +257,7 @@ def test_groups_that_are_none(groups, message):
 
 @pytest.mark.parametrize("groups", [2, "conflict"])
 def test_groups_need_the_conflicts_of_each_pair(groups):
-    with pytest.raises(PlanError, match="does not have the conflicts of each pair"):
+    with pytest.raises(PlanError, match="does not hold the conflicts of each pair"):
         partitions(score_map({"x": 7}, tasks=TASKS), TASKS, groups)
-    with pytest.raises(PlanError, match=r"knows nothing of the tasks \['z'\]"):
+    with pytest.raises(PlanError, match=r"has no counts for the tasks \['z'\]"):
         partitions(drawn_map(0, TASKS), ("a", "b", "z"), groups)

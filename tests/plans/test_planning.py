@@ -130,7 +130,7 @@ def test_ties_of_a_map_in_another_order_go_by_model_order():
 def test_a_map_of_scores_has_its_own_threshold_alone():
     cmap = score_map({"fc": 3, "conv": 9}, threshold=-0.02)
     assert list(recon.plan(cmap, net(), top_k=1, tasks=TASKS, threshold=-0.02).layers) == ["conv"]
-    with pytest.raises(UsageError, match=r"scores at S=-0\.02 alone"):
+    with pytest.raises(UsageError, match=r"only its scores at S=-0\.02"):
         recon.plan(cmap, net(), top_k=1, tasks=TASKS, threshold=-0.1)
 
 
@@ -259,7 +259,7 @@ def test_a_budgeted_plan_keeps_its_promise_when_it_is_converted():
     [
         ({"max_params": 0.99}, "max_params is 0.99"),
         ({"max_macs": 0.5}, "max_macs is 0.5"),
-        ({"max_params": 1.1}, r"No layer fits max_params=1.1. The cheapest, 'norm', would take 1\.\d+x the parameters"),
+        ({"max_params": 1.1}, r"No layer fits max_params=1.1. The cheapest, 'norm', would need 1\.\d+x the parameters"),
         ({"max_macs": 1.1, "max_params": 3}, "No layer fits max_params=3 and max_macs=1.1. The cheapest, 'norm'"),
     ],
 )
@@ -300,7 +300,7 @@ def test_auto_finds_none_in_a_map_of_noise():
 
 
 def test_auto_needs_scores_over_time_at_the_maps_threshold():
-    with pytest.raises(UsageError, match="does not know its scores over time"):
+    with pytest.raises(UsageError, match="holds no scores over time"):
         layers_of(scored(conv=1), auto=True)
     with pytest.raises(PlanError, match=r"at the map's own S=-0\.1"):
         layers_of(make_map(), auto=True, threshold=-0.2)
@@ -319,7 +319,7 @@ def test_the_norms_alone():
     assert layers_of(cmap, select="norms") == layers_of(cmap, select="norms", top_k=1) == ["norm"]
     with pytest.raises(PlanError, match="the map has 1 norms among its shared layers"):
         layers_of(cmap, select="norms", top_k=2)
-    with pytest.raises(PlanError, match="none of the shared layers is a norm"):
+    with pytest.raises(PlanError, match="finds no norm among the shared layers"):
         layers_of(scored(conv=1, fc=1), select="norms")
 
 

@@ -460,11 +460,11 @@ def test_bad_options(model):
         Profiler(3)
     with pytest.raises(UsageError, match="Pass a dict"):
         Profiler(model).backward([torch.ones(())])
-    with pytest.raises(UsageError, match="There is no loss"):
+    with pytest.raises(UsageError, match="losses is empty"):
         Profiler(model).backward({})
     with pytest.raises(CheckpointError, match="no saved state of a profiler"):
         Profiler(model).load_state_dict({})
-    with pytest.raises(UsageError, match=r"take a share in \(0, 1\]"):
+    with pytest.raises(UsageError, match=r"Give a share in \(0, 1\]"):
         Profiler(model, until_stable=1.5)
     with pytest.raises(UsageError, match="at least 1 layer"):
         Profiler(model, until_stable=0.9, top_k=0)

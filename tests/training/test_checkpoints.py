@@ -2,16 +2,14 @@ import dataclasses
 import errno
 import json
 import math
-import multiprocessing
 import os
 import random
 import re
-import resource
 import signal
 import subprocess
 import sys
 import time
-from contextlib import redirect_stderr, redirect_stdout, suppress
+from contextlib import suppress
 from functools import partial
 
 import numpy as np
@@ -26,6 +24,7 @@ from recon.errors import CheckpointError, GradientError, LoaderError, UsageError
 from recon.problems.loading import TensorBatches, in_order, shuffled
 from recon_cli.main import main
 from tests.ranks import PATIENCE
+from tests.training.child import in_child
 
 LOSSES = {"a": mse_loss, "b": nn.functional.l1_loss}
 
@@ -363,7 +362,7 @@ def test_epochs_may_grow(path, tmp_path):
     assert_same(training.resume(epochs=3), training.run(), tmp_path)
     again = training.resume(epochs=3, chance=5)
     assert_same(again, training.run(), tmp_path)
-    with pytest.raises(CheckpointError, match="is in epoch 3 already, but epochs is 2"):
+    with pytest.raises(CheckpointError, match="is already in epoch 3, but epochs is 2"):
         training.resume(epochs=2)
 
 
@@ -502,9 +501,9 @@ def test_a_damaged_or_foreign_checkpoint(begun, path, damage):
 
 
 def test_a_state_that_cannot_be_kept_is_refused_at_the_first_checkpoint(path):
-    with pytest.raises(CheckpointError, match=r"settings, hold something else than tensors"):
+    with pytest.raises(CheckpointError, match=r"settings, hold something other than tensors"):
         Training(path, settings={"lr": np.float64(0.1)}).resume(checkpoint_seconds=0)
-    with pytest.raises(CheckpointError, match=r"settings, hold something else than tensors"):
+    with pytest.raises(CheckpointError, match=r"settings, hold something other than tensors"):
         Training(path, settings={"lr": lambda: 0.1}).resume(checkpoint_seconds=0)
     assert os.listdir(path.parent) == []
 
@@ -697,25 +696,6 @@ def command(folder, capsys):
     return command
 
 
-def in_child(line, limit=None, pause=0.0):
-    """A process that runs the command line, saving after every step."""
-
-    def run():
-        os.environ["PAUSE"] = str(pause)
-        torch.set_num_threads(1)
-        recon.profile = partial(recon.profile, checkpoint_seconds=0.0)
-        if limit is not None:
-            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-        with open("child.log", "w") as log, redirect_stdout(log), redirect_stderr(log):
-            code = main(line.split())
-        os._exit(code)
-
-    child = multiprocessing.get_context("fork").Process(target=run)
-    child.start()
-    return child
-
-
 def wait_for_saves(child, path, count):
     """Until the child has written a file so many times, or has ended."""
     versions = set()
@@ -748,7 +728,7 @@ def test_killed_at_any_moment_it_leaves_good_files_and_ends_with_the_same_map(fo
         child.join(chance.uniform(0, 0.005))
         if child.exitcode is not None:
             break
-        os.kill(child.pid, signal.SIGKILL)
+        child.kill()
         child.join()
         killed += 1
         if (folder / "map.json.checkpoint").exists():
@@ -894,7 +874,7 @@ def test_a_full_disk_leaves_the_older_files(folder):
     in_pieces = in_child(LINE, pause=0.02)
     while not (folder / "map.json").exists():
         time.sleep(0.005)
-    os.kill(in_pieces.pid, signal.SIGKILL)
+    in_pieces.kill()
     in_pieces.join()
     before = {name: (folder / name).read_bytes() for name in ("map.json", "map.json.checkpoint")}
     full = len(before["map.json.checkpoint"])

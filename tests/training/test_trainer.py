@@ -158,7 +158,7 @@ def test_a_loss_that_becomes_infinite_names_task_and_step(model):
 
 def test_the_optimizer_of_another_model():
     model, other = nn.Linear(2, 2), nn.Linear(2, 2)
-    with pytest.raises(UsageError, match=r"holds no parameter of this model.* Make it of model\.parameters\(\) anew"):
+    with pytest.raises(UsageError, match=r"has no parameter of this model.* Make a new one from model\.parameters\(\)"):
         recon.train(
             model, [], {"a": torch.nn.functional.mse_loss}, optimizer=torch.optim.SGD(other.parameters(), lr=0.1)
         )
@@ -338,8 +338,8 @@ def test_options_that_cannot_be(model):
         ({"clip": 0}, "clip is 0; give a norm above 0"),
         ({"clip": float("nan")}, "clip is nan"),
         ({"accumulate": 0}, "accumulate is 0; a step needs at least 1 batch"),
-        ({"amp": "fp16"}, "amp='fp16' needs a GPU.*Take amp='bf16'"),
-        ({"amp": "fp8"}, "amp is 'fp8'. It is 'bf16', 'fp16' or None"),
+        ({"amp": "fp16"}, "amp='fp16' needs a GPU.*Use amp='bf16'"),
+        ({"amp": "fp8"}, "amp is 'fp8'. Choose 'bf16', 'fp16' or None"),
     ):
         with pytest.raises(UsageError, match=words):
             recon.train(model, data, LOSSES, optimizer=sgd(model), **options)
@@ -395,7 +395,7 @@ def test_an_optimizer_or_a_recorder_that_is_none_is_refused():
         recon.train(model, [], {"a": torch.nn.functional.mse_loss}, optimizer=None)
     with pytest.raises(UsageError, match=r"optimizer is None\. Make one"):
         recon.profile(model, [], {"a": torch.nn.functional.mse_loss}, optimizer=None)
-    with pytest.raises(UsageError, match=r"recorder is 'x.jsonl'. Make it of a path: recon.Recorder"):
+    with pytest.raises(UsageError, match=r"recorder is 'x.jsonl'. Pass recon.Recorder"):
         recon.train(model, [], {"a": torch.nn.functional.mse_loss}, optimizer=sgd, recorder="x.jsonl")
 
 
@@ -420,12 +420,12 @@ def test_a_misspelt_target_is_told_in_the_first_batch(caplog):
     with pytest.raises(ProblemError, match=r"No batch of epoch 1 had a target for \['b'\]"):
         _train_two([batch] * 3)
     (warning,) = caplog.messages
-    assert "no target for ['b'], but has some for ['B'], which are no tasks" in warning
+    assert "no target for ['b'], but it has targets for ['B'], which are not tasks" in warning
 
 
 def test_a_generator_serves_one_epoch():
     batches = ((torch.ones(3, 2), {"a": torch.ones(3), "b": torch.ones(3)}) for _ in range(3))
-    with pytest.raises(ProblemError, match=r"gave no batch in epoch 2\. What can be gone through once only"):
+    with pytest.raises(ProblemError, match=r"gave no batch in epoch 2\. A loader that can be used only once"):
         _train_two(batches, epochs=2)
 
 

@@ -45,7 +45,7 @@ class Bench:
         methods: gradient methods, each plain and branched.
         seeds: how often everything is trained.
         top_k: how many layers are branched; half of the shared ones if None.
-        max_macs: the budget of the budgeted plan; there is none if None.
+        max_macs: the budget of the budgeted plan; None for no such plan.
         controls: which methods train the random and the budgeted plan: `joint`, `all` or `none`.
         count_controls: whether conflicts are counted while those train.
         given: a map and its fingerprint: in place of the profile where it was made on the same
@@ -53,7 +53,7 @@ class Bench:
         rename: of the given map's layers.
         workers: how many trainings run at the same time.
         rounds: how often each training step is timed.
-        tell: is given a line of text whenever something is done.
+        tell: called with a line of text whenever a step of the bench is done.
         progress: whether a bar on stderr shows how far an epoch of the profile is.
     """
 
@@ -133,7 +133,7 @@ class Bench:
         if not path.exists():
             return {}
         found = read_document(
-            path, UsageError, "It is not a results file of `recon bench`, or a damaged one. Choose another folder."
+            path, UsageError, "It is damaged, or not a results file of a bench. Choose another folder."
         )
         found.check_format(FORMAT, VERSION)
         had = found.get("settings", dict)
@@ -148,7 +148,7 @@ class Bench:
         ]
         if other:
             raise UsageError(
-                f"{self.folder} holds a bench of other settings: {'; '.join(other)}. Go on with those, or choose "
+                f"{self.folder} holds a bench with other settings: {'; '.join(other)}. Use those settings, or choose "
                 "another folder."
             )
         seconds: dict[str, float] = {}
@@ -158,12 +158,12 @@ class Bench:
         return {"settings": asked, "seconds_per_step": seconds}
 
     def _check_layers(self) -> None:
-        """Whatever can be refused before the profile."""
+        """Refuse before the profile what can be refused by then."""
         model = workbench.make_model(self.problem, 0)
         layers = len(find_layers(model))
         if (self.top_k or 0) > layers:
             raise UsageError(
-                f"K={self.top_k}: {type(model).__name__} has {layers} layers, and shares fewer. Take a smaller K."
+                f"K is {self.top_k}, but {type(model).__name__} has only {layers} layers. Choose a smaller K."
             )
         if self.given is not None:
             self._match_given(model)
@@ -216,7 +216,7 @@ class Bench:
         def chosen(found: Match, **how: Any) -> branching.BranchPlan:
             return choose(found, model, Selection(**how), tasks).plan
 
-        # The same plan for every seed, but for the random one.
+        # Every seed has the same plan, except the random one.
         recon = {f"Recon K={k}": (chosen(found, top_k=k),) * self.seeds}
         if self.transfers:
             recon[f"Recon* K={k}"] = (chosen(self._match_given(model), top_k=k),) * self.seeds

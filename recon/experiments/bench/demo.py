@@ -1,4 +1,4 @@
-"""The demo: a bench of the problem `digits`, and what it prints. Imports torch."""
+"""The demo: a bench of the problem `digits`, and its report. Imports torch."""
 
 from __future__ import annotations
 

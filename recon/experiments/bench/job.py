@@ -30,7 +30,7 @@ class Job:
     folder: Path
 
     def finished(self) -> Run | None:
-        """The run in its folder, if that is done."""
+        """The run in its folder, if it is finished."""
         run = Run.load(self.folder) if (self.folder / RUN_FILE).exists() else None
         return run if run is not None and run.finished else None
 
@@ -43,7 +43,7 @@ def weight(variant: Variant, tasks: int) -> float:
 
 
 def train(job: Job) -> Run:
-    """Train one run, or go on with it; what is said meanwhile goes to its log."""
+    """Train one run, or go on with it; messages go to its log."""
     make_folder(job.folder)
     with (job.folder / LOG_FILE).open("a", encoding="utf-8") as log, redirect_stderr(log):
         training = _training(job, log)

@@ -120,7 +120,7 @@ class _CountedFirst(_First):
 
 
 def fingerprint(path: Path) -> str:
-    """What distinguishes one map file from another."""
+    """A fingerprint of a map file."""
     return hashlib.sha256(path.read_bytes()).hexdigest()[:12]
 
 

@@ -107,7 +107,7 @@ def default_workers(device: torch.device) -> int:
 @contextmanager
 def one_thread() -> Iterator[None]:
     """Inside, torch computes on one thread."""
-    # A second thread saves a small network a fifth of its time; where the other core is busy, waiting for it
+    # For a small network, a second thread saves a fifth of the time; but where the other core is busy, waiting for it
     # costs many times that.
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

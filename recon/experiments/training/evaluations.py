@@ -1,4 +1,4 @@
-"""When a training is evaluated, and which of its epochs was the best."""
+"""When a training is evaluated, and which epoch was the best."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ class Evaluations:
     keep_best: bool = True  # whether the best epoch's model is kept beside the last one
 
     def check(self, directions: Directions) -> None:
-        """See that there is such a metric."""
+        """Check that the metric of `best_by` exists."""
         known = [f"{task}.{metric}" for task, metrics in directions.items() for metric in metrics]
         if self.best_by is not None and self.best_by not in known:
-            raise UnknownNameError("metric", self.best_by, known, "The best epoch is told by TASK.METRIC.")
+            raise UnknownNameError("metric", self.best_by, known, "Write it as TASK.METRIC.")
 
     def due(self, number: int, epochs: int) -> bool:
         """Whether the model is evaluated after this epoch."""
@@ -60,7 +60,7 @@ class Evaluations:
 
 
 def _improvement(value: float | None, first: float | None, higher_is_better: bool) -> float:
-    """The relative change, or the change itself where there is nothing to relate it to."""
+    """The relative change, or the change itself where the first value is 0."""
     if value is None or first is None:  # JSON's word for a number that is not finite
         return math.nan
     change = value - first if higher_is_better else first - value

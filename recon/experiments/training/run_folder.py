@@ -1,4 +1,4 @@
-"""RunFolder: what is kept of one model while it trains, and in which files. Torch is imported late."""
+"""RunFolder: saves one model and its record while it trains. Torch is imported late."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class RunFolder:
         if self.evaluations.due(epoch.number, self.run.epochs):
             from recon.support.random_states import global_states_kept  # late: it imports torch
 
-            # Looking at the test data must not change what the training draws.
+            # Evaluating must not change the random numbers that the training draws.
             with global_states_kept():
                 epoch.results = training.evaluate(self.model, self.test, self.tasks, across_ranks=False)
             self._note(epoch)

@@ -15,9 +15,11 @@ if TYPE_CHECKING:
 
 
 def check_tensorboard() -> None:
-    """See that there is a TensorBoard."""
+    """Check that TensorBoard is installed."""
     if importlib.util.find_spec("tensorboard") is None:
-        raise UsageError("TensorBoard's events need the package tensorboard: pip install tensorboard.")
+        raise UsageError(
+            "Writing TensorBoard's events needs the package tensorboard. Install it: pip install tensorboard."
+        )
 
 
 class Events:
@@ -34,7 +36,7 @@ class Events:
         if self._writer is None:
             from torch.utils.tensorboard import SummaryWriter
 
-            # A resumed training takes its last steps again: what is there of them counts no more.
+            # A resumed training repeats its last steps, so the events already written for them must go.
             self._writer = SummaryWriter(str(make_folder(self.folder)), purge_step=self._step)
         for name, value in _scalars(line).items():
             self._writer.add_scalar(name, value, self._step)

@@ -31,7 +31,7 @@ EVENTS = "tensorboard"
 
 
 def silent(text: str) -> None:
-    """What is done with a line of text that nobody reads."""
+    """Ignores a line of text that nobody reads."""
 
 
 @dataclass(frozen=True)
@@ -47,15 +47,15 @@ class Training:
         device: where the model runs.
         method: the gradient method, or `SINGLE_TASK`.
         source: a folder with the model to start from; a fresh one if None.
-        train_samples: what the problem was cut down to, if it was.
+        train_samples: how many training samples the problem was limited to, if it was.
         evaluations: when, and what is best.
         tensorboard: whether TensorBoard's events are written.
         resume: go on from the checkpoints.
         home: the file or module that the problem comes from.
-        plan: what a fresh model is branched by; not at all if None.
+        plan: branches a fresh model; None leaves it unbranched.
         surgery: how the plan's layers were chosen.
         counting: how conflicts are counted while one model learns all tasks; they are not if None.
-        tell: is given a line of text after every epoch.
+        tell: called with a line of text after every epoch.
         progress: whether a bar on stderr shows how far an epoch is.
     """
 
@@ -109,7 +109,7 @@ class Training:
         return self._single_tasks() if self.method == SINGLE_TASK else self._together()
 
     def left(self) -> str:
-        """What an interruption left of the models, for people; empty if nothing."""
+        """Says which model an interrupted training left behind; empty if none."""
         record = Run.load(self.folder) if (self.folder / RUN_FILE).exists() else None
         if record is None or record.finished or not record.history:
             return ""

@@ -1,4 +1,4 @@
-"""Aligned-MTL: gradients made orthogonal and equally long, as near to the original ones as can be."""
+"""Aligned-MTL: gradients made orthogonal and equally long, as near to the original ones as possible."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _Size = Literal["min", "median", "rmse"]
 class AlignedMTL(TorchJDAggregator):
     """The sum of the gradients after all their singular values but the zeros are made equal.
 
-    Zero is what is below 1e-3 of the largest, about the rounding of float32 gradients' Gramian, which the authors' code
+    Zero means below 1e-3 of the largest, about the rounding of float32 gradients' Gramian, which the authors' code
     makes in float32. TorchJD's limit is that of the Gramian's dtype, here float64.
 
     Args:

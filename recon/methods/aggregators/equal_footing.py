@@ -20,7 +20,7 @@ from recon.methods.registry import register
 class IMTLG(SolvedAggregator):
     """The combination with equal projections onto all gradients' directions, and weights that add up to T.
 
-    With the cosines C and the lengths ℓ, the weights are proportional to `C⁺ 1 / ℓ`; the pseudo-inverse stands
+    With the cosines C and the lengths ℓ, the weights are proportional to `C⁺ 1 / ℓ`; the pseudo-inverse is used
     where the gradients are dependent. Weights may be negative. With three tasks or more of very different
     lengths, the sum of `C⁺ 1 / ℓ` can be negative too: the paper's rule then makes the projections negative, and
     the step climbs. `config` has the same direction, always downhill. A task whose gradient is zero is left out.

@@ -12,8 +12,8 @@ from recon.errors import UsageError
 from recon.methods.bases.state import RemembersTasks
 from recon.methods.registry import register
 
-_IN_CACHE = 1 << 15  # columns of a block: what is made of it stays in a CPU's cache
-_ON_DEVICE = 1 << 23  # elsewhere it is the launches that cost
+_IN_CACHE = 1 << 15  # columns of a block: the intermediate results stay in a CPU's cache
+_ON_DEVICE = 1 << 23  # elsewhere, launching kernels is what costs time
 
 
 @register(
@@ -65,7 +65,7 @@ class ExcessMTL(RemembersTasks):
         """See `Aggregator.combine`."""
         self._check(J, tasks)
         positions = self._positions(tasks, len(J))
-        if len(J) == 1:  # Alone, a task shares no parameters, and is not to be compared with any other.
+        if len(J) == 1:  # A task alone shares no parameters, and there is no other to compare it with.
             return J[0].clone(), {self.tasks[positions[0]]: J.new_ones(())}
         shares = self._follow(self._excess_risks(J, positions), positions)
         weights = (len(J) * shares).to(J)
@@ -101,7 +101,7 @@ class ExcessMTL(RemembersTasks):
         """The tasks' shares after this step, which add up to 1."""
         first, steps, log_shares = (self.memory[name] for name in ("first_risks", "steps", "log_shares"))
         warming = steps[positions] < self.warmup
-        steps[positions] += (risks > 0).to(steps)  # a gradient of zero says nothing of what risks are usual
+        steps[positions] += (risks > 0).to(steps)  # a gradient of zero does not show which risks are usual
         first[positions] += torch.where(warming, risks / self.warmup, 0.0)
         known = first[positions] > 0
         excess = torch.where(known & ~warming, risks / torch.where(known, first[positions], 1.0), 0.0)

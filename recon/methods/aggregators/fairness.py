@@ -27,7 +27,7 @@ class NashMTL(SolvedAggregator):
 
     Its weights w > 0 solve `G w = 1 / w`; each task contributes alike to the update, however long its gradient is.
     Solved in every step, to rounding, by a damped Newton iteration in place of the paper's sequence of convex
-    programs. What happens where gradients cancel or are zero: see `FairGrad`, of which this is α = 1. The authors' code
+    programs. `FairGrad`, of which this is α = 1, describes gradients that cancel or are zero. The authors' code
     also clips the update to length 1: that is left to the training.
     """
 
@@ -53,8 +53,8 @@ class FairGrad(SolvedAggregator):
     is left out.
 
     Args:
-        alpha: 0 would be joint training, 1 is Nash-MTL (proportional fairness), and the larger it is, the more counts
-            the task that gains least.
+        alpha: 0 would be joint training, 1 is Nash-MTL (proportional fairness), and the larger it is, the more the task
+            that gains least counts.
 
     Raises:
         UsageError: alpha is not between 0.1 and 10.

@@ -12,8 +12,8 @@ from recon.methods.bases.aggregator import Aggregator
 from recon.methods.bases.state import RandomStream
 from recon.methods.registry import register
 
-_IN_CACHE = 1 << 17  # columns of a block: what is made of it stays in a CPU's cache
-_ON_DEVICE = 1 << 23  # elsewhere it is the launches that cost
+_IN_CACHE = 1 << 17  # columns of a block: the intermediate results stay in a CPU's cache
+_ON_DEVICE = 1 << 23  # elsewhere, launching kernels is what costs time
 
 
 @register(
@@ -26,7 +26,7 @@ class GradDrop(Aggregator):
     """Keeps in each coordinate the gradients of one sign, with a chance that grows with their share of its size.
 
     The positive ones are kept with the probability `P = (1 + Σ g / Σ |g|) / 2`, the negative ones otherwise, for all
-    tasks alike. The paper masks the gradients of a layer's activations; here it is those of the shared parameters.
+    tasks alike. The paper masks the gradients of a layer's activations; recon masks those of the shared parameters.
 
     Args:
         leak: how much of the dropped gradients gets through: 0 is the paper's default, 1 joint training.

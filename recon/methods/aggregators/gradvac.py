@@ -1,4 +1,4 @@
-"""GradVac: gradients given the cosines with each other that they usually have."""
+"""GradVac: changes gradients so that they have their usual cosines with each other."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from recon.methods.bases.solved import Array
 from recon.methods.bases.torchjd_aggregator import RememberingTorchJDAggregator
 from recon.methods.registry import register
 
-# A target this near to 1 would divide by the sine of no angle.
+# A target this near to 1 would divide by the sine of an angle of zero.
 _HIGHEST_TARGET = 1 - 1e-6
 
 
@@ -21,7 +21,7 @@ _HIGHEST_TARGET = 1 - 1e-6
     title="Gradient vaccine",
     paper="Wang, Tsvetkov, Firat, Cao, ICLR 2021, arXiv 2010.05874, Algorithm 1",
     scale="The sum of the altered task gradients: the sum of the task gradients where none is altered. Longer, where "
-    "gradients that used to agree do so no more.",
+    "gradients that used to agree no longer do.",
 )
 class GradVac(RememberingTorchJDAggregator):
     """Gives each gradient the cosines with the others that it usually has, where it has less, and sums.

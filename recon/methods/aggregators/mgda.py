@@ -34,7 +34,7 @@ class MGDA(SolvedAggregator):
             the shortest gradient gets most of the weight.
 
     Raises:
-        UsageError: `normalize` is none of these; with "loss" or "loss+", a loss is not above 0.
+        UsageError: `normalize` is something else; with "loss" or "loss+", a loss is not above 0.
     """
 
     def __init__(self, normalize: str = "none") -> None:
@@ -52,7 +52,7 @@ class MGDA(SolvedAggregator):
         if bad:
             raise UsageError(
                 f"MGDA with normalize={self.normalize!r} divides by losses that are above 0; those of {bad} are not. "
-                "Take normalize='l2'."
+                "Use normalize='l2'."
             )
 
     def _solve(self, G: Array, positions: Sequence[int]) -> Array:
@@ -67,7 +67,7 @@ class MGDA(SolvedAggregator):
         task = self.tasks[position] if self.tasks else str(position)
         if task not in self._losses:
             raise UsageError(
-                f"MGDA with normalize={self.normalize!r} has not been told the loss of {task!r}: call observe_losses "
+                f"MGDA with normalize={self.normalize!r} does not know the loss of {task!r}: call observe_losses "
                 "before. recon.backward does."
             )
         return self._losses[task]

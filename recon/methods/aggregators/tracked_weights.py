@@ -45,7 +45,7 @@ class TrackedWeights(RememberingTorchJDAggregator):
 class SDMGrad(TrackedWeights):
     """MGDA's weights, pulled towards equal ones, and tracked by projected gradient steps from step to step.
 
-    The paper takes the two factors of the Gramian from two batches of their own; here both are of the step's batch, so
+    The paper computes the two factors of the Gramian on two separate batches; here both use the step's batch, so
     that the weights are biased by the noise of the gradients. As in the authors' code, the Gramian is divided
     by the square of the gradients' mean norm.
 
@@ -81,7 +81,7 @@ class SDMGrad(TrackedWeights):
 class MoDo(TrackedWeights):
     """MGDA's weights, tracked by one projected gradient step per training step.
 
-    The paper takes the two factors of the Gramian from two batches of their own; here both are of the step's batch, so
+    The paper computes the two factors of the Gramian on two separate batches; here both use the step's batch, so
     that the weights are biased by the noise of the gradients. Gradients are counted in units of the step's root
     mean square norm, which the paper leaves to the choice of gamma.
 

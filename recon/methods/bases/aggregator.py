@@ -60,7 +60,7 @@ class Aggregator(Method):
         return indices
 
     def _check(self, J: Tensor, tasks: Sequence[str] | None) -> None:
-        """Refuses what is no (T, P), and gradients that are not finite, in one pass over the memory if they are."""
+        """Refuses a tensor that is not (T, P), and gradients that are not finite; finite ones are read only once."""
         check_rows(J)
         if not J.sum(dim=1).isfinite().all() and not (finite := J.isfinite().all(dim=1)).all():
             raise NonFiniteError(non_finite((~finite).nonzero().flatten().tolist(), self._names(tasks, len(J))))

@@ -13,7 +13,7 @@ from recon.methods.bases.method import Method
 class FeatureMethod(Method):
     """A method that works on the gradients of features which the tasks share, inside the model: `attach` it first.
 
-    It does the whole backward pass of a step itself, which goes through what lies before the features once.
+    It does the whole backward pass of a step itself, and goes only once through the layers before the features.
     """
 
     @abstractmethod

@@ -17,8 +17,8 @@ class LearnedScales(Weighting):
 
     Every s starts at 0, where all weights are 1. They are parameters, made by `setup`, for the caller's optimizer to
     train along with the model, without weight decay. Those of absent tasks get no gradient, and that of a task whose
-    loss is exactly 0 one of 0: nothing in such a loss says how large its weight should be, and the term of s alone
-    would drive it out of all bounds.
+    loss is exactly 0 gets a gradient of 0: such a loss does not show how large its weight should be, and the term of s
+    alone would let it grow without bound.
 
     Attributes:
         factor: of TorchJD's objective, for weights of 1 at the start.

@@ -16,7 +16,7 @@ WHAT_TO_LOOK_AT = (
     "float16, or torch.where over NaN targets, whose gradient is NaN though its value is not (choose the labelled "
     "entries before the loss: mask = ~target.isnan(); loss(output[mask], target[mask])). Or lower the learning rate."
 )
-"""What a gradient that is not finite comes from."""
+"""The usual causes of a gradient that is not finite."""
 
 
 class Method(nn.Module, ABC):
@@ -29,9 +29,10 @@ class Method(nn.Module, ABC):
     Attributes:
         name: what the registry calls it.
         needs_new_losses: whether `after_step` must be called.
-        scale_free: whether it weighs alike when all losses of a step are multiplied by a number, another in each step.
-        memoryless: whether what it does in a step owes nothing to earlier steps, but for the place in a random stream:
-            such a method may be given to `recon.backward` by its name.
+        scale_free: whether its weights stay the same when all losses of a step are multiplied by a number, even by
+            another number in each step.
+        memoryless: whether a step depends on no earlier step, except for the position in a random stream. Such a method
+            may be given to `recon.backward` by its name.
         tasks: all task names of the run, in order; empty before `setup`.
     """
 
@@ -54,7 +55,7 @@ class Method(nn.Module, ABC):
         """
         tasks = tuple(tasks)
         if not tasks or len(set(tasks)) < len(tasks):
-            raise UsageError(f"Method {self.name!r} needs the different names of all tasks, but got {list(tasks)}.")
+            raise UsageError(f"Method {self.name!r} needs the names of all tasks, each once, but got {list(tasks)}.")
         if self.tasks == tasks:
             return
         if self.tasks:
@@ -74,7 +75,7 @@ class Method(nn.Module, ABC):
         return {o: value for o, value in options.items() if value is None or isinstance(value, (bool, int, float, str))}
 
     def _indices(self, tasks: Iterable[str]) -> list[int]:
-        """Where these are in `tasks`."""
+        """The positions of these tasks in `tasks`."""
         tasks = list(tasks)
         for task in tasks:
             if task not in self.tasks:
@@ -93,7 +94,7 @@ class Method(nn.Module, ABC):
         """Called once, before the first forward pass: a method that lives inside the model takes its place there."""
 
     def after_step(self, losses: Mapping[str, Tensor]) -> None:
-        """Told, where `needs_new_losses`, what the step did to the losses.
+        """Called after the step, if `needs_new_losses`, with the losses that it led to.
 
         Args:
             losses: `{task: scalar loss}`, detached, of the same batch after the optimizer's step.
@@ -115,6 +116,6 @@ class Method(nn.Module, ABC):
 
 
 def check_rows(J: Tensor) -> None:
-    """Refuse what is not one gradient per row."""
+    """Refuse a tensor that is not one gradient per row."""
     if J.ndim != 2 or not len(J):
         raise UsageError(f"Expected task gradients of shape (T, P), one task per row, but got {tuple(J.shape)}.")

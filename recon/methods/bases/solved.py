@@ -20,11 +20,11 @@ class SolvedAggregator(GramianAggregator):
     """An aggregator whose weights stay the same when all gradients are multiplied by one number.
 
     What it solves is small, so it is done on the CPU in float64, with the gradients counted in units of their
-    root mean square norm: no solver meets a scale that it was not made for.
+    root mean square norm: solvers work best at that scale.
 
     A task whose gradient is as good as zero (`zero_gradients.NEGLIGIBLE`) is left out, as if it were absent. No
-    direction helps it or harms it, so the methods have nothing to say of it; but some would divide by its length, and
-    others, which look after the task that gains least, would stand still for its sake.
+    direction helps or harms it, so it should not matter; but some methods would divide by its length, and others,
+    which favour the task that gains least, would not move at all.
     """
 
     scale_free = True

@@ -73,7 +73,7 @@ class RemembersTasks(Aggregator):
         return super()._positions(tasks, count)
 
     def get_extra_state(self) -> dict[str, Any]:
-        """The memory, and whose it is."""
+        """The memory, and the tasks that it belongs to."""
         return {"tasks": list(self.tasks), **self.memory}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:

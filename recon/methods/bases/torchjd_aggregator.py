@@ -14,9 +14,9 @@ from recon.methods.bases.state import RandomStream, RemembersTasks
 
 
 class TorchJDAggregator(SolvedAggregator):
-    """Hands the Gramian to a weighting of TorchJD, which then meets neither a NaN nor an odd scale or dtype.
+    """Passes the Gramian to a weighting of TorchJD, without NaN and in a scale and dtype that it can handle.
 
-    TorchJD draws from the global random generator: it is lent the method's own stream, which begins at `seed`.
+    TorchJD draws from the global random generator, which meanwhile continues the method's own stream from `seed`.
     """
 
     def __init__(self, weighting: Weighting[Any], seed: int = 0) -> None:
@@ -33,7 +33,7 @@ class TorchJDAggregator(SolvedAggregator):
 class RememberingTorchJDAggregator(RemembersTasks, TorchJDAggregator):
     """The same for a weighting with a state, which TorchJD keeps by row and leaves out of the state_dict.
 
-    It is lent to the weighting for the rows of the step.
+    The weighting gets the state of the step's rows for the time of the step.
     """
 
     def _lend(self, attribute: str, state: Tensor, key: tuple[Any, ...]) -> None:

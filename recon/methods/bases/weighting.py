@@ -62,7 +62,7 @@ class Weighting(Method):
     def _stack(self, losses: Mapping[str, Tensor]) -> Tensor:
         """The step's losses in one vector."""
         if not losses:
-            raise UsageError("There is no loss to combine: every task's target was missing. Skip such a batch.")
+            raise UsageError("losses is empty: every task's target was missing. Skip such a batch.")
         for task, loss in losses.items():
             if loss.ndim:
                 raise UsageError(

@@ -11,12 +11,12 @@ NEGLIGIBLE = 1e-8
 
 
 def has_direction(lengths: Tensor) -> Tensor:
-    """(T,) booleans: which gradients of these lengths have a direction."""
+    """(T,) booleans: which of these gradients, of such lengths, are long enough to have a direction."""
     return (lengths > 0) & (lengths > NEGLIGIBLE * lengths.max())
 
 
 def with_meaning(weights: Mapping[str, Tensor], lengths: Tensor) -> dict[str, Tensor]:
-    """The weights without those of tasks whose gradient is as good as zero: any other would have done there.
+    """The weights without those of tasks whose gradient is as good as zero: any weight would do the same.
 
     The lengths (T,) of the gradients are in the order of the weights.
     """

@@ -13,7 +13,7 @@ from torch import Tensor
 from recon.methods.gradients.jacobian import TaskJacobian, as_real, width
 
 _IN_CACHE = 1 << 18  # numbers of a block held at a time: it stays in a CPU's cache
-_ON_DEVICE = 1 << 24  # elsewhere it is the launches that cost
+_ON_DEVICE = 1 << 24  # elsewhere, launching kernels is what costs time
 
 
 class _Columns(NamedTuple):

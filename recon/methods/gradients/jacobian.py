@@ -1,4 +1,4 @@
-"""TaskJacobian: the task gradients of a step, and what becomes of them in `.grad`."""
+"""TaskJacobian: the task gradients of a step, and how they are written into `.grad`."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ def width(leaf: Tensor) -> int:
 
 
 def as_real(gradient: Tensor) -> Tensor:
-    """A complex gradient as pairs of real numbers, whose inner products are those that descent goes by."""
+    """A complex gradient as pairs of real numbers, so that inner products are those of real gradient descent."""
     return torch.view_as_real(gradient.resolve_conj()) if gradient.is_complex() else gradient
 
 
@@ -183,7 +183,7 @@ def write_own(jacobian: TaskJacobian, weights: Mapping[str, Tensor] | None = Non
 
 @torch.no_grad()
 def add_gradient(leaf: Tensor, gradient: Tensor) -> None:
-    """Accumulate into `.grad` as `backward()` would, in place, and run what waits for it; `gradient` is spent."""
+    """Accumulate into `.grad` as `backward()` would, in place, and run its hooks; may change `gradient`."""
     _accumulate(leaf, gradient)
 
 

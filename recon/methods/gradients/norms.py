@@ -27,7 +27,7 @@ def layer_norms(losses: Mapping[str, Tensor], model: nn.Module, name: str = "") 
     A copy in a branched layer that serves some of the tasks is not shared by all.
 
     Returns `{task: norm}`, 0-dimensional, in float64 where the device has it, for the tasks that any rank has; empty if
-    there is but one, which nothing can be compared with.
+    there is only one, which cannot be compared with anything.
     """
     layers = find_layers(unwrapped(model))
     name = name and canonical_name(layers, name)
@@ -56,7 +56,7 @@ def _named(layers: Sequence[Layer], name: str, reached: Mapping[str, set[nn.Para
     if without:
         raise UsageError(
             f"The losses of {without} have no gradient in layer {name!r}, so the tasks cannot be compared there. Name "
-            "a trainable layer that all tasks share, or none: then the last such layer is taken."
+            "a trainable layer that all tasks share, or leave the layer out to use the last such layer."
         )
     return layer
 
@@ -68,7 +68,7 @@ def _last_shared(
     shared = [layer for layer in layers if not everywhere.isdisjoint(layer.parameters.values())]
     if not shared:
         raise UsageError(
-            f"No layer is shared by all of the tasks {list(reached)}, so there is none to compare them in. Take a "
+            f"No layer is shared by all of the tasks {list(reached)}, so there is none to compare them in. Use a "
             "weighting that needs the losses alone."
         )
     uses, at_once = last_uses(list(losses.values())), used_at_once(list(losses.values()))

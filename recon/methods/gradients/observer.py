@@ -1,4 +1,4 @@
-"""StepObserver: what a training step calls on a profiler that records its gradients."""
+"""StepObserver: how a step hands its gradients to an observer that records them, such as a profiler."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class StepObserver(Protocol):
 
     @property
     def parameters(self) -> Sequence[nn.Parameter]:
-        """Those whose gradients it records, in the order of a Jacobian's columns."""
+        """The parameters whose gradients it records, in the order of a Jacobian's columns."""
 
     @property
     def buffers(self) -> Sequence[Tensor]:
@@ -32,7 +32,7 @@ class StepObserver(Protocol):
 
     @property
     def memory(self) -> Memory:
-        """Whether it needs whole gradients (`observe`) or takes them as they are made (`observe_sketched`)."""
+        """Whether it needs whole gradients (`observe`) or reads them as they are computed (`observe_sketched`)."""
 
     @property
     def device(self) -> torch.device:

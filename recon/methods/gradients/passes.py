@@ -22,7 +22,7 @@ def differentiate(losses: Mapping[str, Tensor], reach: Reach, buffers: Iterable[
     """A backward pass for each loss, which hands over every large gradient as soon as it is whole, and keeps none.
 
     A gradient that has just been made is still in the cache, and its memory is free for the next: this is quicker
-    than to collect the gradients first, and takes less memory. (Small ones are: a hook costs more than they do.)
+    than collecting the gradients first, and takes less memory. (Small ones are collected: a hook costs more.)
 
     The losses are of all the tasks of `reach` or some of them. The model's buffers end as one backward pass leaves
     them: one that runs a part of the forward again (activation checkpoints) moves running statistics.
@@ -60,7 +60,7 @@ def several_passes() -> Iterator[None]:
         if "donated" not in str(error):
             raise
         raise UsageError(
-            "Gradients by task need a backward pass for each task, but the model was compiled for a single one, in "
+            "Recon needs a backward pass for each task, but the model was compiled for a single backward pass, in "
             "which its buffers are used up. Set torch._functorch.config.donated_buffer = False before the model runs "
             "for the first time (after torch.compiler.reset(), if it has run)."
         ) from error

@@ -1,8 +1,8 @@
 """What the tasks' losses depend on, read off the autograd graph without computing anything.
 
 Where several processes train one model, the rules are those of DistributedDataParallel: each rank brings its own part
-of the batch, and every gradient is the mean over the ranks, zero counting for a rank that has none. Task gradients are
-averaged before anything is made of them, cosines or updates; so each rank makes the same.
+of the batch, and every gradient is the mean over the ranks; a rank without one counts as zero. Task gradients are
+averaged before cosines or updates are computed, so each rank computes the same.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Reach:
         return tuple(self.parameters)
 
     def shared_layers(self, layer_of: Mapping[Tensor, int]) -> list[int]:
-        """The layers that two tasks or more reach, by whichever of their parameters, in order of their numbers."""
+        """The layers that two tasks or more reach, by any of their parameters, in order of their numbers."""
         tasks_of = Counter(layer for found in self.parameters.values() for layer in {layer_of[p] for p in found})
         return sorted(layer for layer, tasks in tasks_of.items() if tasks > 1)
 
@@ -101,7 +101,7 @@ def _agreed(reach: Reach, parameters: Sequence[nn.Parameter]) -> Reach:
 
 
 def no_gradient(task: str) -> str:
-    """What to say of a task whose loss has no gradient."""
+    """The message for a task whose loss has no gradient."""
     return (
         f"The loss of task {task!r} depends on no trainable parameter of the model, so it has no gradient. Check that "
         "it uses the model's output for this task, without detach() or no_grad(), and that not all of its layers are "
@@ -110,10 +110,10 @@ def no_gradient(task: str) -> str:
 
 
 def _hidden_reach(node: Node) -> str:
-    """What to say where tasks part inside a node that does not show its inside."""
+    """The message for tasks that part inside a node that autograd cannot look into."""
     return (
         f"A part of the model was {how_hidden(node)}, which hides which of its parameters each task's loss depends on. "
-        "Do so with the shared body and each task's head apart, or train the plain model."
+        "Do this to the shared body and to each task's head separately, or train the plain model."
     )
 
 
@@ -154,5 +154,5 @@ def _refuse_reentrant_checkpoints(nodes: Iterable[Node]) -> None:
     if any(node.name() == "CheckpointFunctionBackward" for node in nodes):
         raise GradientError(
             "A part of the model runs under torch.utils.checkpoint with use_reentrant=True, which hides its parameters "
-            "from the graph, so that no task's gradient there can be told. Pass use_reentrant=False."
+            "from the graph, so recon cannot find the tasks' gradients there. Pass use_reentrant=False."
         )

@@ -1,4 +1,4 @@
-"""Losses that a GradScaler has multiplied: methods see the losses and gradients without the factor."""
+"""Losses multiplied by a number, for example by a GradScaler: methods see losses and gradients without it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _looked_at: WeakSet[Method] = WeakSet()
 
 
 def read_scale(loss_scale: LossScaleLike | None, losses: Mapping[str, Tensor]) -> Tensor | None:
-    """The number, 0-dimensional, where the losses are; None if there is none."""
+    """The number as a 0-dimensional tensor on the losses' device; None without a scale."""
     if loss_scale is None:
         return None
     device = next((loss.device for loss in losses.values()), torch.device("cpu"))
@@ -72,7 +72,7 @@ def let_scaler_skip(model: nn.Module, method: Method) -> None:
 
 
 def warn_if_scaled(losses: Mapping[str, Tensor], method: Method) -> None:
-    """Tell, once for each method, that all losses end in a multiplication by one number, if that matters to it."""
+    """Warn, once for each method, that all losses end in a multiplication by one number, if that matters to it."""
     if method.scale_free or method in _looked_at or len(losses) < 2:
         return
     _looked_at.add(method)
@@ -89,7 +89,7 @@ def warn_if_scaled(losses: Mapping[str, Tensor], method: Method) -> None:
 
 
 def _factor(loss: Tensor) -> object:
-    """What a factor is recognised by, if the loss ends in a product with a constant."""
+    """Identifies the factor, if the loss ends in a product with a constant."""
     node = loss.grad_fn
     kind = "" if node is None else node.name()
     if kind not in ("MulBackward0", "DivBackward0"):

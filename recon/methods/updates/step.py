@@ -29,7 +29,7 @@ from recon.methods.weightings.basic import Joint
 from recon.methods.weightings.gradnorm import NormWeighting
 from recon.support.network.forward import model_device
 from recon.support.network.trainable import Model, as_module
-from recon.support.processes import world_size
+from recon.support.processes import gather, world_size
 
 _workspaces: WeakKeyDictionary[Method, Workspace] = WeakKeyDictionary()  # no part of a method that is copied or saved
 
@@ -44,9 +44,9 @@ def backward(
 ) -> dict[str, Tensor]:
     """Accumulate the method's update into the parameters' `.grad`, in place of `sum(losses).backward()`.
 
-    A parameter that one task alone reaches gets that task's gradient, weighted by a loss weighting, alone or before
-    an aggregator, and as it is by an aggregator alone. A loss weighting that learns (uw) gets its own gradients
-    too: give its parameters to the optimizer.
+    A parameter that only one task reaches gets that task's gradient. A loss weighting, alone or before an aggregator,
+    multiplies it by the task's weight; an aggregator alone leaves it as it is. A loss weighting that learns (uw) gets
+    its own gradients too: give its parameters to the optimizer.
 
     Where several processes train together, the gradients are averaged over the ranks, as DistributedDataParallel
     does; the model may be wrapped in it or not.
@@ -55,8 +55,8 @@ def backward(
         losses: `{task name: scalar loss}` of this step; a task whose target is missing is left out.
         model: plain or branched, or a list of the modules that make it up, `[encoder, decoder]`. It may be compiled.
         method: from `recon.methods.get`, or one of TorchJD's (see `recon.methods.wrap`); joint training (the sum of the
-            losses) when not given. A name (`"cagrad"`, `"cagrad:c=0.5"`) will do for a method that keeps nothing from
-            step to step (`Method.memoryless`): it is made once for each model.
+            losses) when not given. A name (`"cagrad"`, `"cagrad:c=0.5"`) is enough for a method that keeps nothing from
+            step to step (`Method.memoryless`): recon makes it once for each model.
         profiler: records this step's conflicts from the same gradients.
         loss_scale: what every loss was multiplied by: a number (`1 / 4` for losses divided by 4), or the
             `torch.amp.GradScaler` that did it. Methods see the losses and gradients without it, and `.grad`, that of
@@ -79,11 +79,11 @@ def backward(
     parts, model = model, as_module(model)
     if isinstance(method, str):
         # Of several modules, the one around them is another in every step.
-        method = method_by_name(method, parts if isinstance(parts, nn.Module) else parts[0], tuple(losses))
+        method = method_by_name(method, parts if isinstance(parts, nn.Module) else parts[0], _all_tasks(losses))
     method = Joint() if method is None else wrap(method)
     _check_profiler(profiler, method)
     if not method.tasks:
-        method.setup(tuple(losses))
+        method.setup(_all_tasks(losses))
     scale = scaled_losses.read_scale(loss_scale, losses)
     if scale is None:
         scaled_losses.warn_if_scaled(losses, method)
@@ -111,7 +111,7 @@ def _backward(
         if compiled_as_one(losses):
             raise UsageError(
                 f"Method {method.name!r} works between the shared layers and the heads, but they are compiled as one. "
-                "Compile the shared body and the heads apart, or train the plain model."
+                "Compile the shared body and the heads separately, or train the plain model."
             )
         with _full_precision(device):
             return method.backward(losses, model, **({} if loss_scale is None else {"loss_scale": loss_scale}))
@@ -126,7 +126,7 @@ def _backward(
         if recorder is not None:
             with _full_precision(recorder.device):
                 return recorded_weighting(method, losses, recorder)
-        # DistributedDataParallel would average, too, but expects one forward a step, and every parameter in it.
+        # DistributedDataParallel would average, too, but it needs a single forward a step, which uses every parameter.
         if world_size() > 1:
             return averaged_weighting(method, losses, parameters)
         total, weights = method.combine(losses)
@@ -147,15 +147,20 @@ def _backward(
 
 
 def _full_precision(device: torch.device) -> torch.autocast:
-    """Gradients and weights are no activations: autocast must not round what is made of them."""
+    """Switch autocast off: it is for activations, and must not round what is computed from gradients and weights."""
     return torch.autocast(device.type, enabled=False)
+
+
+def _all_tasks(losses: Mapping[str, Tensor]) -> tuple[str, ...]:
+    """The tasks that have a loss on any rank; every rank gets the same answer, though its own part may lack some."""
+    return tuple(dict.fromkeys(task for tasks in gather(tuple(losses)) for task in tasks))
 
 
 def _check_losses(losses: Mapping[str, Tensor]) -> None:
     if not isinstance(losses, Mapping):
         raise UsageError(f"losses is a {type(losses).__name__}. Pass a dict: {{task name: scalar loss}}.")
     if not losses and world_size() == 1:
-        raise UsageError("There is no loss: every task's target was missing. Skip such a batch.")
+        raise UsageError("losses is empty: every task's target was missing. Skip such a batch.")
     odd = [task for task in losses if not isinstance(task, str)]
     if odd:
         raise UsageError(f"The losses are of the tasks {list(losses)}. Name tasks by strings, not by {odd[0]!r}.")
@@ -163,7 +168,7 @@ def _check_losses(losses: Mapping[str, Tensor]) -> None:
         if not isinstance(loss, Tensor) or loss.ndim:
             got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else repr(loss)
             raise UsageError(
-                f"The loss of task {task!r} must be a scalar tensor, but is {got}. Reduce it: mean(), say."
+                f"The loss of task {task!r} must be a scalar tensor, but is {got}. Reduce it, for example with mean()."
             )
         if not loss.requires_grad:
             raise GradientError(no_gradient(task))
@@ -176,7 +181,7 @@ def _check_profiler(profiler: StepObserver | None, method: Method) -> None:
     if isinstance(method, FeatureMethod):
         raise UsageError(
             f"Method {method.name!r} changes the gradients inside the model, so there are none of the shared "
-            "parameters to record. Profile with another method, joint say, and train with this one afterwards."
+            "parameters to record. Profile with another method, such as joint, and train with this one afterwards."
         )
     if profiler.memory == "sketch" and not isinstance(method, Weighting):
         raise UsageError(

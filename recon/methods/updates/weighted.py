@@ -1,4 +1,4 @@
-"""The update of a loss weighting, where one backward pass in one process is not enough."""
+"""The update of a loss weighting, where one backward pass of one process is not enough."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def recorded_weighting(method: Weighting, losses: Mapping[str, Tensor], profiler
 
 
 def in_order(weights: Mapping[str, Tensor], tasks: Sequence[str]) -> Tensor:
-    """(T,), zero for a task that a weighting left out of the step: its loss is."""
+    """(T,), zero for a task that a weighting left out of the step because its loss is 0."""
     nothing = torch.zeros_like(next(iter(weights.values())))
     return torch.stack([weights.get(task, nothing) for task in tasks])
 
@@ -79,7 +79,7 @@ def weigh(
     """The tasks' weights, alike on all ranks; a method that learns them gets its own gradients."""
     if not tasks:
         return {}
-    # The model's graph may be spent; what is differentiated here is how the method's own parameters weigh the losses.
+    # The model's graph may be freed already; this only differentiates with respect to the method's own parameters.
     total, weights = method.combine(average_losses(losses, tasks, device))
     if total.requires_grad:
         total.backward()

@@ -61,7 +61,7 @@ class FAMO(LossWeights):
         """See `Weighting.combine`; tasks that are left out have no weight."""
         positions = self._positions(losses)
         values = self._stack(losses).detach()
-        self._refuse(values < 0, positions, "takes the logarithms of losses that are 0 at least")
+        self._refuse(values < 0, positions, "takes the logarithms of losses of at least 0")
         self.before.fill_(math.nan)
         counts = _counts(values).tolist()
         kept = {task: loss for (task, loss), counted in zip(losses.items(), counts, strict=True) if counted}
@@ -79,7 +79,7 @@ class FAMO(LossWeights):
         """Learns from the same batch's losses after the step; tasks that took no part in it are passed over."""
         at = self._positions(losses)
         values = torch.stack([loss.detach() for loss in losses.values()]).to(self.before)
-        self._refuse(values < 0, at, "takes the logarithms of losses that are 0 at least")
+        self._refuse(values < 0, at, "takes the logarithms of losses of at least 0")
         known = self.before[at].isfinite() & _counts(values)
         positions = [i for i, counted in zip(at, known.tolist(), strict=True) if counted]
         if positions:

@@ -20,7 +20,7 @@ _LEAST = 1e-6  # what a weight is kept above
 
 
 class NormWeighting(Weighting):
-    """A loss weighting that is told, before every step's `combine`, the norm of each task's gradient in one layer.
+    """A loss weighting that gets, before every step's `combine`, the norm of each task's gradient in one layer.
 
     `recon.backward` measures the norms, see `recon.methods.gradients.norms`.
 
@@ -53,7 +53,7 @@ class GradNorm(NormWeighting):
     then they are renormalised to keep their sum. A step uses the weights from before it. Absent tasks keep their
     weights, and means are over the tasks that are there; a task alone learns nothing.
 
-    The paper does not say what becomes of a weight that a step takes below 0: here, it stays at a millionth.
+    The paper does not say what happens to a weight that a step moves below 0: here, it stays at a millionth.
 
     Args:
         alpha: how strongly tasks that learn slowly are pulled up. The paper uses 1.5 on NYUv2 and 0.12 on its toy.
@@ -102,7 +102,7 @@ class GradNorm(NormWeighting):
         """Weighs the losses, and learns from them and the norms for the next step. See `Weighting.combine`."""
         positions = self._positions(losses)
         values = self._stack(losses)
-        self._refuse(values.detach() < 0, positions, "compares how far losses that are 0 at least have fallen")
+        self._refuse(values.detach() < 0, positions, "compares how far losses of at least 0 have fallen")
         if self._norms is None:
             raise UsageError(
                 f"Method {self.name!r} learns from gradient norms: call observe_norms before combine. recon.backward "

@@ -77,7 +77,7 @@ class IMTLL(LearnedScales):
     def combine(self, losses: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """See `Weighting.combine`."""
         values, positions = self._stack(losses), self._positions(losses)
-        self._refuse(values.detach() < 0, positions, "scales losses that are 0 at least to 1")
+        self._refuse(values.detach() < 0, positions, "scales losses of at least 0 to 1")
         return super().combine(losses)
 
     def _scalarizer(self) -> nn.Module:

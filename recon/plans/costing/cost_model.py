@@ -1,4 +1,4 @@
-"""The costs of any plan for one model, without converting it: a plan optimiser asks for it thousands of times."""
+"""The costs of any plan for one model, without converting it: a plan optimiser asks for them thousands of times."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ class CostModel:
     def operation_macs(self, layers: Mapping[str, Partition]) -> list[int]:
         """The multiply-adds of each operation that has any, with these layers branched; they add up to `of`'s.
 
-        Nothing is known of single operations, and the list is empty, where the forward could not be traced.
+        Where the forward could not be traced, single operations are unknown, and the list is empty.
         """
         if not self.traced:
             return []

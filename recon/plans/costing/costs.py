@@ -23,7 +23,7 @@ class Costs:
         macs: forward multiply-adds of convolutions and matrix products, for the whole batch of example inputs.
         activation_bytes: of the tensors that a forward in training mode makes for this batch, as
             `PlanCosts` defines it; `None` where that forward fails (batch norm on a single sample).
-        measured: whether they were counted while the very model ran; if not, they follow from the dataflow of the
+        measured: whether they were counted while this model ran; if not, they follow from the dataflow of the
             unbranched one.
     """
 
@@ -48,7 +48,7 @@ def costs(model: nn.Module, plan: BranchPlan | None = None, example_inputs: Any 
         example_inputs: a batch of inputs, as the model's forward expects them.
 
     Raises:
-        UsageError: there are no example inputs, or the plan is none.
+        UsageError: there are no example inputs, or `plan` is not a plan.
         UnknownNameError, PlanError, UsageError: as `recon.convert`.
         FanError: as `recon.convert`, where the model can't be traced.
     """

@@ -73,7 +73,7 @@ class Dataflow:
 
         `layer_names` is `{parameter: name of its layer}`.
         """
-        from networkx import DiGraph  # late: it takes a while, and most who count costs draw nothing
+        from networkx import DiGraph  # late: it is slow to import, and few need the graph
 
         graph = DiGraph()
         first, serves = len(self.parameters) + len(self.owners), self.tasks_served()

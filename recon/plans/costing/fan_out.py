@@ -1,4 +1,4 @@
-"""Where values fan out under a plan, and what then runs once per group: what a task fan does, on partitions alone."""
+"""Where values fan out under a plan, and what then runs once per group: a task fan, but for partitions."""
 
 from __future__ import annotations
 

@@ -147,7 +147,7 @@ class _Tracer(TorchFunctionMode):
         return self._open[-1] if self._open else 0
 
     def note_kernel(self, kernel: Any, inputs: Iterable[Tensor], outputs: Iterable[Tensor]) -> None:
-        """A kernel was run outside of any function: nobody knows how the values in its outputs came about."""
+        """A kernel ran outside of any function, so the origin of the values in its outputs is unknown."""
         if self.values_of(inputs) and any(self.value_of(tensor) is None for tensor in outputs):
             path = self._paths[self._within]
             self.unsupported[f"{kernel} in {path}" if path else str(kernel)] = None
