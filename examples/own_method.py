@@ -6,7 +6,7 @@
 
 What the first parameter is called says what the function gets: `J`, the task gradients; `gramian`, their inner
 products; or `losses`. Parameters after it are options. A method that must remember something from step to step is a
-class, as in recon/methods/weightings/basic.py.
+class, as in recon/methods/weightings/dwa.py.
 """
 
 from __future__ import annotations

@@ -10,7 +10,9 @@ from recon.methods.composition import Composition
 from recon.methods.registry import MethodEntry, entry, get, names, register
 from recon.methods.parsing import parse
 from recon.methods.torchjd_adapter import wrap
-from recon.methods.weightings.basic import DWA, UW, Joint
+from recon.methods.weightings.joint import Joint
+from recon.methods.weightings.uw import UW
+from recon.methods.weightings.dwa import DWA
 from recon.methods.weightings.gradnorm import GradNorm, NormWeighting
 from recon.methods.weightings.random_weighting import RLW
 from recon.methods.weightings.scalarizations import GLS, IMTLL, STCH

@@ -25,8 +25,8 @@ from recon.methods.updates import scaled_losses
 from recon.methods.updates.aggregated import apply_aggregator, apply_composition
 from recon.methods.updates.scaled_losses import LossScaleLike
 from recon.methods.updates.weighted import averaged_weighting, recorded_weighting
-from recon.methods.weightings.basic import Joint
 from recon.methods.weightings.gradnorm import NormWeighting
+from recon.methods.weightings.joint import Joint
 from recon.support.network.forward import model_device
 from recon.support.network.trainable import Model, as_module
 from recon.support.processes import gather, world_size

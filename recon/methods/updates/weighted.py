@@ -11,7 +11,7 @@ from recon.methods.bases.weighting import Weighting
 from recon.methods.gradients.jacobian import add_gradient, task_jacobian, write_combination, write_own
 from recon.methods.gradients.observer import StepObserver
 from recon.methods.gradients.reach import average_losses, find_reach
-from recon.methods.weightings.basic import Joint
+from recon.methods.weightings.joint import Joint
 from recon.support.processes import average_
 
 
