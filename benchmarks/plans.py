@@ -17,88 +17,48 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
-from multiprocessing import get_context
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
 import torch
 from torch import nn
 
 import recon
-from recon import ConflictMap, problems
+from recon import ConflictMap
+from recon.experiments import BenchSettings, Variant, make_loaders, make_model
 from recon.experiments import costs as run_costs
 from recon.experiments import inputs as workbench
-from recon.experiments.backbones import with_backbone
+from recon.experiments.bench.variants import in_turn_or_parallel, time_steps
+from recon.experiments.comparison_rows import spread
 from recon.experiments.optimizers import make_optimizer, make_scheduler
-from recon.experiments.recipe import Recipe
 from recon.experiments.run import SINGLE_TASK
-from recon.plans.matching import match
-from recon.plans.planning import Choice, choose
-from recon.plans.selection import Selection
-from recon.problems.problem import Problem
+from recon.plans import Choice, CostModel, Selection, choose, match
 from recon.support.files.whole import write_text
 from recon.support.tables import short_number, text_table, with_ratio
-from recon.support.timing import step_seconds
 from recon.training.evaluation import directions
 
 PAPER = 25 / 41  # of the shared layers of ResNet-18 are branched
 DOUBLE = 1.95  # times the multiply-adds
 CONTROLS = ("random", "first", "last")
+CPU = torch.device("cpu")
 
 
-@dataclass(frozen=True)
-class Study:
-    """One problem and how it is trained.
-
-    Args:
-        name: the problem's.
-        epochs: of every training.
-        profile_epochs: of the profile.
-        train_samples: how many training samples to use; all if not given.
-        backbone: the network; the problem's own if empty.
-        data_root: where its data are.
-    """
-
-    name: str
-    epochs: int
-    profile_epochs: int
-    train_samples: int | None = None
-    backbone: str = ""
-    data_root: str | None = None
-
-    def problem(self) -> Problem:
-        """The problem, with this backbone."""
-        options = {"data_root": self.data_root, "train_samples": self.train_samples}
-        return with_backbone(problems.get(self.name, **options), self.backbone)
-
-    def settings(self) -> dict[str, Any]:
-        """What runs that are compared must have in common."""
-        return {name: value for name, value in asdict(self).items() if name != "data_root"}
+def study(name: str, epochs: int, profile_epochs: int, **given: Any) -> BenchSettings:
+    """A problem, and how its networks are trained here."""
+    return BenchSettings(
+        problem_name=name, preset="plans", device="cpu", epochs=epochs, profile_epochs=profile_epochs, **given
+    )
 
 
 STUDIES = {
-    "digits": Study("digits", epochs=12, profile_epochs=3),
+    "digits": study("digits", 12, 3),
     # The problem's own network, ResNet-18, is out of reach for two cores: --backbone ResNet18 where there are more.
-    "multi-fashion-mnist": Study("multi-fashion-mnist", 4, 2, train_samples=10_000, backbone="SmallResNet"),
+    "multi-fashion-mnist": study("multi-fashion-mnist", 4, 2, train_samples=10_000, backbone="SmallResNet"),
 }
-
-
-@dataclass(frozen=True)
-class Variant:
-    """One way to train: single-task, joint, or joint with a plan for each seed."""
-
-    label: str
-    choices: tuple[Choice, ...] = ()
-
-    def model(self, problem: Problem, seed: int, example: Any) -> nn.Module:
-        """A fresh model, branched if there is a plan for it."""
-        model = workbench.make_model(problem, seed)
-        return recon.convert(model, self.choices[seed].plan, example) if self.choices else model
 
 
 class Ledger:
@@ -108,13 +68,12 @@ class Ledger:
         self.path = path
         self.data: dict[str, dict[str, Any]] = json.loads(path.read_text()) if path.exists() else {}
 
-    def of(self, study: Study) -> dict[str, Any]:
+    def of(self, settings: BenchSettings) -> dict[str, Any]:
         """The problem's entry. Trainings of other lengths are not mixed."""
-        entry = self.data.setdefault(study.name, {"settings": study.settings(), "runs": {}, "seconds_per_step": {}})
-        if entry["settings"] != study.settings():
-            sys.exit(
-                f"{self.path} was measured with {entry['settings']}, not {study.settings()}. Choose another --out."
-            )
+        own = json.loads(json.dumps(settings.as_dict()))
+        entry = self.data.setdefault(settings.problem_name, {"settings": own, "runs": {}, "seconds_per_step": {}})
+        if entry["settings"] != own:
+            sys.exit(f"{self.path} was measured with {entry['settings']}, not {own}. Choose another --out.")
         return entry
 
     def save(self) -> None:
@@ -122,49 +81,61 @@ class Ledger:
         write_text(self.path, json.dumps(self.data, indent=1) + "\n")
 
 
+@dataclass(frozen=True)
+class Job:
+    """One training; it can be pickled."""
+
+    settings: BenchSettings
+    variant: Variant
+    seed: int
+    covered: float  # the share of the conflict that the plan covers
+
+    @property
+    def name(self) -> str:
+        """The training's name in the file."""
+        return f"{title(self.variant)}, seed {self.seed}"
+
+
+def title(variant: Variant) -> str:
+    """What the table calls it: every plan is trained jointly."""
+    return variant.surgery or variant.method
+
+
 class Bench:
     """All variants of one problem.
 
     Args:
-        study: the problem.
+        settings: the problem, and how it is trained.
         seeds: how often each is trained.
         budget: of the multiply-adds.
         controls: what the controls have in common with the plans.
         out: the file of the results; the conflict map is, or goes, beside it.
     """
 
-    def __init__(self, study: Study, seeds: int, budget: float, controls: Sequence[str], out: Path) -> None:
-        self.study, self.seeds, self.budget, self.controls = study, seeds, budget, controls
-        self.problem = study.problem()
+    def __init__(self, settings: BenchSettings, seeds: int, budget: float, controls: Sequence[str], out: Path) -> None:
+        self.settings, self.seeds, self.budget, self.controls = settings, seeds, budget, controls
+        self.problem = settings.problem()
         self.map_path = out.with_suffix(f".{self.problem.name}.map.json")
-
-    @cached_property
-    def batch(self) -> Any:
-        """One training batch."""
-        return workbench.first_batch(self.problem, workbench.make_loaders(self.problem, 0)[0], torch.device("cpu"))
 
     @cached_property
     def cmap(self) -> ConflictMap:
         """The conflict map, profiled unless it is there."""
         if not self.map_path.exists():
-            print(f"{self.study.name}: profiling", file=sys.stderr)
-            model = workbench.make_model(self.problem, 0)
-            loader, _ = workbench.make_loaders(self.problem, 0)
-            optimizer = make_optimizer(self.problem, model, Recipe())
+            print(f"{self.settings.problem_name}: profiling", file=sys.stderr)
+            model, (loader, _) = make_model(self.problem, 0), make_loaders(self.problem, 0)
+            optimizer = make_optimizer(self.problem, model, self.settings.recipe)
             cmap = recon.profile(
-                model, loader, self.problem.losses, optimizer=optimizer, epochs=self.study.profile_epochs
+                model, loader, self.problem.losses, optimizer=optimizer, epochs=self.settings.profile_epochs
             )
             cmap.save(self.map_path)
         return ConflictMap.load(self.map_path)
 
     @cached_property
-    def variants(self) -> list[Variant]:
-        """What is compared."""
-        from recon.plans.costing.cost_model import CostModel
-
+    def jobs(self) -> list[Job]:
+        """Every training, seed by seed."""
         tasks, seeds = self.problem.task_names, range(self.seeds)
-        model = workbench.make_model(self.problem, 0)
-        costs = CostModel(model, tasks, workbench.few_samples(self.batch[0])[0])
+        model = make_model(self.problem, 0)
+        costs = CostModel(model, tasks, workbench.example_inputs(self.problem, 0))
         found = match(self.cmap, model)
 
         def choice(**how: Any) -> Choice:
@@ -179,37 +150,32 @@ class Bench:
             "parameters": ("at those parameters", {"like": budgeted.plan}),
             "budget": (f"max_macs={self.budget:g}", {"max_macs": self.budget}),
         }
-        variants = [
-            Variant(SINGLE_TASK),
-            Variant("joint"),
-            Variant(f"Recon K={k}", (choice(top_k=k),) * self.seeds),
-            Variant(f"max_macs={self.budget:g}", (budgeted,) * self.seeds),
-        ]
+        by_surgery = {f"Recon K={k}": [choice(top_k=k)] * self.seeds, limits["budget"][0]: [budgeted] * self.seeds}
         for what, how in (limits[name] for name in self.controls):
-            variants += [
-                Variant(f"{control} {what}", tuple(choice(select=control, seed=seed, **how) for seed in seeds))
-                for control in CONTROLS
-            ]
-        return variants
+            for control in CONTROLS:
+                by_surgery[f"{control} {what}"] = [choice(select=control, seed=seed, **how) for seed in seeds]
+        variants = [(Variant(SINGLE_TASK), [0.0] * self.seeds), (Variant("joint"), [0.0] * self.seeds)]
+        for surgery, of_seed in by_surgery.items():
+            plans = tuple(one.plan for one in of_seed)
+            variants.append((Variant("joint", surgery, plans), [one.covered for one in of_seed]))
+        return [Job(self.settings, variant, seed, covered[seed]) for seed in seeds for variant, covered in variants]
 
-    def missing(self, runs: Mapping[str, Any]) -> list[tuple[Variant, int]]:
-        """What is yet to be trained, seed by seed."""
-        jobs = [(variant, seed) for seed in range(self.seeds) for variant in self.variants]
-        return [(variant, seed) for variant, seed in jobs if run_name(variant, seed) not in runs]
+    @property
+    def variants(self) -> list[Variant]:
+        """What is compared."""
+        return [job.variant for job in self.jobs if job.seed == 0]
 
     def time_steps(self, rounds: int) -> dict[str, float]:
         """Seconds of a joint training step of each variant's first plan, in turn."""
-        example = workbench.few_samples(self.batch[0])[0]
-        models = {v.label: v.model(self.problem, 0, example) for v in self.variants if v.label != SINGLE_TASK}
-        steps = {label: run_costs.TrainingStep(self.problem, model, self.batch) for label, model in models.items()}
-        return step_seconds(steps, rounds)
+        titles = {variant.label: title(variant) for variant in self.variants if not variant.is_single_task}
+        timed = [variant for variant in self.variants if not variant.is_single_task]
+        return {titles[label]: s for label, s in time_steps(self.problem, timed, CPU, rounds).items()}
 
     def table(self, entry: Mapping[str, Any]) -> str:
         """Means and spreads of what was measured so far."""
-        runs = {
-            v.label: [run for s in range(self.seeds) if (run := entry["runs"].get(run_name(v, s)))]
-            for v in self.variants
-        }
+        runs: dict[str, list[Any]] = {title(variant): [] for variant in self.variants}
+        for job in self.jobs:
+            runs[title(job.variant)] += [entry["runs"][job.name]] if job.name in entry["runs"] else []
         baselines = {run["seed"]: run["results"] for run in runs[SINGLE_TASK]}
         joint = (runs["joint"] or [{}])[0]
         rows = []
@@ -238,67 +204,37 @@ class Bench:
         return recon.delta_m(run["results"], baseline, directions(self.problem.tasks))
 
 
-def run_name(variant: Variant, seed: int) -> str:
-    """The training's name in the file."""
-    return f"{variant.label}, seed {seed}"
-
-
-def train(study: Study, variant: Variant, seed: int) -> dict[str, Any]:
+def train(job: Job) -> dict[str, Any]:
     """Train, evaluate and count one variant."""
-    problem = study.problem()
-    loader, _ = workbench.make_loaders(problem, seed)
-    inputs, _ = workbench.first_batch(problem, loader, torch.device("cpu"))
-    model = variant.model(problem, seed, workbench.few_samples(inputs)[0])
-    if variant.label == SINGLE_TASK:
+    problem, variant = job.settings.problem(), job.variant
+    inputs = workbench.example_inputs(problem, job.seed)
+    model = variant.model(problem, job.seed, CPU)
+    if variant.is_single_task:
         costs = run_costs.single_task_costs(model, problem.task_names, inputs)
         results: dict[str, Any] = {}
         for task in problem.task_names:
-            results |= fit(study, problem, variant.model(problem, seed, None), seed, [task])
+            results |= fit(job, variant.model(problem, job.seed, CPU), [task])
     else:
         costs = run_costs.costs_per_sample(model, inputs)
-        results = fit(study, problem, model, seed, problem.task_names)
-    made = variant.choices[seed] if variant.choices else None
-    plan = {"layers": list(made.plan.layers) if made else [], "covered": made.covered if made else 0.0}
-    return {"seed": seed, "results": results, **plan, **asdict(costs)}
+        results = fit(job, model, problem.task_names)
+    layers = list(variant.plans[job.seed].layers) if variant.plans else []
+    return {"seed": job.seed, "results": results, "layers": layers, "covered": job.covered, **asdict(costs)}
 
 
-def fit(study: Study, problem: Problem, model: nn.Module, seed: int, tasks: Sequence[str]) -> dict[str, Any]:
+def fit(job: Job, model: nn.Module, tasks: Sequence[str]) -> dict[str, Any]:
     """Train a model on some tasks, and evaluate it."""
-    loader, test = workbench.make_loaders(problem, seed)
-    torch.manual_seed(seed)
+    problem, settings = job.settings.problem(), job.settings
+    loader, test = make_loaders(problem, job.seed)
+    torch.manual_seed(job.seed)
     recon.train(
         model,
         loader,
         {task: loss for task, loss in problem.losses.items() if task in tasks},
-        optimizer=make_optimizer(problem, model, Recipe()),
-        scheduler=make_scheduler(problem, loader, study.epochs),
-        epochs=study.epochs,
+        optimizer=make_optimizer(problem, model, settings.recipe),
+        scheduler=make_scheduler(problem, loader, settings.epochs),
+        epochs=settings.epochs,
     )
     return recon.evaluate(model, test, [task for task in problem.tasks if task.name in tasks])
-
-
-def trained(
-    study: Study, jobs: Sequence[tuple[Variant, int]], workers: int
-) -> Iterator[tuple[Variant, int, dict[str, Any]]]:
-    """Train, several at a time, each on one thread."""
-    if workers == 1:
-        yield from ((variant, seed, train(study, variant, seed)) for variant, seed in jobs)
-        return
-    with ProcessPoolExecutor(workers, get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        futures = {pool.submit(train, study, variant, seed): (variant, seed) for variant, seed in jobs}
-        try:
-            yield from ((*futures[future], future.result()) for future in as_completed(futures))
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-
-
-def spread(values: Sequence[float], digits: int) -> str:
-    """Mean and standard deviation over the seeds."""
-    if not values:
-        return "-"
-    deviation = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{fmean(values):.{digits}f}{deviation}"
 
 
 def cost(runs: Sequence[Mapping[str, Any]], reference: Mapping[str, Any], what: str) -> str:
@@ -336,22 +272,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
     ledger, left = Ledger(args.out), args.runs
     for name in args.problems:
         given = {o: getattr(args, o) for o in ("epochs", "profile_epochs", "train_samples", "backbone", "data_root")}
-        study = replace(STUDIES[name], **{option: value for option, value in given.items() if value is not None})
-        entry = ledger.of(study)
-        bench = Bench(study, args.seeds, args.budget, args.controls, args.out)
-        jobs = bench.missing(entry["runs"])[:left]
-        left = None if left is None else left - len(jobs)
-        for number, (variant, seed, run) in enumerate(trained(study, jobs, args.workers), start=1):
-            entry["runs"][run_name(variant, seed)] = run
+        settings = replace(STUDIES[name], **{option: value for option, value in given.items() if value is not None})
+        entry = ledger.of(settings)
+        bench = Bench(settings, args.seeds, args.budget, args.controls, args.out)
+        missing = [job for job in bench.jobs if job.name not in entry["runs"]]
+        now = missing[:left]
+        left = None if left is None else left - len(now)
+        for number, (job, run) in enumerate(in_turn_or_parallel(train, now, args.workers), start=1):
+            entry["runs"][job.name] = run
             ledger.save()
-            print(f"{name}: {number} of {len(jobs)}: {run_name(variant, seed)}", file=sys.stderr)
-        if (
-            not bench.missing(entry["runs"])
-            and {v.label for v in bench.variants[1:]} - entry["seconds_per_step"].keys()
-        ):
+            print(f"{name}: {number} of {len(now)}: {job.name}", file=sys.stderr)
+        timed = {title(variant) for variant in bench.variants if not variant.is_single_task}
+        if len(now) == len(missing) and timed - entry["seconds_per_step"].keys():
             entry["seconds_per_step"] = bench.time_steps(args.rounds)
             ledger.save()
-        print(f"{name}: {study.settings()}, mean ± standard deviation over seeds\n{bench.table(entry)}\n", flush=True)
+        print(
+            f"{name}: {settings.steps} each, mean ± standard deviation over seeds\n{bench.table(entry)}\n", flush=True
+        )
 
 
 if __name__ == "__main__":

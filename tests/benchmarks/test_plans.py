@@ -25,7 +25,7 @@ def plans(monkeypatch, tmp_path):
     spec.loader.exec_module(module)
     (tmp_path / "tiny.py").write_text(PROBLEM)
     name = f"{tmp_path / 'tiny.py'}:problem"
-    monkeypatch.setattr(module, "STUDIES", {name: module.Study(name, epochs=1, profile_epochs=2)})
+    monkeypatch.setattr(module, "STUDIES", {name: module.study(name, epochs=1, profile_epochs=2)})
     return module
 
 
