@@ -160,7 +160,7 @@ MISFITS = {
     "what fits maps": (MAPS, "ResNet18", "deeplabv3_resnet50, fcn_resnet50"),
     "images for vectors": (ROWS, "ResNet18", "takes images (N, C, H, W)"),
     "a way of one's own": (ROWS, "ResNet18", "path/to/file.py:function"),
-    "logits and maps": (problem((3, 8, 8), a=(2,), b=(1, 8, 8)), "ResNet18", "(2, 1, 8, 8) for task 'b'. Choose your own func"),
+    "logits and maps": (problem((3, 8, 8), a=(2,), b=(1, 8, 8)), "ResNet18", "for task 'b'. Choose your own"),
     "maps of another size": (problem((3, 8, 8), a=(1, 4, 4), b=(1, 4, 4)), "fcn_resnet50", "Choose your own function"),
     "numbers": (problem((3, 8, 8), a=(), b=()), "ResNet18", "needs (2,) for task 'a'"),
     "sequences": (problem((3, 8), a=(2,), b=(2,)), "SmallResNet", "has inputs (2, 3, 8)"),
