@@ -166,7 +166,7 @@ MISFITS = {
     "sequences": (problem((3, 8), a=(2,), b=(2,)), "SmallResNet", "has inputs (2, 3, 8)"),
     "images that do not suit": (problem((1, 30, 30), a=(2,), b=(2,)), "ViT", "Images of 30x30 pixels cannot be cut"),
     "other sizes": (MAPS, "Halving", "The backbone Halving gives (2, 5, 16, 24) for task 'b', but"),
-    "not those that fit": (MAPS, "Halving", "(2, 1, 32, 48) for task 'a', (2, 5, 32, 48) for task 'b'. For this"),
+    "not those that fit": (MAPS, "Halving", "(2, 1, 32, 48) for task 'a', (2, 5, 32, 48) for task 'b'. Choose"),
     "one that cannot run": (MAPS, "Breaking", "RuntimeError: sizes of tensors must match."),
     "an unknown one": (problem((3,), a=(2, 2), b=(2,)), "Rows", "takes images or vectors"),
 }  # fmt: skip
@@ -183,7 +183,7 @@ def test_a_backbone_that_does_not_fit(unknown, case):
 def test_what_does_not_fit_is_not_recommended(unknown):
     with pytest.raises(UsageError) as raised:
         with_backbone(problem((1, 30, 30), a=(2,), b=(2,)), "ViT")
-    assert "there are ResNet18, SmallResNet, vit_b_16; or" in str(raised.value)
+    assert "Choose ResNet18, SmallResNet, vit_b_16, or" in str(raised.value)
 
 
 def test_names_of_backbones(tmp_path, monkeypatch):
