@@ -235,7 +235,7 @@ class Profiler:
                 raise CheckpointError(f"This is not the saved state of a profiler: it has no {name}.")
             if state[name] != value:
                 raise CheckpointError(
-                    f"The saved profile has a different {name}: {state[name]}, not {value}. Use the settings of "
+                    f"The saved profile has other {name}: {state[name]}, not {value}. Use the settings of "
                     "the interrupted run, or start over."
                 )
         self._calls = state["calls"]

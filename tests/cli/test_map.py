@@ -270,7 +270,7 @@ def test_convert_takes_an_imported_map(command, ask, tmp_path):
     assert code == 0 and "made for tasks that it does not name" in err
     assert ask(line, tmp_path / "c", "--layers", "backbone.norm")["branched_layers"] == ["backbone.norm"]
     code, _, err = command(line, tmp_path / "d", "--top-k", 1, "--threshold", "-0.2")
-    assert code == 2 and "S=-0.1 alone" in err and not (tmp_path / "d").exists()
+    assert code == 2 and "only its scores at S=-0.1" in err and not (tmp_path / "d").exists()
 
 
 WRONG = {
@@ -280,14 +280,17 @@ WRONG = {
     "option of another action": ("map show seed0.json --out new.json", "--out"),
     "show: no map": ("map show", "MAP"),
     "show: scores": ("map show scores.json", "recon map import"),
-    "show: another S of imported scores": ("map show imported.json --threshold -0.2", "S=-0.1 alone"),
+    "show: another S of imported scores": ("map show imported.json --threshold -0.2", "only its scores at S=-0.1"),
     "show: plot of imported scores": ("map show imported.json --plot new.png", "no counts by quarter"),
     "compare: one map": ("map compare seed0.json", "B"),
     "compare: missing": ("map compare seed0.json nope.json", "nope.json: there is no such file"),
     "compare: nothing in common": ("map compare seed0.json inside.json", "--rename 'backbone='"),
     "compare: K too large": ("map compare seed0.json seed1.json --top-k 5", "between 1 and 4"),
     "compare: K too small": ("map compare seed0.json seed1.json --top-k 0", "at least 1"),
-    "compare: another S of imported scores": ("map compare inside.json imported.json --threshold 0", "S=-0.1 alone"),
+    "compare: another S of imported scores": (
+        "map compare inside.json imported.json --threshold 0",
+        "only its scores at S=-0.1",
+    ),
     "compare: threshold": ("map compare seed0.json seed1.json --threshold 0.5", "multiple of 0.01"),
     "compare: rename without =": ("map compare seed0.json inside.json --rename backbone", "OLD=NEW"),
     "compare: rename to the same": ("map compare seed0.json inside.json --rename a=a", "OLD=NEW"),

@@ -518,7 +518,7 @@ WRONG = {
     "gamma without a schedule": ("--schedule cosine --gamma 0.5", "belong to the schedule step"),
     "steps without milestones": ("--schedule step", "needs milestones"),
     "milestones that fall": ("--schedule step --milestones 2 1", "must increase"),
-    "milestones behind the end": ("--schedule step --milestones 1 3", "within the 3 epochs"),
+    "milestones behind the end": ("--schedule step --milestones 1 3", "below the 3 epochs"),
     "momentum of adam": ("--optimizer adam --momentum 0.9", "momentum is a setting of sgd"),
     "momentum of the problem's adam": ("--momentum 0.9", "is Adam, which has no momentum"),
     "too much momentum": ("--optimizer sgd --momentum 1", "below 1"),

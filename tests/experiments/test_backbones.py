@@ -155,18 +155,18 @@ def test_a_backbone_of_unknown_kind_is_tried(unknown):
 MISFITS = {
     "a dense one for logits": (LOGITS, "fcn_resnet50", "gives maps (N, channels, H, W), but 'made up' has inputs"),
     "what was expected": (LOGITS, "fcn_resnet50", "(2, 3) for task 'a', (2, 5) for task 'b'"),
-    "what fits logits": (LOGITS, "fcn_resnet50", "there are ResNet18, SmallResNet, ViT, vit_b_16"),
+    "what fits logits": (LOGITS, "fcn_resnet50", "Choose ResNet18, SmallResNet, ViT, vit_b_16"),
     "one for logits for maps": (MAPS, "ResNet18", "gives logits (N, classes), but 'made up' has inputs (2, 2, 32, 48)"),
     "what fits maps": (MAPS, "ResNet18", "deeplabv3_resnet50, fcn_resnet50"),
     "images for vectors": (ROWS, "ResNet18", "takes images (N, C, H, W)"),
     "a way of one's own": (ROWS, "ResNet18", "path/to/file.py:function"),
-    "logits and maps": (problem((3, 8, 8), a=(2,), b=(1, 8, 8)), "ResNet18", "(2, 1, 8, 8) for task 'b'. Take a func"),
+    "logits and maps": (problem((3, 8, 8), a=(2,), b=(1, 8, 8)), "ResNet18", "for task 'b'. Choose your own"),
     "maps of another size": (problem((3, 8, 8), a=(1, 4, 4), b=(1, 4, 4)), "fcn_resnet50", "Choose your own function"),
     "numbers": (problem((3, 8, 8), a=(), b=()), "ResNet18", "needs (2,) for task 'a'"),
     "sequences": (problem((3, 8), a=(2,), b=(2,)), "SmallResNet", "has inputs (2, 3, 8)"),
     "images that do not suit": (problem((1, 30, 30), a=(2,), b=(2,)), "ViT", "Images of 30x30 pixels cannot be cut"),
     "other sizes": (MAPS, "Halving", "The backbone Halving gives (2, 5, 16, 24) for task 'b', but"),
-    "not those that fit": (MAPS, "Halving", "(2, 1, 32, 48) for task 'a', (2, 5, 32, 48) for task 'b'. For this"),
+    "not those that fit": (MAPS, "Halving", "(2, 1, 32, 48) for task 'a', (2, 5, 32, 48) for task 'b'. Choose"),
     "one that cannot run": (MAPS, "Breaking", "RuntimeError: sizes of tensors must match."),
     "an unknown one": (problem((3,), a=(2, 2), b=(2,)), "Rows", "takes images or vectors"),
 }  # fmt: skip
@@ -183,7 +183,7 @@ def test_a_backbone_that_does_not_fit(unknown, case):
 def test_what_does_not_fit_is_not_recommended(unknown):
     with pytest.raises(UsageError) as raised:
         with_backbone(problem((1, 30, 30), a=(2,), b=(2,)), "ViT")
-    assert "there are ResNet18, SmallResNet, vit_b_16; or" in str(raised.value)
+    assert "Choose ResNet18, SmallResNet, vit_b_16, or" in str(raised.value)
 
 
 def test_names_of_backbones(tmp_path, monkeypatch):

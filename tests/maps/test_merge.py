@@ -95,7 +95,7 @@ def test_maps_of_scores_add_up():
     merged = ConflictMap.merge([score_map({"x": 3, "y": 5}), score_map({"y": 1, "x": 4})])
     assert merged.scores() == {"x": 7, "y": 6}
     assert (merged.steps, merged.skipped, merged.stage_steps) == (None, None, ())
-    with pytest.raises(UsageError, match=r"S=-0\.1 alone"):
+    with pytest.raises(UsageError, match=r"only its scores at S=-0\.1"):
         merged.scores(-0.2)
 
 

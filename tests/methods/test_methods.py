@@ -182,7 +182,7 @@ def test_register_refuses_what_cannot_work(scratch_registry):
         methods.register("new", **about)(int)
     with pytest.raises(UsageError, match="a str is none of these"):
         methods.register("new")("text")
-    with pytest.raises(UsageError, match=r"its first parameter, by this name; wrong\(x, J\) has not"):
+    with pytest.raises(UsageError, match=r"its first parameter, by this name, but wrong\(x, J\) has none"):
 
         @methods.register("new")
         def wrong(x, J): ...
@@ -283,7 +283,7 @@ def test_gradients_of_wrong_shape_are_refused(name, shape):
 def test_setup_is_for_one_set_of_tasks(name):
     method = methods.get(name)
     for wrong in ([], ["seg", "seg"]):
-        with pytest.raises(UsageError, match="needs the different names"):
+        with pytest.raises(UsageError, match="needs the names of all tasks, each once"):
             method.setup(wrong)
     method.setup(TASKS)
     parameters = [id(p) for p in method.parameters()]

@@ -245,7 +245,7 @@ def test_a_map_without_pairs_parts_everything():
         (True, "Choose 'per-task'"),
         ("by-conflict", "Choose 'per-task', 'conflict', a number"),
         ([["a", "b"], ["c", "d"]], r"leave out \['e', 'f'\]"),
-        ([["a", "b", "c", "d", "e", "f"]], "one group, which branches nothing"),
+        ([["a", "b", "c", "d", "e", "f"]], "a single group branches nothing"),
         ([["a", "b", "c"], ["c", "d", "e", "f"]], "twice"),
         ([["a", "b", "c"], ["d", "e", "f", "g"]], "not one of the tasks"),
     ],

@@ -332,7 +332,7 @@ def test_controls_at_the_parameters_of_a_plan():
         layers_of(cmap, like=like, select="first")
     found = [tuple(layers_of(cmap, like=like, select="random", seed=seed)) for seed in range(12)]
     assert set(found) == {("norm", "fc")}  # conv is passed over
-    with pytest.raises(PlanError, match="for a control"):
+    with pytest.raises(PlanError, match="makes a control"):
         layers_of(cmap, like=like)
 
 
@@ -364,7 +364,7 @@ def test_a_regular_expression_matches_whole_names_of_shared_layers():
         layers_of(cmap, layers="nor")
     with pytest.raises(UnknownNameError, match=r"no shared layer named 'heads\.\*'"):
         layers_of(cmap, layers="heads.*")
-    with pytest.raises(PlanError, match="no regular expression"):
+    with pytest.raises(PlanError, match="not a regular expression"):
         layers_of(cmap, layers="conv(")
 
 
@@ -385,7 +385,7 @@ def test_two_ways_at_once(choice, given):
 
 @pytest.mark.parametrize("choice", [{"share": 0.5}, {"auto": True}, {"layers": ["fc"]}])
 def test_controls_of_what_has_none(choice):
-    with pytest.raises(PlanError, match="select='last' is for"):
+    with pytest.raises(PlanError, match="select='last' works with"):
         layers_of(scored(conv=1, fc=2), select="last", **choice)
 
 
@@ -416,7 +416,7 @@ def test_a_named_layer_that_the_map_does_not_score():
     cmap = pair_map({"conv": {("a", "b"): 3}}, FOUR)
     plan = recon.plan(cmap, Chain(FOUR), layers=["fc"], groups=2)
     assert list(plan.layers) == ["fc"] and len(plan.layers["fc"].groups) == 2
-    with pytest.raises(PlanError, match="which has no layer 'fc'"):
+    with pytest.raises(PlanError, match="but it has no layer 'fc'"):
         recon.plan(cmap, Chain(FOUR), layers=["fc"], groups="conflict")
 
 

@@ -462,7 +462,7 @@ def test_bad_options(model):
         Profiler(model).backward([torch.ones(())])
     with pytest.raises(UsageError, match="losses is empty"):
         Profiler(model).backward({})
-    with pytest.raises(CheckpointError, match="no saved state of a profiler"):
+    with pytest.raises(CheckpointError, match="not the saved state of a profiler"):
         Profiler(model).load_state_dict({})
     with pytest.raises(UsageError, match=r"Give a share in \(0, 1\]"):
         Profiler(model, until_stable=1.5)
