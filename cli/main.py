@@ -21,7 +21,7 @@ from recon_cli.parser import Parser
 from recon_cli.terminal import StdoutError, flush, for_terminals, show, tell
 
 VERBS = ("profile", "plan", "convert", "train", "evaluate", "compare", "map", "problems", "methods", "bench", "demo")
-"""Each is a module `verb_<name>` with `add_parser(verbs)`, which calls `recon_cli.parser.add_verb`."""
+"""Each is a module of `recon_cli.verbs` with `add_parser(verbs)`, which calls `recon_cli.parser.add_verb`."""
 
 SHARED_VERBS = ("profile", "train")
 """The verbs that several processes can do together."""
