@@ -86,12 +86,18 @@ def test_a_bench(ask):
     size = "--epochs 2 --profile-epochs 1 --seeds 1 --workers 1 --top-k 2"
     now = ask(f"bench tiny.py:problem --methods joint --controls none {size} --device cpu --out bench")
     assert now["finished"] and now["seconds_per_step"] == then["seconds_per_step"]  # nothing was trained or timed
-    assert [{name: new[name] for name in old} for new, old in zip(now["rows"], then["rows"], strict=True)] == then[
-        "rows"
-    ]
+    for new, old in zip(now["rows"], then["rows"], strict=True):
+        assert {name: new[name] for name in old} == old
     assert now["cosines"] == then["cosines"]
 
 
+# A training goes on under the options that its optimizer and schedule had: other versions of torch name others.
+same_optimizers = pytest.mark.skipif(
+    torch.__version__ < "2.7", reason="the frozen trainings' optimizers have options that this torch does not know"
+)
+
+
+@same_optimizers
 @pytest.mark.parametrize("kind", ["joint", "gradnorm", "profile"])
 def test_a_checkpoint(kind, files, tmp_path):
     steps = []
@@ -106,6 +112,7 @@ def test_a_checkpoint(kind, files, tmp_path):
             assert layer.histogram.tolist() == expected.histogram.tolist()
 
 
+@same_optimizers
 def test_a_run_that_was_interrupted(ask):
     ask("train tiny.py:problem --method uw --model branched --device cpu --out runs/interrupted --resume")
     assert_same(recon.load("runs/interrupted", tiny.Tiny()), FROZEN / "interrupted.safetensors")

@@ -29,6 +29,7 @@ CANNOT = {
 }
 if torch.__version__ < "2.7":
     CANNOT["Recurrent"] = "cannot trace the model at zoo.py:.*self.gru.* but got 4-D tensor"  # nor the plain model
+    CANNOT["FilledCache"] = "cannot trace the model: ValueError: Node arity mismatch"  # its list grows in a forward
 
 
 def branch(entry: Entry, kind: str = "all", mode: str = "fan", seed: int | None = None) -> tuple[nn.Module, object]:

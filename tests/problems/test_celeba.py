@@ -272,7 +272,7 @@ def test_weights_of_the_problems_network_do_not_go_with_another(samples, tmp_pat
     monkeypatch.chdir(tmp_path)
     options = ["--data-root", "data", "--pretrained", "weights.pth", "--backbone", "ViT"]
     assert main(["train", NAME, *options, "--out", "run"]) == 2
-    assert "--pretrained is of the problem's own network" in capsys.readouterr().err
+    assert "--pretrained is for the problem's own network" in capsys.readouterr().err
 
 
 def test_a_problem_that_takes_no_weights_says_so(capsys):
