@@ -279,7 +279,7 @@ def test_control_c_loses_nothing(files, crash, command):
     assert f"recon {line} --resume" in err
     before = (files / "stopped" / "training.checkpoint").read_bytes()
     code, _, err = command(line)
-    assert code == 2 and "stopped/training.checkpoint is there already" in err and "--resume" in err
+    assert code == 2 and "stopped/training.checkpoint exists already" in err and "--resume" in err
     code, _, err = command("train tiny.py:problem --single-task --out stopped")
     assert code == 2 and "stopped/training.checkpoint is of another training" in err
     for options, words in (

@@ -209,7 +209,7 @@ def test_all_controls_json_and_no_plan_within_the_budget(ask):
     [
         ("--methods joint pcgard", "Did you mean 'pcgrad'"),
         ("--methods joint joint", "names a method twice"),
-        ("--top-k 99", "SmallResNet has 20 layers"),
+        ("--top-k 99", "SmallResNet has only 20 layers"),
         ("--map missing.json", "missing.json"),
         ("--map strange.json", "another architecture"),
         ("--rename a=b", "--rename goes with --map"),

@@ -404,7 +404,7 @@ def test_a_checkpoint_is_not_overwritten_by_another_training(path):
     with pytest.raises(CrashError):
         training.run(crashing_losses(4, crash), checkpoint=path, checkpoint_seconds=0)
     before = path.read_bytes()
-    with pytest.raises(UsageError, match=r"there already.*--resume.*delete the file"):
+    with pytest.raises(UsageError, match=r"exists already.*--resume.*delete the file"):
         training.run(checkpoint=path)
     assert path.read_bytes() == before
 
