@@ -31,7 +31,7 @@ from torch import nn
 
 import recon
 from recon import problems
-from recon.experiments import inputs as workbench
+from recon.experiments.inputs import choose_device, example_inputs, make_model
 from recon.problems.problem import Problem
 from recon.support.files.whole import write_text
 from recon.support.tables import text_table
@@ -82,7 +82,7 @@ class Bench:
 
     def __init__(self, problem: Problem, map_path: Path, device: torch.device) -> None:
         self.problem, self.device = problem, device
-        example = workbench.example_inputs(problem, 0)
+        example = example_inputs(problem, 0)
         cmap = recon.ConflictMap.load(map_path)
         plan = recon.plan(cmap, problem.make_model(), top_k=TOP_K)
         self.branch: Callable[[nn.Module], nn.Module] = lambda model: recon.convert(model, plan, example)
@@ -93,7 +93,7 @@ class Bench:
         self, variant: Variant, seed: int, epochs: int, stop: Callable[[], bool] | None = None
     ) -> tuple[nn.Module, recon.History]:
         """A model of this seed, trained for so many epochs, or until told to stop."""
-        model = workbench.make_model(self.problem, seed)
+        model = make_model(self.problem, seed)
         model = (self.branch(model) if variant.branched else model).to(self.device)
         train, _ = self.problem.make_loaders(seed)
         optimizer = self.problem.make_optimizer(model.parameters())
@@ -226,7 +226,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--device", choices=["cpu", "cuda"])
     args = parser.parse_args(arguments)
 
-    device = workbench.choose_device(args.device)
+    device = choose_device(args.device)
     torch.backends.cudnn.benchmark = True  # all batches have one size
     problem = problems.get("multi-fashion-mnist", data_root=args.data_root, train_samples=args.train_samples)
     bench = Bench(problem, args.map, device)

@@ -25,7 +25,7 @@ from sklearn.model_selection import train_test_split
 
 import recon
 from recon import problems
-from recon.experiments import inputs as workbench
+from recon.experiments.inputs import make_loaders, make_model
 from recon.experiments.optimizers import make_optimizer, make_scheduler
 from recon.experiments.recipe import Recipe
 from recon.problems.problem import Problem
@@ -64,8 +64,8 @@ def _labelled(arrays: Arrays, task: str) -> tuple[np.ndarray, np.ndarray]:
 
 def ours(problem: Problem, seed: int) -> Scores:
     """The problem's own network, trained as it says."""
-    model = workbench.make_model(problem, seed)
-    train, test = workbench.make_loaders(problem, seed)
+    model = make_model(problem, seed)
+    train, test = make_loaders(problem, seed)
     recon.train(
         model,
         train,

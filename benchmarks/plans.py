@@ -31,9 +31,9 @@ import recon
 from recon import ConflictMap
 from recon.experiments import BenchSettings, Variant, make_loaders, make_model
 from recon.experiments import costs as run_costs
-from recon.experiments import inputs as workbench
 from recon.experiments.bench.variants import in_turn_or_parallel, time_steps
 from recon.experiments.comparison_rows import spread
+from recon.experiments.inputs import example_inputs
 from recon.experiments.optimizers import make_optimizer, make_scheduler
 from recon.experiments.run import SINGLE_TASK
 from recon.plans import Choice, CostModel, Selection, choose, match
@@ -135,7 +135,7 @@ class Bench:
         """Every training, seed by seed."""
         tasks, seeds = self.problem.task_names, range(self.seeds)
         model = make_model(self.problem, 0)
-        costs = CostModel(model, tasks, workbench.example_inputs(self.problem, 0))
+        costs = CostModel(model, tasks, example_inputs(self.problem, 0))
         found = match(self.cmap, model)
 
         def choice(**how: Any) -> Choice:
@@ -207,7 +207,7 @@ class Bench:
 def train(job: Job) -> dict[str, Any]:
     """Train, evaluate and count one variant."""
     problem, variant = job.settings.problem(), job.variant
-    inputs = workbench.example_inputs(problem, job.seed)
+    inputs = example_inputs(problem, job.seed)
     model = variant.model(problem, job.seed, CPU)
     if variant.is_single_task:
         costs = run_costs.single_task_costs(model, problem.task_names, inputs)

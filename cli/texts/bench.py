@@ -8,12 +8,12 @@ from dataclasses import asdict
 import torch
 
 from recon.experiments import Bench, Run
-from recon.experiments import inputs as workbench
 from recon.experiments.bench import cosines as bench_cosines
 from recon.experiments.bench.bench import RESULTS_FILE
 from recon.experiments.bench.runs import BenchRuns
 from recon.experiments.bench.table import paper_data, paper_table
 from recon.experiments.comparison_rows import RunRow
+from recon.experiments.inputs import make_model
 from recon.problems import paper
 from recon_cli.parser import Report
 
@@ -23,7 +23,7 @@ def report(bench: Bench, top_k_reason: str) -> Report:
     found = bench.run()
     variants, rows = found.variants, found.comparison.rows
     notes = [*found.notes, *found.comparison.notes]
-    backbone = type(workbench.make_model(bench.problem, 0)).__name__
+    backbone = type(make_model(bench.problem, 0)).__name__
     published = paper.results(bench.problem.name, backbone)
     their_cosines = paper.cosines(bench.problem.name, backbone)
     data = bench.save(

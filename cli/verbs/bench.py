@@ -122,14 +122,14 @@ def _run(args: argparse.Namespace) -> Report:
         recon.methods.parse(method)
     if len(set(preset.methods)) < len(preset.methods):
         args.parser.error(f"--methods {' '.join(preset.methods)} names a method twice")
-    from recon.experiments import inputs as workbench
     from recon.experiments.bench import bench
     from recon.experiments.bench.settings import BenchSettings, fingerprint
     from recon.experiments.bench.variants import default_workers
+    from recon.experiments.inputs import choose_device, threshold_of
     from recon_cli.interruptions import goes_on_when_given_again
     from recon_cli.texts import bench as bench_report
 
-    device = workbench.choose_device(args.device)
+    device = choose_device(args.device)
     epochs = preset.epochs or problem.epochs
     search = problem.search
     settings = BenchSettings(
@@ -144,7 +144,7 @@ def _run(args: argparse.Namespace) -> Report:
         train_batches=preset.train_batches,
         test_batches=preset.test_batches,
         count_every=preset.count_every,
-        threshold=workbench.threshold_of(problem, args.threshold),
+        threshold=threshold_of(problem, args.threshold),
         recipe=preset.recipe,
         device=device.type,
     )

@@ -95,16 +95,16 @@ def _run(args: argparse.Namespace) -> Report:
     problem = problem_of(args)
     from recon.branching import plan_of
     from recon.experiments import costs as run_costs
-    from recon.experiments import inputs as workbench
+    from recon.experiments.inputs import choose_device, few_samples, first_batch, make_loaders, make_model
     from recon.plans import CostModel  # late: these import torch
     from recon.support.timing import step_seconds
 
-    device = workbench.choose_device(args.device)
-    plain = workbench.make_model(problem, args.seed).to(device)
+    device = choose_device(args.device)
+    plain = make_model(problem, args.seed).to(device)
     found = match_map(cmap, problem, plain, renames(args)) if cmap else None
-    loader, _ = workbench.make_loaders(problem, args.seed)
-    batch = workbench.first_batch(problem, loader, device)
-    example = workbench.few_samples(batch[0])[0]
+    loader, _ = make_loaders(problem, args.seed)
+    batch = first_batch(problem, loader, device)
+    example = few_samples(batch[0])[0]
     costs = CostModel(plain, problem.task_names, example) if selection.has_budget(args) else None
     choice = selection.choose(args, problem, plain, found, costs)
     init = problem.make_model if args.init == "scratch" else args.init

@@ -52,12 +52,12 @@ def run(args: argparse.Namespace) -> Report:
 
 
 def _run(args: argparse.Namespace) -> Report:
-    from recon.experiments import inputs as workbench
     from recon.experiments.bench.demo import Demo
     from recon.experiments.bench.variants import default_workers
+    from recon.experiments.inputs import choose_device
     from recon_cli.interruptions import goes_on_when_given_again
 
-    device = workbench.choose_device(args.device)
+    device = choose_device(args.device)
     workers = args.workers or default_workers(device)
     with goes_on_when_given_again(args):
         story = Demo(args.out, args.seeds, args.epochs, args.top_k, device, workers, say).run()

@@ -41,28 +41,28 @@ def add_parser(verbs: Verbs) -> None:
 def run(args: argparse.Namespace) -> Report:
     """Load and evaluate."""
     problem = problem_of(args)
-    from recon.experiments import inputs as workbench
+    from recon.experiments.inputs import choose_device
 
-    device = workbench.choose_device(args.device)
+    device = choose_device(args.device)
     results = _evaluate(problem, args.model, args.seed, device)
     data = {"model": str(args.model), "problem": problem.name, "results": results}
     return Report(metrics_table(results), data)
 
 
 def _evaluate(problem: Problem, folder: Path, seed: int | None, device: torch.device) -> dict[str, dict[str, float]]:
-    from recon.experiments import inputs as workbench
     from recon.experiments import saved_models
+    from recon.experiments.inputs import make_loaders, make_model
 
     record = saved_models.read_record(problem, folder)
     # A problem may split its data by the seed: with another one, the model would be tested on its training data.
     seed = (record.seed if record else 0) if seed is None else seed
     problem = saved_models.as_recorded(problem, record, folder)
-    _, test = workbench.make_loaders(problem, seed, device)
+    _, test = make_loaders(problem, seed, device)
     if record is None or not record.is_single_task:
         model, _ = saved_models.load_model(problem, folder, seed)
         return recon.evaluate(model.to(device), test, problem.tasks)
     results: dict[str, dict[str, float]] = {}
     for task in problem.tasks:
-        model = recon.load(saved_models.task_folder(folder, task.name), workbench.make_model(problem, seed))
+        model = recon.load(saved_models.task_folder(folder, task.name), make_model(problem, seed))
         results |= recon.evaluate(model.to(device), test, [task])
     return results

@@ -52,13 +52,13 @@ def run(args: argparse.Namespace) -> Report:
     check_pictures(args)
     cmap = recon.ConflictMap.load(args.map) if args.map else None
     problem = problem_of(args)
-    from recon.experiments import inputs as workbench
+    from recon.experiments.inputs import example_inputs, few_samples, make_model
     from recon.plans import CostModel  # late: these import torch
     from recon.support.network.layers import find_layers
 
-    model = workbench.make_model(problem, args.seed)
+    model = make_model(problem, args.seed)
     found = match_map(cmap, problem, model, renames(args)) if cmap else None
-    inputs, samples = workbench.few_samples(workbench.example_inputs(problem, args.seed))
+    inputs, samples = few_samples(example_inputs(problem, args.seed))
     costs = CostModel(model, problem.task_names, inputs)
     choice = selection.choose(args, problem, model, found, costs)
     kinds = {layer.name: layer.kind for layer in find_layers(model)}

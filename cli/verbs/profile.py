@@ -109,13 +109,13 @@ def run(args: argparse.Namespace) -> Report:
 def _run(args: argparse.Namespace, begins: bool) -> Report:
     problem = problem_of(args)
     recon.methods.parse(args.method)
-    from recon.experiments import inputs as workbench
+    from recon.experiments.inputs import choose_device
     from recon.training.checkpoints import checkpoint_beside  # late: these import torch
     from recon_cli.interruptions import check_resume, resumable
 
     check_resume(args)
 
-    device = workbench.choose_device(args.device)
+    device = choose_device(args.device)
     checkpoint = checkpoint_beside(args.out)
     finished = _finished_map(args.out)
     # A profile that was killed before it saved anything was going to replace the map that is there.
@@ -134,12 +134,12 @@ def _run(args: argparse.Namespace, begins: bool) -> Report:
 
 def _profile(args: argparse.Namespace, problem: Problem, device: torch.device, checkpoint: Path) -> ConflictMap:
     from recon.experiments import Recipe, optimizers
-    from recon.experiments import inputs as workbench
     from recon.experiments.backbones import backbone_title
+    from recon.experiments.inputs import make_loaders, make_model, threshold_of
     from recon.training import RankBatches  # late: these import torch
 
-    model = workbench.make_model(problem, args.seed).to(device)
-    loader, _ = workbench.make_loaders(problem, args.seed, device)
+    model = make_model(problem, args.seed).to(device)
+    loader, _ = make_loaders(problem, args.seed, device)
     several = launch.count() > 1
     subset = {} if args.train_samples is None else {"train_samples": args.train_samples}
     made_by = {
@@ -165,7 +165,7 @@ def _profile(args: argparse.Namespace, problem: Problem, device: torch.device, c
         problem.losses,
         optimizer=optimizers.make_optimizer(problem, model, Recipe(lr=args.lr)),
         epochs=args.epochs,
-        threshold=workbench.threshold_of(problem, args.threshold),
+        threshold=threshold_of(problem, args.threshold),
         method=args.method,
         every=args.every,
         until_stable=args.until_stable,
@@ -193,10 +193,10 @@ def _finished_map(path: Path) -> ConflictMap | None:
 def _is_ours(cmap: ConflictMap, args: argparse.Namespace, problem: Problem) -> bool:
     """Whether the finished map is what the command would make, as far as the map says how it was made."""
     from recon.experiments import Recipe, optimizers
-    from recon.experiments import inputs as workbench
     from recon.experiments.backbones import backbone_title
+    from recon.experiments.inputs import make_model, threshold_of
 
-    model = workbench.make_model(problem, args.seed)
+    model = make_model(problem, args.seed)
     group = optimizers.make_optimizer(problem, model, Recipe(lr=args.lr)).param_groups[0]
     asked = {
         "problem": problem.name,
@@ -209,7 +209,7 @@ def _is_ours(cmap: ConflictMap, args: argparse.Namespace, problem: Problem) -> b
         **{name: getattr(args, name) for name in ("seed", "method", "epochs", "until_stable")},
     }
     same = all(cmap.made_by.get(name) == value for name, value in asked.items())
-    return same and cmap.threshold == workbench.threshold_of(problem, args.threshold)
+    return same and cmap.threshold == threshold_of(problem, args.threshold)
 
 
 def _report(args: argparse.Namespace, problem: Problem, cmap: ConflictMap) -> Report:

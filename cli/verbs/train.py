@@ -131,7 +131,7 @@ def _backbone(args: argparse.Namespace) -> str:
 def _job(args: argparse.Namespace, problem: Problem, source: Path | None) -> Training:
     epochs = args.epochs or problem.epochs
     recipe, evaluations = recipe_of(args, epochs), Evaluations(args.evaluate_every, args.best_by)
-    from recon.experiments import inputs as workbench
+    from recon.experiments.inputs import choose_device
     from recon.experiments.training import tensorboard, training
     from recon.training.evaluation import directions  # late: these import torch
 
@@ -146,7 +146,7 @@ def _job(args: argparse.Namespace, problem: Problem, source: Path | None) -> Tra
         epochs=epochs,
         seed=args.seed,
         recipe=recipe,
-        device=workbench.choose_device(args.device),
+        device=choose_device(args.device),
         method=SINGLE_TASK if args.single_task else args.method or "joint",
         source=source,
         train_samples=args.train_samples,

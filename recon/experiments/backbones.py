@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from recon import models
 from recon.errors import ProblemError, ReconError, UsageError, shortened
-from recon.experiments import inputs as workbench
+from recon.experiments.inputs import example_inputs
 from recon.problems import call_function
 from recon.problems.problem import Problem
 from recon.support.network.forward import task_outputs
@@ -81,7 +81,7 @@ class _UserBackbone:
         return model
 
     def _check(self, model: nn.Module) -> None:
-        inputs = workbench.example_inputs(self.problem, seed=0)
+        inputs = example_inputs(self.problem, seed=0)
         got, expected = (_shapes(m, inputs, self.problem) for m in (model, self.problem.make_model()))
         wrong = {task: shape for task, shape in got.items() if shape != expected[task]}
         if wrong:
@@ -92,7 +92,7 @@ class _UserBackbone:
 
 
 def _built_in(name: str, problem: Problem) -> Callable[[], nn.Module]:
-    inputs = workbench.example_inputs(problem, seed=0)
+    inputs = example_inputs(problem, seed=0)
     inputs = inputs[:2] if isinstance(inputs, Tensor) else inputs
     expected = _shapes(problem.make_model(), inputs, problem)
     kind = _kind(inputs, expected)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,12 +13,12 @@ from torch.utils._pytree import tree_leaves
 from recon import branching, methods, plans
 from recon.branching.surgery.copies import copy_model
 from recon.errors import FanError
-from recon.experiments import inputs as workbench
+from recon.experiments.inputs import few_samples
 from recon.experiments.optimizers import make_optimizer
 from recon.experiments.recipe import Recipe
 from recon.plans import Costs
 from recon.problems.problem import Problem
-from recon.support.network.forward import Batch, task_outputs
+from recon.support.network.forward import Batch, model_device, task_outputs
 from recon.support.network.graph import reached_leaves
 from recon.support.network.layers import find_layers
 from recon.support.network.state import state_kept
@@ -28,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 def costs_per_sample(model: nn.Module, inputs: Any) -> Costs:
     """What a model costs, its multiply-adds and activations for one sample."""
-    inputs, samples = workbench.few_samples(inputs)
+    inputs, samples = few_samples(inputs)
     return _per_sample(plans.costs(model, None, inputs), samples)
 
 
@@ -38,7 +39,7 @@ def single_task_costs(model: nn.Module, tasks: tuple[str, ...], inputs: Any) -> 
     A single-task model is the backbone and its own head, without the other tasks' heads. T of those are what is left
     when every shared layer is branched, so that is what is counted.
     """
-    inputs, samples = workbench.few_samples(inputs)
+    inputs, samples = few_samples(inputs)
     with state_kept(model):
         outputs = task_outputs(model.train(), inputs, tasks)
     reached = [reached_leaves([v for v in tree_leaves(outputs[t]) if isinstance(v, Tensor)]) for t in tasks]
@@ -66,16 +67,22 @@ def _per_sample(costs: Costs, samples: int) -> Costs:
 
 
 class TrainingStep:
-    """Takes joint training steps on a copy of the model and one batch, to be timed."""
+    """Takes training steps of some tasks, all if not given, on a copy of the model and one batch, to be timed."""
 
-    def __init__(self, problem: Problem, model: nn.Module, batch: Batch) -> None:
+    def __init__(
+        self, problem: Problem, model: nn.Module, batch: Batch, method: str = "joint", tasks: Sequence[str] = ()
+    ) -> None:
         self.model = copy_model(model).train()
-        self.losses = problem.losses
+        self.losses = {task: loss for task, loss in problem.losses.items() if not tasks or task in tasks}
+        self.method = methods.parse(method)
+        self.method.setup(tuple(self.losses))
+        self.method.to(model_device(self.model))
+        self.method.attach(self.model)
         self.optimizer = make_optimizer(problem, self.model, Recipe())
         self.inputs, self.targets = batch
 
     def __call__(self) -> None:
         """Take a step."""
         self.optimizer.zero_grad()
-        methods.backward(task_losses(self.model, self.inputs, self.targets, self.losses), self.model)
+        methods.backward(task_losses(self.model, self.inputs, self.targets, self.losses), self.model, self.method)
         self.optimizer.step()

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from recon.errors import ProblemError, UsageError
+from recon.errors import ProblemError, UsageError, type_name
 from recon.problems.loading import prepare
 from recon.problems.problem import Problem
 from recon.support import launch
@@ -39,7 +39,7 @@ def make_model(problem: Problem, seed: int) -> nn.Module:
     model = problem.make_model()
     if not isinstance(model, nn.Module):
         raise ProblemError(
-            f"make_model of {problem.name!r} must return a torch.nn.Module, but returned {_kind(model)}."
+            f"make_model of {problem.name!r} must return a torch.nn.Module, but returned {type_name(model)}."
         )
     return model
 
@@ -71,7 +71,7 @@ def make_loaders(
             return train, test
         case other:
             raise ProblemError(
-                f"make_loaders of {problem.name!r} must return (train loader, test loader), not {_kind(other)}."
+                f"make_loaders of {problem.name!r} must return (train loader, test loader), not {type_name(other)}."
             )
 
 
@@ -108,7 +108,3 @@ def few_samples(inputs: Any) -> tuple[Any, int]:
     if set(sizes) != {size} or size <= _SAMPLES:
         return inputs, size
     return tree_map(lambda leaf: leaf[:_SAMPLES], inputs), _SAMPLES
-
-
-def _kind(value: Any) -> str:
-    return type(value).__name__

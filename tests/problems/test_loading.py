@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
-from recon.experiments import inputs as workbench
+from recon.experiments.inputs import make_loaders
 from recon.problems import get, loading
 from recon.problems.loading import TensorBatches, in_order, prepare, shuffled
 from recon.support.network.forward import to_device
@@ -99,16 +99,16 @@ def test_the_order_of_the_batches_stays(gpu):
 
 def test_the_loaders_of_a_problem_are_made_ready_for_the_device(gpu):
     digits = get("digits", train_samples=256)
-    for loader in workbench.make_loaders(digits, 0, META):
+    for loader in make_loaders(digits, 0, META):
         assert next(iter(loader))[0].device == META
-    for loader in workbench.make_loaders(digits, 0):
+    for loader in make_loaders(digits, 0):
         assert next(iter(loader))[0].device.type == "cpu"
 
 
 def test_a_loader_of_one_s_own_needs_no_dataset(gpu):
     own = [(torch.zeros(1), {})]
     digits = replace(get("digits"), make_loaders=lambda seed: (own, own))
-    assert workbench.make_loaders(digits, 0, META) == (own, own)
+    assert make_loaders(digits, 0, META) == (own, own)
 
 
 # Moving batches.

@@ -12,11 +12,11 @@ from typing import Any
 
 from recon import branching, methods, profiling
 from recon.errors import MapFileError, PlanError, UsageError
-from recon.experiments import inputs as workbench
 from recon.experiments.bench.job import Job, run_folder, train, weight
 from recon.experiments.bench.runs import BenchRuns
 from recon.experiments.bench.settings import BenchSettings, device_of
 from recon.experiments.bench.variants import Variant, in_turn_or_parallel, time_steps
+from recon.experiments.inputs import example_inputs, make_loaders, make_model
 from recon.experiments.optimizers import make_optimizer
 from recon.experiments.run import SINGLE_TASK, Run, versions
 from recon.experiments.training.run_folder import epoch_line
@@ -125,7 +125,7 @@ class Bench:
     @cached_property
     def _size(self) -> int:
         # A user's file may make another network than when the runs in the folder were trained.
-        return sum(parameter.numel() for parameter in workbench.make_model(self.problem, 0).parameters())
+        return sum(parameter.numel() for parameter in make_model(self.problem, 0).parameters())
 
     def _earlier(self) -> dict[str, Any]:
         """What an earlier command measured that stays true: step times. More methods and seeds may be added to it."""
@@ -159,7 +159,7 @@ class Bench:
 
     def _check_layers(self) -> None:
         """Refuse before the profile what can be refused by then."""
-        model = workbench.make_model(self.problem, 0)
+        model = make_model(self.problem, 0)
         layers = len(find_layers(model))
         if (self.top_k or 0) > layers:
             raise UsageError(
@@ -175,7 +175,7 @@ class Bench:
     def _map(self) -> ConflictMap:
         """The problem's own map: given, profiled earlier, or profiled now."""
         if self.given is not None and not self.transfers:
-            return self._match_given(workbench.make_model(self.problem, 0)).cmap
+            return self._match_given(make_model(self.problem, 0)).cmap
         path = self.folder / MAP_FILE
         try:
             cmap = ConflictMap.load(path)
@@ -190,8 +190,8 @@ class Bench:
     def _profile(self, checkpoint: Path) -> ConflictMap:
         settings, problem = self.settings, self.problem
         self.tell(f"Profiling {problem.name}: {settings.profile_epochs} epoch(s) of joint training")
-        model = workbench.make_model(problem, 0).to(device_of(settings))
-        loader, _ = workbench.make_loaders(problem, 0)
+        model = make_model(problem, 0).to(device_of(settings))
+        loader, _ = make_loaders(problem, 0)
         return profiling.profile(
             model,
             loader,
@@ -210,7 +210,7 @@ class Bench:
     def _variants(self, cmap: ConflictMap, k: int) -> tuple[list[Variant], list[str]]:
         """What is trained, in the order of the table; and what is left out, and why."""
         problem, seeds = self.problem, range(self.seeds)
-        model = workbench.make_model(problem, 0)
+        model = make_model(problem, 0)
         found, tasks, notes = match(cmap, model), problem.task_names, []
 
         def chosen(found: Match, **how: Any) -> branching.BranchPlan:
@@ -225,7 +225,7 @@ class Bench:
             controls[f"random K={k}"] = tuple(chosen(found, top_k=k, select="random", seed=seed) for seed in seeds)
         if self.controls != "none" and self.max_macs is not None:
             try:
-                example = workbench.example_inputs(problem, 0)
+                example = example_inputs(problem, 0)
                 budgeted = plan(found, model, example, max_macs=self.max_macs, tasks=tasks)
                 controls[f"max_macs={self.max_macs:g}"] = (budgeted,) * self.seeds
             except PlanError as error:

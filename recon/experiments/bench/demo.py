@@ -69,12 +69,13 @@ class Demo:
         with one_thread():
             found = bench.run()
         story = Story(found, self.epochs, (time.perf_counter() - start) / 60)
-        bench.save({**story.data(), "seconds_per_step": found.seconds})
+        data = story.data()
+        bench.save({**data, "seconds_per_step": found.seconds})
         found.cmap.save(self.folder / MAP_FILE)
         found.draw(self.folder)
         model = make_model(bench.problem, 0)
         save(load(run_folder(bench.folder, f"pcgrad + {story.surgery}", 0), model), self.folder / "branched")
-        write_text(self.folder / RESULTS_FILE, json.dumps(json_values(story.data()), indent=1) + "\n")
+        write_text(self.folder / RESULTS_FILE, json.dumps(json_values(data), indent=1) + "\n")
         return story
 
 

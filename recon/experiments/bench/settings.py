@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from recon import problems
-from recon.experiments import inputs as workbench
 from recon.experiments.backbones import with_backbone
+from recon.experiments.inputs import make_loaders
 from recon.experiments.recipe import Recipe
 from recon.problems.problem import Problem
 from recon.support.network.forward import Batch
@@ -90,12 +90,12 @@ def _problem(settings: BenchSettings) -> Problem:
     options = {name: getattr(settings, name) for name in ("data_root", "train_samples", "pretrained")}
     problem = with_backbone(problems.get(settings.problem_name, **options), settings.backbone)
 
-    def make_loaders(seed: int) -> tuple[Iterable[Batch], Iterable[Batch]]:
+    def first_of_loaders(seed: int) -> tuple[Iterable[Batch], Iterable[Batch]]:
         # Here, not around the first batches: what a wrapped loader holds would not move to a GPU.
-        train, test = workbench.make_loaders(problem, seed, device_of(settings))
+        train, test = make_loaders(problem, seed, device_of(settings))
         return first_batches(train, settings.train_batches), first_batches(test, settings.test_batches)
 
-    return replace(problem, make_loaders=make_loaders)
+    return replace(problem, make_loaders=first_of_loaders)
 
 
 def first_batches(loader: Iterable[Batch], most: int | None) -> Iterable[Batch]:

@@ -14,15 +14,13 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from recon import branching, methods
-from recon.experiments import inputs as workbench
-from recon.experiments.optimizers import make_optimizer
-from recon.experiments.recipe import Recipe
+from recon import branching
+from recon.experiments.costs import TrainingStep
+from recon.experiments.inputs import few_samples, first_batch, make_loaders, make_model
 from recon.experiments.run import SINGLE_TASK
 from recon.problems.problem import Problem
 from recon.support.network.forward import Batch
 from recon.support.timing import step_seconds
-from recon.training.stepper import task_losses
 
 Job = TypeVar("Job")
 Outcome = TypeVar("Outcome")
@@ -56,14 +54,14 @@ class Variant:
 
     def model(self, problem: Problem, seed: int, device: torch.device) -> nn.Module:
         """A fresh model of the variant, branched if it has plans."""
-        model = workbench.make_model(problem, seed).to(device)
+        model = make_model(problem, seed).to(device)
         return branched(problem, model, self.plans[seed]) if self.plans else model
 
 
 def branched(problem: Problem, model: nn.Module, plan: branching.BranchPlan) -> nn.Module:
     """The model, branched by the plan."""
     device = next(model.parameters()).device
-    return branching.convert(model, plan, workbench.few_samples(_batch(problem, device)[0])[0])
+    return branching.convert(model, plan, few_samples(_batch(problem, device)[0])[0])
 
 
 def in_turn_or_parallel(
@@ -127,8 +125,10 @@ def time_steps(
 
 def _step(problem: Problem, variant: Variant, batch: Batch, device: torch.device) -> Callable[[], None]:
     if not variant.is_single_task:
-        return _step_of(problem, variant, variant.method, batch, problem.task_names, device)
-    alone = [_step_of(problem, variant, "joint", batch, [task], device) for task in problem.task_names]
+        return TrainingStep(problem, variant.model(problem, 0, device), batch, variant.method)
+    alone = [
+        TrainingStep(problem, variant.model(problem, 0, device), batch, tasks=[task]) for task in problem.task_names
+    ]
 
     def one_of_each() -> None:
         for step in alone:
@@ -137,25 +137,6 @@ def _step(problem: Problem, variant: Variant, batch: Batch, device: torch.device
     return one_of_each
 
 
-def _step_of(
-    problem: Problem, variant: Variant, method: str, batch: Batch, tasks: Sequence[str], device: torch.device
-) -> Callable[[], None]:
-    model = variant.model(problem, 0, device).train()
-    losses = {task: loss for task, loss in problem.losses.items() if task in tasks}
-    chosen = methods.parse(method)
-    chosen.setup(tuple(losses))
-    chosen.to(device)
-    chosen.attach(model)
-    optimizer = make_optimizer(problem, model, Recipe())
-
-    def step() -> None:
-        optimizer.zero_grad()
-        methods.backward(task_losses(model, batch[0], batch[1], losses), model, chosen)
-        optimizer.step()
-
-    return step
-
-
 def _batch(problem: Problem, device: torch.device) -> Batch:
-    train, _ = workbench.make_loaders(problem, 0)
-    return workbench.first_batch(problem, train, device)
+    train, _ = make_loaders(problem, 0)
+    return first_batch(problem, train, device)

@@ -11,10 +11,10 @@ import torch
 from torch import nn
 
 from recon import branching, training
-from recon.branching import plan_of
+from recon.branching import find_plan
 from recon.experiments import costs as run_costs
-from recon.experiments import inputs as workbench
 from recon.experiments import saved_models
+from recon.experiments.inputs import few_samples, first_batch, make_loaders, make_model, seed_everything
 from recon.experiments.optimizers import depends_on_length, make_optimizer, make_scheduler
 from recon.experiments.recipe import Recipe
 from recon.experiments.run import RUN_FILE, SINGLE_TASK, Run
@@ -120,7 +120,8 @@ class Training:
     def _together(self) -> Run:
         """One model for all tasks."""
         model, origin = self._start()
-        layers = tuple(plan_of(model).layers) if hasattr(model, "branch_plan") else ()
+        plan = find_plan(model)
+        layers = tuple(plan.layers) if plan else ()
         surgery = origin.surgery if origin else self.surgery or (f"K={len(layers)}" if layers else "")
         run = self._new_run(f"{self.method} + {surgery}" if surgery else self.method)
         run.surgery, run.branched_layers = surgery, layers
@@ -152,16 +153,16 @@ class Training:
 
     def _start(self) -> tuple[nn.Module, Run | None]:
         if self.source is None:
-            model = workbench.make_model(self.problem, self.seed).to(self.device)
+            model = make_model(self.problem, self.seed).to(self.device)
             if self.plan is not None:
-                model = branching.convert(model, self.plan, workbench.few_samples(self._example_inputs())[0])
+                model = branching.convert(model, self.plan, few_samples(self._example_inputs())[0])
             return model, None
         model, origin = saved_models.load_model(self.problem, self.source, self.seed)
         return model.to(self.device), origin
 
     def _example_inputs(self) -> object:
-        train, _ = workbench.make_loaders(self.problem, self.seed)
-        return workbench.first_batch(self.problem, train, self.device)[0]
+        train, _ = make_loaders(self.problem, self.seed)
+        return first_batch(self.problem, train, self.device)[0]
 
     def _new_run(self, label: str) -> Run:
         """A record; a resumed training's has the epochs that were done."""
@@ -187,8 +188,8 @@ class Training:
         """Train one model; gives its results after the last epoch."""
         problem = self.problem
         # Fresh loaders and random state: what was looked at before must not shift the order of the batches.
-        train, test = workbench.make_loaders(problem, self.seed, self.device)
-        workbench.seed_everything(self.seed)
+        train, test = make_loaders(problem, self.seed, self.device)
+        seed_everything(self.seed)
         losses: dict[str, Loss] = {task.name: task.loss for task in tasks}
         keeper = RunFolder(folder, run, self.folder, model, tasks, test, self.evaluations, self.tell)
         counter = None
