@@ -59,52 +59,52 @@ __all__ = [
     "verify",
 ]
 
-_public, __dir__ = lazy_face(
-    __name__,
-    {
-        "BranchPlan": "branching",
-        "ConflictMap": "maps",
-        "Costs": "plans",
-        "Epoch": "training",
-        "History": "training",
-        "Metric": "problems",
-        "Problem": "problems",
-        "Profiler": "profiling",
-        "Recorder": "training",
-        "Search": "problems",
-        "Task": "problems",
-        "Verification": "branching",
-        "backward": "methods",
-        "branching": "branching",
-        "convert": "branching",
-        "costs": "plans",
-        "delta_m": "training",
-        "errors": "errors",
-        "evaluate": "training",
-        "experiments": "experiments",
-        "extract_task": "branching",
-        "inputs": "support.network.forward",
-        "load": "branching",
-        "lower": "branching",
-        "maps": "maps",
-        "methods": "methods",
-        "models": "models",
-        "plan": "plans",
-        "plans": "plans",
-        "problems": "problems",
-        "profile": "profiling",
-        "profiling": "profiling",
-        "save": "branching",
-        "train": "training",
-        "training": "training",
-        "verify": "branching",
-    },
-)
+if not TYPE_CHECKING:  # the type checker must not take every name for a public one
+    _public, __dir__ = lazy_face(
+        __name__,
+        {
+            "BranchPlan": "branching",
+            "ConflictMap": "maps",
+            "Costs": "plans",
+            "Epoch": "training",
+            "History": "training",
+            "Metric": "problems",
+            "Problem": "problems",
+            "Profiler": "profiling",
+            "Recorder": "training",
+            "Search": "problems",
+            "Task": "problems",
+            "Verification": "branching",
+            "backward": "methods",
+            "branching": "branching",
+            "convert": "branching",
+            "costs": "plans",
+            "delta_m": "training",
+            "errors": "errors",
+            "evaluate": "training",
+            "experiments": "experiments",
+            "extract_task": "branching",
+            "inputs": "support.network.forward",
+            "load": "branching",
+            "lower": "branching",
+            "maps": "maps",
+            "methods": "methods",
+            "models": "models",
+            "plan": "plans",
+            "plans": "plans",
+            "problems": "problems",
+            "profile": "profiling",
+            "profiling": "profiling",
+            "save": "branching",
+            "train": "training",
+            "training": "training",
+            "verify": "branching",
+        },
+    )
 
+    def __getattr__(name: str) -> Any:
+        if name == "__version__":
+            from importlib.metadata import version  # late: it takes longer than all the rest of `import recon`
 
-def __getattr__(name: str) -> Any:
-    if name == "__version__":
-        from importlib.metadata import version  # late: it takes longer than all the rest of `import recon`
-
-        return version("recon-mtl")
-    return _public(name)
+            return version("recon-mtl")
+        return _public(name)

@@ -29,19 +29,20 @@ __all__ = [
     "verify",
 ]
 
-__getattr__, __dir__ = lazy_face(
-    __name__,
-    {
-        "BranchPlan": "plan",
-        "Partition": "partition",
-        "Verification": "verification",
-        "convert": "conversion",
-        "extract_task": "extract",
-        "load": "saving",
-        "load_plan": "saving",
-        "lower": "lowering",
-        "plan_of": "plan",
-        "save": "saving",
-        "verify": "verification",
-    },
-)
+if not TYPE_CHECKING:
+    __getattr__, __dir__ = lazy_face(
+        __name__,
+        {
+            "BranchPlan": "plan",
+            "Partition": "partition",
+            "Verification": "verification",
+            "convert": "conversion",
+            "extract_task": "extract",
+            "load": "saving",
+            "load_plan": "saving",
+            "lower": "lowering",
+            "plan_of": "plan",
+            "save": "saving",
+            "verify": "verification",
+        },
+    )

@@ -30,18 +30,19 @@ __all__ = [
     "with_backbone",
 ]
 
-__getattr__, __dir__ = lazy_face(
-    __name__,
-    {
-        "Bench": "bench.bench",
-        "BenchSettings": "bench.settings",
-        "Recipe": "recipe",
-        "Run": "run",
-        "Training": "training.training",
-        "Variant": "bench.variants",
-        "compare": "comparison",
-        "make_loaders": "inputs",
-        "make_model": "inputs",
-        "with_backbone": "backbones",
-    },
-)
+if not TYPE_CHECKING:
+    __getattr__, __dir__ = lazy_face(
+        __name__,
+        {
+            "Bench": "bench.bench",
+            "BenchSettings": "bench.settings",
+            "Recipe": "recipe",
+            "Run": "run",
+            "Training": "training.training",
+            "Variant": "bench.variants",
+            "compare": "comparison",
+            "make_loaders": "inputs",
+            "make_model": "inputs",
+            "with_backbone": "backbones",
+        },
+    )

@@ -14,12 +14,13 @@ if TYPE_CHECKING:
 
 __all__ = ["ConflictMap", "LayerConflicts", "MapComparison", "read_published"]
 
-__getattr__, __dir__ = lazy_face(
-    __name__,
-    {
-        "ConflictMap": "conflict_map",
-        "LayerConflicts": "score_table",
-        "MapComparison": "comparison",
-        "read_published": "published",
-    },
-)
+if not TYPE_CHECKING:
+    __getattr__, __dir__ = lazy_face(
+        __name__,
+        {
+            "ConflictMap": "conflict_map",
+            "LayerConflicts": "score_table",
+            "MapComparison": "comparison",
+            "read_published": "published",
+        },
+    )

@@ -36,24 +36,25 @@ __all__ = [
     "vit_b_16",
 ]
 
-# Importing torchvision takes a second, which a problem with another backbone need not wait for.
-__getattr__, __dir__ = lazy_face(
-    __name__,
-    {
-        "MTAN": "mtan",
-        "PLE": "experts",
-        "MMoE": "experts",
-        "MobileNetV2RASPP": "mobilenet_raspp",
-        "ResNet18": "resnet",
-        "SegNet": "segnet",
-        "SharedBottom": "shared_bottom",
-        "SmallResNet": "small_resnet",
-        "ViT": "vit",
-        "deeplabv3_resnet50": "torchvision_dense",
-        "fcn_resnet50": "torchvision_dense",
-        "vit_b_16": "vit",
-    },
-)
+if not TYPE_CHECKING:
+    # Importing torchvision takes a second, which a problem with another backbone need not wait for.
+    __getattr__, __dir__ = lazy_face(
+        __name__,
+        {
+            "MTAN": "mtan",
+            "PLE": "experts",
+            "MMoE": "experts",
+            "MobileNetV2RASPP": "mobilenet_raspp",
+            "ResNet18": "resnet",
+            "SegNet": "segnet",
+            "SharedBottom": "shared_bottom",
+            "SmallResNet": "small_resnet",
+            "ViT": "vit",
+            "deeplabv3_resnet50": "torchvision_dense",
+            "fcn_resnet50": "torchvision_dense",
+            "vit_b_16": "vit",
+        },
+    )
 
 KINDS = {
     "MTAN": "dense",

@@ -16,18 +16,19 @@ if TYPE_CHECKING:
 
 __all__ = ["Choice", "CostModel", "Costs", "Match", "Selection", "choose", "costs", "frontier", "match", "plan"]
 
-__getattr__, __dir__ = lazy_face(
-    __name__,
-    {
-        "Choice": "planning",
-        "CostModel": "costing.cost_model",
-        "Costs": "costing.costs",
-        "Match": "matching",
-        "Selection": "selection",
-        "choose": "planning",
-        "costs": "costing.costs",
-        "frontier": "trade_off",
-        "match": "matching",
-        "plan": "planning",
-    },
-)
+if not TYPE_CHECKING:
+    __getattr__, __dir__ = lazy_face(
+        __name__,
+        {
+            "Choice": "planning",
+            "CostModel": "costing.cost_model",
+            "Costs": "costing.costs",
+            "Match": "matching",
+            "Selection": "selection",
+            "choose": "planning",
+            "costs": "costing.costs",
+            "frontier": "trade_off",
+            "match": "matching",
+            "plan": "planning",
+        },
+    )

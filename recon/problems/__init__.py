@@ -32,9 +32,10 @@ __all__ = [
     "names",
 ]
 
-__getattr__, __dir__ = lazy_face(
-    __name__, dict.fromkeys(("Metric", "Problem", "ReducedRun", "Search", "Task"), "problem")
-)
+if not TYPE_CHECKING:
+    __getattr__, __dir__ = lazy_face(
+        __name__, dict.fromkeys(("Metric", "Problem", "ReducedRun", "Search", "Task"), "problem")
+    )
 
 _HOME = "recon.problems.sets"
 _BUILT_IN = {

@@ -12,4 +12,5 @@ if TYPE_CHECKING:
 
 __all__ = ["Profiler", "profile"]
 
-__getattr__, __dir__ = lazy_face(__name__, {"Profiler": "profiler", "profile": "warm_up"})
+if not TYPE_CHECKING:
+    __getattr__, __dir__ = lazy_face(__name__, {"Profiler": "profiler", "profile": "warm_up"})

@@ -15,15 +15,16 @@ if TYPE_CHECKING:
 
 __all__ = ["Epoch", "History", "RankBatches", "Recorder", "delta_m", "evaluate", "train"]
 
-__getattr__, __dir__ = lazy_face(
-    __name__,
-    {
-        "Epoch": "history",
-        "History": "history",
-        "RankBatches": "batch_stream",
-        "Recorder": "recorder",
-        "delta_m": "evaluation",
-        "evaluate": "evaluation",
-        "train": "trainer",
-    },
-)
+if not TYPE_CHECKING:
+    __getattr__, __dir__ = lazy_face(
+        __name__,
+        {
+            "Epoch": "history",
+            "History": "history",
+            "RankBatches": "batch_stream",
+            "Recorder": "recorder",
+            "delta_m": "evaluation",
+            "evaluate": "evaluation",
+            "train": "trainer",
+        },
+    )

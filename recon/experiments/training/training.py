@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from recon import branching, training
-from recon.branching import find_plan
+from recon.branching.plan import find_plan
 from recon.experiments import costs as run_costs
 from recon.experiments import saved_models
 from recon.experiments.inputs import few_samples, first_batch, make_loaders, make_model, seed_everything
