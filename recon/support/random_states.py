@@ -69,24 +69,43 @@ def plain(state: Any) -> Any:
     return state
 
 
-def _generators(loader: object) -> dict[str, Generator]:
-    """Looks into the loader's attributes, and into the loaders, samplers and data sets found there."""
-    found: dict[str, Generator] = {}
+def loader_parts(loader: object) -> dict[str, object]:
+    """The loader itself, and the loaders, samplers and data sets that are found in its attributes, by their path."""
+    found: dict[str, object] = {}
     seen: set[int] = set()
 
     def look(value: object, path: str) -> None:
-        if isinstance(value, Generator):
-            found[path] = value
-        elif isinstance(value, (list, tuple)) and any(isinstance(part, _PARTS) for part in value):
-            for number, part in enumerate(value):
-                look(part, f"{path}.{number}")
+        members = _members(value)
+        if any(isinstance(part, _PARTS) for _, part in members):
+            for key, part in members:
+                look(part, _inside(path, str(key)))
         elif (value is loader or isinstance(value, _PARTS)) and id(value) not in seen:
             seen.add(id(value))
+            found[path] = value
             for name, attribute in _attributes(value):
-                look(attribute, f"{path}.{name}" if path else name)
+                look(attribute, _inside(path, name))
 
     look(loader, "")
     return found
+
+
+def _members(value: object) -> list[tuple[object, object]]:
+    if isinstance(value, Mapping):
+        return list(value.items())
+    return list(enumerate(value)) if isinstance(value, (list, tuple)) else []
+
+
+def _generators(loader: object) -> dict[str, Generator]:
+    return {
+        _inside(path, name): attribute
+        for path, part in loader_parts(loader).items()
+        for name, attribute in _attributes(part)
+        if isinstance(attribute, Generator)
+    }
+
+
+def _inside(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name
 
 
 _PARTS = (DataLoader, Sampler, Dataset)
