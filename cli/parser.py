@@ -168,7 +168,7 @@ def share(text: str) -> float:
 
 def threshold(text: str) -> float:
     """A conflict threshold S on the 0.01 grid."""
-    from recon.maps.score_table import threshold_bin  # late: it imports numpy
+    from recon.maps.counts import threshold_bin  # late: it imports numpy
 
     value = _number(text, float, math.isfinite, "a number")
     try:

@@ -9,17 +9,18 @@ from recon.support.lazy import lazy_face
 if TYPE_CHECKING:
     from recon.maps.comparison import MapComparison
     from recon.maps.conflict_map import ConflictMap
+    from recon.maps.counts import LayerConflicts, LayerFloor
     from recon.maps.published import read_published
-    from recon.maps.score_table import LayerConflicts
 
-__all__ = ["ConflictMap", "LayerConflicts", "MapComparison", "read_published"]
+__all__ = ["ConflictMap", "LayerConflicts", "LayerFloor", "MapComparison", "read_published"]
 
 if not TYPE_CHECKING:
     __getattr__, __dir__ = lazy_face(
         __name__,
         {
             "ConflictMap": "conflict_map",
-            "LayerConflicts": "score_table",
+            "LayerConflicts": "counts",
+            "LayerFloor": "counts",
             "MapComparison": "comparison",
             "read_published": "published",
         },

@@ -7,7 +7,8 @@ from collections.abc import Callable
 from typing import NoReturn
 
 from recon.errors import UsageError
-from recon.maps.score_table import SERIES, LayerConflicts, ScoreTable
+from recon.maps.counts import SERIES, LayerConflicts
+from recon.maps.score_table import ScoreTable
 from recon.support.files.documents import Document
 
 MOST_LAYERS, MOST_TASKS = 20_000, 1_000

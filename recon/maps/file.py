@@ -11,7 +11,8 @@ import numpy as np
 
 from recon.errors import MapFileError
 from recon.maps.checks import MOST_LAYERS, MOST_STEPS, MOST_TASKS, check, check_shapes
-from recon.maps.score_table import BINS, STAGES, Counts, LayerConflicts, ScoreTable, Table
+from recon.maps.counts import BINS, STAGES, Counts, LayerConflicts
+from recon.maps.score_table import ScoreTable, Table
 from recon.support.files.documents import Document, read_document, shown
 from recon.support.files.whole import write_text
 

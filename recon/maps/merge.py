@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from recon.errors import MapMismatchError, UsageError, shortened
-from recon.maps.score_table import Counts, LayerConflicts, ScoreTable, Table, threshold_bin
+from recon.maps.counts import Counts, LayerConflicts, threshold_bin
+from recon.maps.score_table import ScoreTable, Table
 
 
 def merge(maps: Sequence[Table], names: Sequence[str] = ()) -> Table:

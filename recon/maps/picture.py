@@ -7,7 +7,8 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from recon.maps.score_table import STAGES, ScoreTable
+from recon.maps.counts import STAGES
+from recon.maps.score_table import ScoreTable
 from recon.support.pictures import save_picture
 
 

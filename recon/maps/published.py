@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from recon.errors import MapFileError, UsageError, shortened
 from recon.maps.checks import MOST_LAYERS, MOST_STEPS
 from recon.maps.conflict_map import ConflictMap
+from recon.maps.counts import BINS, SERIES, STAGES, LayerConflicts, bin_edges, threshold_bin
 from recon.maps.file import FORMAT
-from recon.maps.score_table import BINS, SERIES, STAGES, LayerConflicts, bin_edges, threshold_bin
 from recon.support.files.documents import read_document, shown
 
 if TYPE_CHECKING:

@@ -1,92 +1,28 @@
-"""ScoreTable: what was counted in each shared layer, and everything that is computed from the counts."""
+"""ScoreTable: the scores, rankings and intervals that are computed from what a conflict map holds."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from itertools import combinations
-from typing import Any, TypeVar
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeVar, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
 from recon.errors import UsageError
-from recon.maps.confidence import intervals, top_k_probability
-
-BINS = 200
-STAGES = 4
-SERIES = 512  # at most this many bins of steps in a layer's series
-
-Counts = NDArray[np.int64]
-
-
-def bin_edges() -> NDArray[np.float64]:
-    """The 0.01 grid over [-1, 1]: 201 edges, each the double nearest to its decimal."""
-    return np.arange(-100, 101) / 100
-
-
-def threshold_bin(threshold: float) -> int:
-    """How many histogram bins lie below `threshold`."""
-    if not -1 < threshold <= 0 or abs(threshold * 100 - round(threshold * 100)) > 1e-6:
-        raise UsageError(f"Threshold {threshold} is not a multiple of 0.01 in (-1, 0], such as -0.1.")
-    return round(threshold * 100) + 100
-
-
-@dataclass
-class LayerConflicts:
-    """What was counted in one shared layer; a field that an imported file does not give is empty or None.
-
-    Args:
-        name: the layer's name.
-        kind: its class name.
-        shapes: the shape of each of its parameters.
-        histogram: (200,) cosines on the 0.01 grid over [-1, 1], summed over steps and task pairs; bin i holds
-            cosines in [-1 + 0.01 i, -1 + 0.01 (i + 1)), the last one 1 as well.
-        conflicts: (4, pairs) cosines below the map's threshold, by quarter of the training.
-        observed: (4, pairs) cosines seen, by quarter of the training.
-        series: (B,) cosines below the map's threshold, summed over task pairs, by bin of the map's `bin_steps`
-            consecutive steps, B at most 512; the last bin may be shorter.
-        score: the S-conflict score at the map's threshold, of a layer without a histogram.
-    """
-
-    name: str
-    kind: str
-    shapes: dict[str, list[int]]
-    histogram: Counts | None
-    conflicts: Counts | None
-    observed: Counts | None
-    series: Counts | None = None
-    score: int | None = None
-
-    @property
-    def size(self) -> int | None:
-        """The number of scalars in the layer's parameters."""
-        return sum(int(np.prod(shape)) for shape in self.shapes.values()) if self.shapes else None
+from recon.maps.confidence import above_mean_probability, intervals, top_k_probability
+from recon.maps.counts import STAGES, Counts, LayerConflicts, threshold_bin
+from recon.maps.measures import By, check_by, mean_excess, mean_rate
+from recon.maps.pair_table import PairTable
 
 
 @dataclass(repr=False)
-class ScoreTable:
-    """The S-conflict scores of every shared layer (Shi et al. 2023, definition 4), at every threshold.
+class ScoreTable(PairTable):
+    """The scores of every shared layer, by count (Shi et al. 2023, definition 4), by rate or by excess.
 
-    Args:
-        tasks: the tasks whose gradients were compared; empty if an imported file did not name them.
-        threshold: the run's own S in (-1, 0]: `conflicts` are counted at it.
-        steps: how many training steps were profiled; None if unknown.
-        skipped: how many steps were left out because a gradient was not finite; None if unknown.
-        stage_steps: the number of steps in each quarter of the training; empty if unknown.
-        layers: the shared layers, in model order. An imported map has its file's order; applied to a model, it gets
-            the model's.
-        made_by: how the map was made (problem, optimizer, seed, versions, seconds...).
-        bin_steps: how many steps an entry of the layers' series covers; 0 without series.
+    `tasks` of its methods are those whose pairs count, all of the map's when not given; `by` is how layers are
+    scored, see `recon.maps.measures.By`. Its fields are those of `recon.maps.pair_table.PairTable`.
     """
-
-    tasks: tuple[str, ...]
-    threshold: float
-    steps: int | None
-    skipped: int | None
-    stage_steps: tuple[int, ...]
-    layers: list[LayerConflicts]
-    made_by: dict[str, Any] = field(default_factory=dict)
-    bin_steps: int = 0
 
     def __repr__(self) -> str:
         steps = "?" if self.steps is None else self.steps
@@ -95,11 +31,6 @@ class ScoreTable:
             f"{type(self).__name__}({len(self.tasks)} tasks, {len(self.layers)} shared layers, {steps} steps, "
             f"S={self.threshold:g}; first: {first})"
         )
-
-    @property
-    def pairs(self) -> list[tuple[str, str]]:
-        """The task pairs, in the order of the `pairs` axis of the counts."""
-        return list(combinations(self.tasks, 2))
 
     @property
     def unfinished(self) -> str:
@@ -112,40 +43,81 @@ class ScoreTable:
             "counted until then. Go on with --resume (in Python, resume=True)."
         )
 
-    def scores(self, threshold: float | None = None) -> dict[str, int]:
-        """`{layer name: S-conflict score}`: how many (step, pair) had a cosine below `threshold`, strictly.
+    @overload
+    def scores(
+        self, threshold: float | None = None, tasks: Sequence[str] | None = None, by: Literal["count"] = "count"
+    ) -> dict[str, int]: ...
 
-        The threshold S is a multiple of 0.01 in (-1, 0]; the map's own when not given.
+    @overload
+    def scores(
+        self, threshold: float | None = None, tasks: Sequence[str] | None = None, by: By = "count"
+    ) -> dict[str, float]: ...
+
+    def scores(
+        self, threshold: float | None = None, tasks: Sequence[str] | None = None, by: By = "count"
+    ) -> Mapping[str, float]:
+        """`{layer name: score}`.
+
+        By count, how many (step, pair) had a cosine below S, strictly: a whole number. By rate and by excess, a share
+        in [0, 1].
+
+        Args:
+            threshold: S, a multiple of 0.01 in (-1, 0]; the map's own when not given. By count over all tasks it may
+                be any, else one of the map's `thresholds`.
+            tasks: the tasks whose pairs count; all of the map's when not given.
+            by: `count`, `rate` or `excess`; the last needs a noise floor.
+
+        Raises:
+            UsageError: the map does not hold what this takes; the message says what it holds.
+            UnknownNameError: the map has no such task.
         """
+        check_by(by)
+        chosen = self.pairs_among(tasks)
         below = threshold_bin(self.threshold if threshold is None else threshold)
-        return {layer.name: self._score(layer, below) for layer in self.layers}
+        if by == "count" and self._is_all(chosen):
+            return {layer.name: self._score(layer, below) for layer in self.layers}
+        conflicts = self.pair_conflicts(threshold)[:, chosen]
+        if by == "count":
+            values: NDArray[np.generic] = conflicts.sum(axis=1)
+        elif by == "rate":
+            values = mean_rate(conflicts, self.pair_observations()[:, chosen])
+        else:
+            floors = self.pair_floors(threshold)[:, chosen]
+            values = mean_excess(conflicts, self.pair_observations()[:, chosen], floors)
+        return dict(zip([layer.name for layer in self.layers], values.tolist(), strict=True))
 
-    def _score(self, layer: LayerConflicts, below: int) -> int:
-        if layer.histogram is not None:
-            return int(layer.histogram[:below].sum())
-        if below != threshold_bin(self.threshold) or layer.score is None:
-            raise UsageError(
-                f"This map holds only its scores at S={self.threshold:g}, not the cosines to score it at another "
-                "threshold. Leave the threshold out, or make a map with recon, which can be scored at any."
-            )
-        return layer.score
-
-    def shares(self, threshold: float | None = None) -> dict[str, float]:
-        """`{layer name: score as a share of all the (step, pair) seen there}`, in [0, 1]; NaN where that is unknown."""
-        return {
-            layer.name: float("nan") if layer.histogram is None else score / max(1, int(layer.histogram.sum()))
-            for layer, score in zip(self.layers, self.scores(threshold).values(), strict=True)
-        }
-
-    def ranking(self, threshold: float | None = None) -> list[str]:
-        """The layer names, highest score first, ties by model order."""
-        scores = self.scores(threshold)
+    def ranking(
+        self, threshold: float | None = None, tasks: Sequence[str] | None = None, by: By = "count"
+    ) -> list[str]:
+        """The layer names, highest score first, ties by model order. See `scores`."""
+        scores = self.scores(threshold, tasks, by)
         return sorted(scores, key=lambda name: -scores[name])
 
-    def stage_shares(self) -> NDArray[np.float64]:
+    def shares(
+        self, threshold: float | None = None, tasks: Sequence[str] | None = None, by: By = "count"
+    ) -> dict[str, float]:
+        """`{layer name: its score as a share}`, in [0, 1]; NaN where that is unknown.
+
+        By count, of all the (step, pair) seen there; by rate and by excess, the score is a share already.
+        """
+        scores = self.scores(threshold, tasks, by)
+        return (
+            scores
+            if by != "count"
+            else {
+                name: score / seen if seen else float("nan") if seen is None else 0.0
+                for (name, score), seen in zip(scores.items(), self._seen(tasks), strict=True)
+            }
+        )
+
+    def stage_shares(self, tasks: Sequence[str] | None = None) -> NDArray[np.float64]:
         """(layers, 4): the share of conflicts at the map's own threshold in each quarter; NaN where none was seen."""
+        chosen = self.pairs_among(tasks)
         conflicts, observed = (
-            np.array([np.zeros(STAGES) if counts is None else counts.sum(axis=1) for counts in column], dtype=float)
+            np.array(
+                [np.zeros(STAGES) if counts is None else counts[:, chosen].sum(axis=1) for counts in column],
+                dtype=float,
+            )
             for column in ([layer.conflicts for layer in self.layers], [layer.observed for layer in self.layers])
         )
         return np.divide(conflicts, observed, out=np.full_like(conflicts, np.nan), where=observed > 0)
@@ -168,19 +140,59 @@ class ScoreTable:
             )
         return np.stack([layer.series for layer in self.layers if layer.series is not None], axis=1)
 
-    def intervals(self, level: float = 0.9) -> dict[str, tuple[int, int]]:
+    def intervals(
+        self, level: float = 0.9, tasks: Sequence[str] | None = None, by: By = "count"
+    ) -> dict[str, tuple[float, float]]:
         """`{layer name: (low, high)}`: what holds a share `level` of resampled scores at the map's own threshold.
 
         From a block bootstrap over the steps, see `recon.maps.confidence`: it shows what other batches would have done
         to this training, not what another seed would.
         """
+        self._only_count(tasks, by)
         low_high = intervals(self.series(), level).tolist()
         return {layer.name: (low, high) for layer, (low, high) in zip(self.layers, low_high, strict=True)}
 
-    def top_k_probability(self, k: int) -> dict[str, float]:
+    def top_k_probability(self, k: int, tasks: Sequence[str] | None = None, by: By = "count") -> dict[str, float]:
         """`{layer name: how often it is among the k highest resampled scores}`; they add up to k. See `intervals`."""
+        self._only_count(tasks, by)
         probabilities = top_k_probability(self.series(), k).tolist()
         return {layer.name: p for layer, p in zip(self.layers, probabilities, strict=True)}
+
+    def above_mean_probability(self, tasks: Sequence[str] | None = None, by: By = "count") -> dict[str, float]:
+        """`{layer name: how often its resampled score is above the mean of all layers' in the same draw}`."""
+        self._only_count(tasks, by)
+        probabilities = above_mean_probability(self.series()).tolist()
+        return {layer.name: p for layer, p in zip(self.layers, probabilities, strict=True)}
+
+    def above_floor_probability(self, tasks: Sequence[str] | None = None) -> dict[str, float]:
+        """`{layer name: how likely some pair conflicts there more often than its noise floor}`."""
+        raise NotImplementedError
+
+    def _only_count(self, tasks: Sequence[str] | None, by: By) -> None:
+        check_by(by)
+        if by != "count" or not self._is_all(self.pairs_among(tasks)):
+            raise NotImplementedError
+
+    def _is_all(self, chosen: Sequence[int]) -> bool:
+        return len(chosen) == len(self.pairs)
+
+    def _seen(self, tasks: Sequence[str] | None) -> list[int | None]:
+        """How many (step, pair) each layer saw; None where that is unknown."""
+        chosen = self.pairs_among(tasks)
+        if not self._is_all(chosen):
+            seen: list[int | None] = self.pair_observations()[:, chosen].sum(axis=1).tolist()
+            return seen
+        return [None if layer.histogram is None else int(layer.histogram.sum()) for layer in self.layers]
+
+    def _score(self, layer: LayerConflicts, below: int) -> int:
+        if layer.histogram is not None:
+            return int(layer.histogram[:below].sum())
+        if below != threshold_bin(self.threshold) or layer.score is None:
+            raise UsageError(
+                f"This map holds only its scores at S={self.threshold:g}, not the cosines to score it at another "
+                "threshold. Leave the threshold out, or make a map with recon, which can be scored at any."
+            )
+        return layer.score
 
 
 Table = TypeVar("Table", bound=ScoreTable)

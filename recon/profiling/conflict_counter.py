@@ -14,7 +14,7 @@ from torch import nn
 
 from recon import profiling
 from recon.errors import CheckpointError
-from recon.maps.score_table import BINS, Counts
+from recon.maps.counts import BINS, Counts
 from recon.methods.gradients.gramians import gramian
 from recon.methods.gradients.jacobian import TaskJacobian
 from recon.profiling.tally import Tally

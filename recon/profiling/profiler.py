@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from recon.errors import CheckpointError, UsageError
 from recon.maps import ConflictMap
-from recon.maps.score_table import threshold_bin
+from recon.maps.counts import threshold_bin
 from recon.methods.gradients.gramians import layer_gramians
 from recon.methods.gradients.jacobian import TaskJacobian, Workspace, as_real
 from recon.methods.gradients.observer import Memory

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from recon.maps.score_table import BINS, SERIES, STAGES, bin_edges
+from recon.maps.counts import BINS, SERIES, STAGES, bin_edges
 
 _BLOCKS = 64  # the training is kept in at most this many equal blocks, so that it can be cut into quarters at any end
 _PENDING = 1 << 17  # cosines that wait to be counted together: a step's own are too few to be worth a kernel each

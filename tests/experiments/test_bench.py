@@ -24,7 +24,7 @@ from recon.experiments.comparison import Comparison
 from recon.experiments.comparison_rows import RunRow, spread
 from recon.experiments.run import Run
 from recon.experiments.training.run_folder import RunFolder
-from recon.maps.score_table import LayerConflicts, bin_edges
+from recon.maps.counts import LayerConflicts, bin_edges
 from recon.problems import paper
 from recon.problems.problem import ReducedRun
 from recon.problems.sets import digits

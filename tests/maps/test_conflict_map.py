@@ -7,7 +7,7 @@ import pytest
 
 from recon.errors import MapFileError, UsageError, WriteError
 from recon.maps.conflict_map import ConflictMap
-from recon.maps.score_table import BINS, LayerConflicts, threshold_bin
+from recon.maps.counts import BINS, LayerConflicts, threshold_bin
 
 
 def make_map(layers=("conv", "norm", "fc"), tasks=("a", "b"), seed=0, steps=40, threshold=-0.1):

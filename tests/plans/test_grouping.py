@@ -7,7 +7,7 @@ import pytest
 from recon.branching.partition import Partition, refine
 from recon.errors import PlanError
 from recon.maps.conflict_map import ConflictMap
-from recon.maps.score_table import BINS, LayerConflicts
+from recon.maps.counts import BINS, LayerConflicts
 from recon.plans.grouping import (
     _improved,
     by_conflict,

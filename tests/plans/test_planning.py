@@ -12,7 +12,7 @@ from recon.branching.plan import BranchPlan
 from recon.branching.saving import load_plan
 from recon.errors import CheckpointError, MapMismatchError, PlanError, UnknownNameError, UsageError
 from recon.maps.conflict_map import ConflictMap
-from recon.maps.score_table import LayerConflicts
+from recon.maps.counts import LayerConflicts
 from recon.plans.matching import match
 from recon.plans.planning import choose
 from recon.plans.selection import Selection

@@ -16,7 +16,7 @@ from recon import methods
 from recon.branching.plan import Mode
 from recon.errors import UsageError
 from recon.maps.conflict_map import ConflictMap
-from recon.maps.score_table import LayerConflicts
+from recon.maps.counts import LayerConflicts
 from recon.support.network.forward import call
 from recon.support.network.layers import find_layers
 from tests import oracle

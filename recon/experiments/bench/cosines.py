@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from recon.maps import ConflictMap
-from recon.maps.score_table import Counts, threshold_bin
+from recon.maps.counts import Counts, threshold_bin
 from recon.problems.paper import DEFAULT_EDGES, DEFAULT_SEVERE, CosineTable
 from recon.profiling.conflict_counter import CONFLICTS_FILE, read_cosines
 from recon.support.tables import text_table
