@@ -38,8 +38,9 @@ def layer_gramians(jacobian: TaskJacobian, layer_of: Mapping[Tensor, int]) -> tu
     exact, and their sum over n columns is off by at most n × 1.1e-16 of the norms: a billionth for ten million.
     (Apple's MPS has no float64.)
 
-    The Jacobian's shared parameters must come layer by layer. Returns the L layers' numbers, and (L, T, T), zero where
-    a task does not reach.
+    `layer_of` numbers the layers by their parameters; the others are left out. A layer whose parameters lie apart in
+    the Jacobian takes a product for each piece. Returns the L layers' numbers, and (L, T, T), zero where a task does
+    not reach.
     """
     found = _shared_gramians(jacobian, layer_of)
     _add_own(found, jacobian, layer_of)
@@ -58,15 +59,16 @@ def _shared_gramians(jacobian: TaskJacobian, layer_of: Mapping[Tensor, int]) -> 
     room = max(1, (_IN_CACHE if matrix.device.type == "cpu" else _ON_DEVICE) // max(1, len(matrix)))
     found: dict[int, Tensor] = {}
     for layers in _batches(_columns(jacobian, layer_of), room):
-        found.update(zip((columns.layer for columns in layers), _gramians(matrix, layers, room), strict=True))
+        for columns, part in zip(layers, _gramians(matrix, layers, room), strict=True):
+            found[columns.layer] = found[columns.layer] + part if columns.layer in found else part
     return found
 
 
 def _columns(jacobian: TaskJacobian, layer_of: Mapping[Tensor, int]) -> Iterator[_Columns]:
     start = 0
-    for layer, parameters in groupby(jacobian.shared, key=lambda p: layer_of[p]):
+    for layer, parameters in groupby(jacobian.shared, key=layer_of.get):
         stop = start + sum(map(width, parameters))
-        if stop > start:  # a parameter may have no elements
+        if layer is not None and stop > start:  # a parameter may have no elements
             yield _Columns(layer, start, stop)
         start = stop
 

@@ -51,8 +51,9 @@ class Reach:
         return tuple(self.parameters)
 
     def shared_layers(self, layer_of: Mapping[Tensor, int]) -> list[int]:
-        """The layers that two tasks or more reach, by any of their parameters, in order of their numbers."""
-        tasks_of = Counter(layer for found in self.parameters.values() for layer in {layer_of[p] for p in found})
+        """Those of some layers that two tasks or more reach, by any of their parameters, in order of their numbers."""
+        reached = ({layer_of[p] for p in found if p in layer_of} for found in self.parameters.values())
+        tasks_of = Counter(layer for layers in reached for layer in layers)
         return sorted(layer for layer, tasks in tasks_of.items() if tasks > 1)
 
 

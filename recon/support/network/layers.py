@@ -16,12 +16,13 @@ _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn
 
 @dataclass(frozen=True)
 class Layer:
-    """The smallest named module that owns parameters, or a bare parameter of a container."""
+    """The smallest named module that owns parameters, or a bare parameter of a container; or several as one unit."""
 
     name: str  # the first path, if the module is reached by several
     kind: str  # the module's class name; `Parameter` for a bare parameter
     parameters: Mapping[str, nn.Parameter]  # by local name, those tied to an earlier layer left out
     aliases: tuple[str, ...] = ()  # other paths that reach the same module
+    members: tuple[str, ...] = ()  # of a unit: the layers that it joins, see `layer_choice`
 
     @property
     def size(self) -> int:
