@@ -46,6 +46,7 @@ def counted_map(
                 conflicts=conflicts.numpy()[:, number][:, i, j],
                 observed=observed.numpy()[:, number][:, i, j],
                 series=series.numpy().astype(np.int64)[:, number],
+                members=layer.members,
             )
             for number, layer in shared.items()
         ],

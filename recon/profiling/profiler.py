@@ -11,7 +11,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 
-from recon.errors import CheckpointError, UsageError
+from recon.errors import CheckpointError, UsageError, shortened
 from recon.maps import ConflictMap
 from recon.maps.counts import threshold_bin
 from recon.methods.gradients.gramians import layer_gramians
@@ -25,6 +25,7 @@ from recon.profiling.counted_map import counted_map
 from recon.profiling.sketch import GradientSketch, sketch_gramians
 from recon.profiling.stability import StableRanking
 from recon.profiling.tally import Tally
+from recon.support.network.layer_choice import Patterns, choose_layers
 from recon.support.network.layers import find_layers, unwrapped
 from recon.support.network.trainable import Model, as_module
 from recon.support.processes import average_, broadcast_answer, world_size
@@ -33,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 
 class Profiler:
-    """Records S-conflict scores from the task gradients of a training run (Shi et al. 2023, definition 4).
+    r"""Records S-conflict scores from the task gradients of a training run (Shi et al. 2023, definition 4).
 
     In your own training loop it replaces `sum(losses).backward()`:
 
@@ -55,10 +56,18 @@ class Profiler:
         memory: `exact` holds the gradients of all T tasks for a moment, T x the shared parameters; `sketch` folds each
             into a few numbers as it is made (`recon.profiling.sketch`), which takes no more than one gradient, whatever
             T, and errs by about 0.02 in a cosine. Sketches serve joint training and other weightings of the losses.
+        layers: count in these layers alone: a regular expression that matches their whole names, or a list of such
+            expressions or names. The training is the same; all layers have their gradients.
+        exclude: leave these out, in the same way.
+        units: expressions that join layers into one, whose gradients are compared as a whole: `layer\d+\.\d+` each
+            block, `lora_[AB]` the two matrices of each adapter (`recon.support.network.layer_choice.join_names`). The
+            trainable layers that the other two leave are joined.
 
     Raises:
         UsageError: the threshold is off the grid, `every` is below 1, `until_stable` no share, `top_k` above the number
-            of layers, no such memory, or `model` is not a module or is sharded over processes.
+            of layers, no such memory, or `model` is not a module or is sharded over processes; an expression is none,
+            no layer is left, or a unit joins nothing or has another's name.
+        UnknownNameError: an expression matches no layer.
     """
 
     def __init__(
@@ -71,6 +80,9 @@ class Profiler:
         until_stable: float | None = None,
         top_k: int | None = None,
         memory: Memory = "exact",
+        layers: Patterns | None = None,
+        exclude: Patterns | None = None,
+        units: Patterns | None = None,
     ) -> None:
         threshold_bin(threshold)
         model = as_module(model)
@@ -82,11 +94,15 @@ class Profiler:
         self.threshold = threshold
         self.every = every
         self.memory = memory
-        self.layers = find_layers(unwrapped(model))
+        choice = {"layers": layers, "exclude": exclude, "units": units}
+        self.layers = choose_layers(model, **choice)
+        self.choice = {name: _plain(given) for name, given in choice.items() if given is not None}
         if top_k is not None and top_k > len(self.layers):
-            raise UsageError(f"top_k is {top_k}, but the model has {len(self.layers)} layers. Choose fewer.")
-        # In layer order, so that each layer is one block of columns in the Jacobian.
-        self.parameters = [p for layer in self.layers for p in layer.parameters.values()]
+            whose = "choice of layers" if self.choice else "model"
+            raise UsageError(f"top_k is {top_k}, but the {whose} has {len(self.layers)} layers. Choose fewer.")
+        # Of all layers, counted or not: methods work on the gradients of all of them. In layer order, so that each
+        # layer is one block of columns in the Jacobian.
+        self.parameters = [p for layer in find_layers(unwrapped(model)) for p in layer.parameters.values()]
         self.buffers = list(model.buffers())  # finding them again takes longer than looking at them
         self.workspace = Workspace()
         self._layer_of: dict[Tensor, int] = {
@@ -103,6 +119,10 @@ class Profiler:
     def device(self) -> torch.device:
         """Where the counts are: with the first parameter."""
         return self.parameters[0].device
+
+    @property
+    def _units(self) -> dict[str, list[str]]:
+        return {layer.name: list(layer.members) for layer in self.layers if layer.members}
 
     @property
     def steps(self) -> int:
@@ -209,9 +229,10 @@ class Profiler:
         self._tally.add(layers, [self._tasks.index(task) for task in tasks], gramians.to(self.device))
 
     def state_dict(self) -> dict[str, Any]:
-        """What was recorded, for `load_state_dict` of a profiler of the same model, threshold, `every` and memory."""
+        """What was recorded, for `load_state_dict` of a profiler of the same model and settings."""
         return {
             "layers": [layer.name for layer in self.layers],
+            "units": self._units,
             "threshold": self.threshold,
             "every": self.every,
             "memory": self.memory,
@@ -229,7 +250,7 @@ class Profiler:
             CheckpointError: the state is of a profiler with other settings.
         """
         mine: dict[str, Any] = {"threshold": self.threshold, "every": self.every, "memory": self.memory}
-        mine["layers"] = [layer.name for layer in self.layers]
+        mine |= {"layers": [layer.name for layer in self.layers], "units": self._units}
         for name, value in mine.items():
             if name not in state:
                 raise CheckpointError(f"This is not the saved state of a profiler: it has no {name}.")
@@ -261,4 +282,14 @@ class Profiler:
         if self._tally is None:
             raise UsageError("Nothing was profiled yet: call profiler.backward(losses) in the training loop first.")
         shared = {number: self.layers[number] for number in sorted(self._shared)}
-        return counted_map(self._tally, shared, self._tasks, made_by or {})
+        if self.choice and not shared:
+            names = shortened(layer.name for layer in self.layers)
+            raise UsageError(
+                f"None of the {len(self.layers)} layers that were chosen ({names}) is shared: in none of {self.steps} "
+                "steps did the losses of two tasks depend on one of them. Choose layers of the common backbone."
+            )
+        return counted_map(self._tally, shared, self._tasks, {**self.choice, **(made_by or {})})
+
+
+def _plain(patterns: Patterns) -> str | list[str]:
+    return patterns if isinstance(patterns, str) else list(patterns)

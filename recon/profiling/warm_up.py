@@ -19,6 +19,7 @@ from recon.methods.gradients.observer import Memory
 from recon.problems.problem import Loss
 from recon.profiling.profiler import Profiler
 from recon.support.network.forward import Batch
+from recon.support.network.layer_choice import Patterns
 from recon.training import Epoch, History, train
 from recon.training.batch_stream import batch_count
 from recon.training.trainer import check_optimizer
@@ -42,6 +43,9 @@ def profile(
     until_stable: float | None = None,
     top_k: int | None = None,
     memory: Memory = "exact",
+    layers: Patterns | None = None,
+    exclude: Patterns | None = None,
+    units: Patterns | None = None,
     made_by: Mapping[str, Any] | None = None,
     on_epoch: Callable[[Epoch], None] | None = None,
     progress: bool = False,
@@ -69,6 +73,9 @@ def profile(
         until_stable: stop when the top layers are expected to overlap by this share with those of all the epochs.
         top_k: of how many layers; a quarter of the shared ones when not given.
         memory: `exact`, or `sketch` for large models and many tasks, see `Profiler`.
+        layers: the layers to count in, by regular expressions; the others train as ever. See `Profiler`.
+        exclude: the layers to leave out, in the same way.
+        units: joins layers into one, in the same way: an adapter's matrices, the layers of a block.
         made_by: what else to note in the map's file about how it was made.
         on_epoch: called with the epoch's record after each epoch.
         progress: show a progress bar on stderr.
@@ -84,12 +91,22 @@ def profile(
         ProblemError: model, losses and batches do not fit together.
         LoaderError: the loader raised.
         GradientError: a loss is not finite, or a task has no gradient anywhere.
-        UsageError: the threshold is off the grid, no layer is shared, a checkpoint cannot be written, or one is there
-            although `resume` is not asked for.
+        UsageError: the threshold is off the grid, the layers cannot be chosen so, none is shared, a checkpoint cannot
+            be written, or one is there although `resume` is not asked for.
+        UnknownNameError: an expression matches no layer.
         CheckpointError: the checkpoint is damaged, or of another training.
     """
     profiler = Profiler(
-        model, threshold, tuple(losses), every=every, until_stable=until_stable, top_k=top_k, memory=memory
+        model,
+        threshold,
+        tuple(losses),
+        every=every,
+        until_stable=until_stable,
+        top_k=top_k,
+        memory=memory,
+        layers=layers,
+        exclude=exclude,
+        units=units,
     )
     logger.info("Task gradients: one backward pass a task, %s.", _MEMORIES[memory])
     count = batch_count(loader)
@@ -142,6 +159,7 @@ def profile(
             "until_stable": until_stable,
             "top_k": top_k,
             "memory": memory,
+            **profiler.choice,
             **(settings or {}),
         },
         on_checkpoint=show_map,
