@@ -15,10 +15,11 @@ from recon.errors import CheckpointError, UsageError, shortened
 from recon.maps import ConflictMap
 from recon.maps.counts import threshold_bin
 from recon.methods.gradients.gramians import layer_gramians
-from recon.methods.gradients.jacobian import TaskJacobian, Workspace, as_real
+from recon.methods.gradients.jacobian import TaskJacobian, Workspace
 from recon.methods.gradients.observer import Memory
 from recon.methods.gradients.passes import differentiate
 from recon.methods.gradients.reach import Reach
+from recon.methods.gradients.sparse import add, average_gradients, entries
 from recon.methods.updates.scaled_losses import LossScaleLike
 from recon.methods.updates.step import backward
 from recon.profiling.counted_map import counted_map
@@ -28,7 +29,7 @@ from recon.profiling.tally import Tally
 from recon.support.network.layer_choice import Patterns, choose_layers
 from recon.support.network.layers import find_layers, unwrapped
 from recon.support.network.trainable import Model, as_module
-from recon.support.processes import average_, broadcast_answer, world_size
+from recon.support.processes import broadcast_answer, world_size
 
 logger = logging.getLogger(__name__)
 
@@ -179,18 +180,17 @@ class Profiler:
         def receive(number: int, leaves: list[Tensor], gradients: list[Tensor]) -> None:
             for leaf, gradient in zip(leaves, gradients, strict=True):
                 if leaf in sketch:
-                    sketch.fold(leaf, as_real(gradient), sketches[number])
+                    sketch.fold(leaf, gradient, sketches[number])
                 part = gradient if weights is None else gradient * weights[reach.tasks[number]].to(gradient)
-                if leaf in total:
-                    total[leaf].add_(part)
-                else:
-                    total[leaf] = part.clone()
+                total[leaf] = add(total[leaf], part) if leaf in total else part.clone()
 
         differentiate(losses, reach, self.buffers, receive)
         if world_size() > 1:  # the same gradients, in the same order, on every rank
             reached = {p for found in reach.parameters.values() for p in found}
-            total |= {p: total.get(p, torch.zeros_like(p)) for p in self.parameters if p in reached}
-            average_([sketches, *(total[p] for p in self.parameters if p in reached)])
+            mine: dict[Tensor, Tensor] = {
+                p: total[p] if p in total else reach.nothing(p) for p in self.parameters if p in reached
+            }
+            total.update(average_gradients(mine, beside=[sketches]))
         others = [gradient for leaf, gradient in total.items() if leaf not in sketch]
         self._count(layers, reach.tasks, sketch_gramians(sketches), others)
         return total
@@ -218,7 +218,7 @@ class Profiler:
 
     def _count(self, layers: Sequence[int], tasks: Sequence[str], gramians: Tensor, others: Sequence[Tensor]) -> None:
         """Count one step, unless a gradient was not finite: one in the Gramians, or one of the others."""
-        others = [as_real(gradient) for gradient in others if gradient.numel()]
+        others = [numbers for gradient in others if (numbers := entries(gradient)).numel()]
         if others:
             largest = nn.utils.get_total_norm(others, norm_type=math.inf).to(gramians)
             gramians = gramians.where(largest.isfinite(), math.nan)

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from recon.methods.gradients.jacobian import width
+from recon.methods.gradients.sparse import row_numbers
+from recon.support.network.tensors import as_real
 
 SIZE = 2039
 """Numbers a layer. A prime: the rows of a weight, whose sizes are not, do not line up with it."""
@@ -50,10 +52,13 @@ class GradientSketch:
         return torch.zeros(tasks, self._layers, self.size, device=device)
 
     def fold(self, parameter: Tensor, gradient: Tensor, sketches: Tensor) -> None:
-        """Add one parameter's gradient, in real numbers, to one task's sketches, (L, m)."""
+        """Add one parameter's gradient to one task's sketches, (L, m)."""
         layer, start = self._place[parameter]
         sketch = sketches[layer]
-        rest = gradient.reshape(-1)
+        if gradient.is_sparse:
+            self._fold_rows(start, gradient, sketch)
+            return
+        rest = as_real(gradient).reshape(-1)
         while len(rest):
             row, column = divmod(start % self._signs.numel(), self.size)
             if column or len(rest) < self.size:  # up to the end of a row
@@ -64,6 +69,14 @@ class GradientSketch:
                 count = rows * self.size
                 sketch += self._signed_sum(rest[:count].view(rows, self.size), self._signs[row : row + rows])
             start, rest = start + count, rest[count:]
+
+    def _fold_rows(self, start: int, gradient: Tensor, sketch: Tensor) -> None:
+        """Add a sparse gradient, whose parameter begins at `start`: each of its numbers where it would be without."""
+        values = as_real(gradient._values()).reshape(gradient._nnz(), -1)
+        rows = row_numbers(gradient._indices(), gradient.shape)
+        at = start + rows[:, None] * values.shape[1] + torch.arange(values.shape[1], device=values.device)
+        signs = self._signs.view(-1)[at % self._signs.numel()]
+        sketch.index_add_(0, (at % self.size).flatten(), (values * signs).flatten().to(sketch.dtype))
 
     def _signed_sum(self, values: Tensor, signs: Tensor) -> Tensor:
         if self._products.device != signs.device or not len(self._products):

@@ -62,6 +62,18 @@ def gather(value: Any) -> list[Any]:
     return everyone
 
 
+def gather_rows(rows: Tensor) -> Tensor:
+    """The rows (n, ...) of all ranks, one rank's after the other's; n may differ between them."""
+    if world_size() == 1:
+        return rows
+    counts = gather(len(rows))
+    padded = rows.new_zeros(max(counts), *rows.shape[1:])
+    padded[: len(rows)] = rows
+    everyone = [torch.empty_like(padded) for _ in counts]
+    dist.all_gather(everyone, padded)
+    return torch.cat([theirs[:count] for theirs, count in zip(everyone, counts, strict=True)])
+
+
 @cache
 def _control_group(world: Any) -> Any:
     # For small messages between CPUs: NCCL would wait for the GPU.

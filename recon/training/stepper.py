@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from recon.errors import GradientError, NonFiniteError, ProblemError
 from recon.methods.bases.method import WHAT_TO_LOOK_AT
-from recon.methods.gradients.passes import dense
 from recon.methods.gradients.reach import average_losses
+from recon.methods.gradients.sparse import entries
 from recon.problems.problem import Loss
 from recon.support.network.forward import Batch, to_device, unpack
 from recon.support.network.layers import unwrapped
@@ -100,7 +100,7 @@ class Stepper:
         The message names the task, which a second look at the batches shows.
         """
         meter, device = self.run.meter, self.run.device
-        gradients = [_values(p.grad) for p in self._parameters() if p.grad is not None and p.grad.numel()]
+        gradients = [g for p in self._parameters() if p.grad is not None and (g := entries(p.grad)).numel()]
         finite = [nn.utils.get_total_norm(gradients, math.inf).isfinite()] if gradients else []
         finite += [loss.isfinite() for losses in meter.unchecked for loss in losses.values()]
         share = (
@@ -185,13 +185,9 @@ def non_finite_tasks(losses: Mapping[str, Tensor], model: nn.Module) -> set[str]
     bad = set()
     for number, (task, loss) in enumerate(losses.items(), start=1):
         found = torch.autograd.grad(loss, parameters, retain_graph=number < len(losses), allow_unused=True)
-        if any(not dense(g).isfinite().all() for g in found if g is not None):
+        if any(not entries(g).isfinite().all() for g in found if g is not None):
             bad.add(task)
     return bad
-
-
-def _values(gradient: Tensor) -> Tensor:
-    return gradient.coalesce().values() if gradient.is_sparse else gradient
 
 
 def _warn_of_other_names(targets: Mapping[str, Any], tasks: Iterable[str]) -> None:

@@ -760,7 +760,6 @@ def test_sparse_gradients():
     check(sgd_loop, words)
 
 
-@pytest.mark.xfail(strict=True, reason=".grad is dense")
 def test_an_optimizer_of_sparse_gradients():
     def loop(model: nn.Module, backward: Backward) -> None:
         optimizer = torch.optim.SparseAdam([model.words.weight, model.own.weight], lr=0.01)

@@ -38,8 +38,11 @@ class ExcessMTL(RemembersTasks):
             The paper takes the steps of three epochs.
 
     Raises:
-        UsageError: lr is not positive, or warmup is below 1; the number of shared parameters changes between steps.
+        UsageError: lr is not positive, or warmup is below 1; the number of shared parameters changes between steps, or
+            the gradients of some are sparse.
     """
+
+    keeps_columns = True
 
     def __init__(self, lr: float = 0.01, warmup: int = 1) -> None:
         super().__init__()

@@ -20,9 +20,12 @@ class Aggregator(Method):
 
     Attributes:
         needs_losses: whether `observe_losses` must be called in every step.
+        keeps_columns: whether it keeps something by column of J from step to step. Those of sparse gradients are other
+            columns in every step.
     """
 
     needs_losses: bool = False
+    keeps_columns: bool = False
 
     def observe_losses(self, losses: Mapping[str, Tensor]) -> None:
         """Takes note of the step's losses, where `needs_losses`, before the gradients are combined.

@@ -10,7 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from recon.methods.gradients.jacobian import TaskJacobian, as_real, width
+from recon.methods.gradients.jacobian import TaskJacobian
+from recon.methods.gradients.sparse import entries
 
 _IN_CACHE = 1 << 18  # numbers of a block held at a time: it stays in a CPU's cache
 _ON_DEVICE = 1 << 24  # elsewhere, launching kernels is what costs time
@@ -67,7 +68,7 @@ def _shared_gramians(jacobian: TaskJacobian, layer_of: Mapping[Tensor, int]) -> 
 def _columns(jacobian: TaskJacobian, layer_of: Mapping[Tensor, int]) -> Iterator[_Columns]:
     start = 0
     for layer, parameters in groupby(jacobian.shared, key=layer_of.get):
-        stop = start + sum(map(width, parameters))
+        stop = start + sum(map(jacobian.width, parameters))
         if layer is not None and stop > start:  # a parameter may have no elements
             yield _Columns(layer, start, stop)
         start = stop
@@ -120,6 +121,6 @@ def _add_own(found: dict[int, Tensor], jacobian: TaskJacobian, layer_of: Mapping
             if layer not in found:
                 size = (len(jacobian.tasks),) * 2
                 found[layer] = torch.zeros(size, dtype=_wide(gradient), device=jacobian.matrix.device)
-            row = as_real(gradient)
+            row = entries(gradient)
             square = row.to(_wide(row)).square().sum()
             found[layer][number, number] += square.to(found[layer].device)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from recon.methods.gradients.passes import differentiate
 from recon.methods.gradients.reach import Reach, find_reach
-from recon.support.processes import average_, world_size
+from recon.methods.gradients.sparse import add, average_gradients, from_rows, put, touched_rows
+from recon.support.network.tensors import as_real
+from recon.support.processes import world_size
 
 _PIECE = 1 << 17  # scalars of an update that are made at a time, or one parameter's
 
@@ -22,12 +25,23 @@ class TaskJacobian:
     Its columns belong to the shared parameters, which two tasks or more reach, one after the other; complex numbers
     take two. It is zero where a task does not reach. `own` is `{task: {leaf: gradient}}` for the parameters that one
     task alone reaches, and for leaves that are no parameters of the model.
+
+    `rows` is `{table: indices}` for the shared parameters with sparse gradients (`nn.Embedding(sparse=True)`), which
+    come last among the shared. Such a table has columns for the rows that any of the tasks touched in this step alone,
+    those at the (d, n) indices of a COO tensor, in rising order: all other columns would be zero. They are other
+    columns in every step; `recon.methods.gradients.sparse.meeting` finds those that two steps have in common.
     """
 
     tasks: tuple[str, ...]
     shared: list[nn.Parameter]
-    matrix: Tensor  # (T, P), float32 at least
+    matrix: Tensor  # (T, P), float32 at least; its rows need not follow each other in memory
     own: dict[str, dict[Tensor, Tensor]]
+    rows: Mapping[Tensor, Tensor] = field(default_factory=dict)
+
+    def width(self, parameter: Tensor) -> int:
+        """The columns that a shared parameter takes."""
+        rows = self.rows.get(parameter)
+        return width(parameter) if rows is None else rows.shape[1] * math.prod(as_real(parameter).shape[len(rows) :])
 
 
 class Workspace:
@@ -37,31 +51,50 @@ class Workspace:
         self._memory = torch.empty(0)
         self._layout: tuple[int, ...] = ()
         self._rows: list[dict[Tensor, Tensor]] = []
+        self._room = 0  # columns for what is touched of tables: other ones in every step
 
-    def matrix(self, shared: Sequence[nn.Parameter], tasks: int) -> tuple[Tensor, list[dict[Tensor, Tensor]]]:
-        """A (T, P) matrix with whatever the last step left in it, and each row as `{parameter: its part, shaped}`."""
-        layout = (tasks, *map(id, shared))
+    def matrix(
+        self, shared: Sequence[nn.Parameter], tasks: int, tables: Sequence[nn.Parameter] = ()
+    ) -> tuple[Tensor, list[dict[Tensor, Tensor]]]:
+        """A (T, P) matrix with whatever the last step left in it, and each row as `{parameter: its part, shaped}`.
+
+        The tables have no columns in it: `widened` adds those of their rows that were touched, once they are known.
+        """
+        layout = (tasks, *map(id, shared), 0, *map(id, tables))
         widths = list(map(width, shared))
-        columns = sum(widths)
         if layout != self._layout:
-            matrix = self._resize(shared, tasks, columns)
+            matrix = self._resize([*shared, *tables], tasks, sum(widths))
             shapes = [as_real(p).shape for p in shared]
             self._rows = [
                 {p: part.view(shape) for p, part, shape in zip(shared, row.split(widths), shapes, strict=True)}
                 for row in matrix
             ]
             self._layout = layout
-        return self._memory[: tasks * columns].view(tasks, columns), self._rows
+        return self._view(tasks, sum(widths), self._room), self._rows
 
-    def _resize(self, shared: Sequence[nn.Parameter], tasks: int, columns: int) -> Tensor:
+    def widened(self, matrix: Tensor, columns: int) -> Tensor:
+        """(T, P + columns): the present matrix with more columns behind, with whatever is in them."""
+        tasks, before = matrix.shape
+        if columns > self._room:
+            self._room = columns + columns // 4
+            self._layout, self._rows = (), []  # the next step's lie elsewhere
+            self._memory = matrix.new_empty(tasks * (before + self._room))
+            self._view(tasks, before, self._room).copy_(matrix)
+        return self._view(tasks, before + columns, self._room - columns)
+
+    def _view(self, tasks: int, columns: int, room: int) -> Tensor:
+        return self._memory[: tasks * (columns + room)].view(tasks, columns + room)[:, :columns]
+
+    def _resize(self, parameters: Sequence[nn.Parameter], tasks: int, columns: int) -> Tensor:
         dtype = torch.float32
-        for p in shared:
+        for p in parameters:
             dtype = torch.promote_types(dtype, p.dtype.to_real())
-        device = shared[0].device if shared else torch.device("cpu")
-        if self._memory.numel() < tasks * columns or (self._memory.dtype, self._memory.device) != (dtype, device):
+        device = parameters[0].device if parameters else torch.device("cpu")
+        size = tasks * (columns + self._room)
+        if self._memory.numel() < size or (self._memory.dtype, self._memory.device) != (dtype, device):
             self._rows, self._memory = [], torch.empty(0)  # before more is taken
-            self._memory = torch.empty(tasks * columns, dtype=dtype, device=device)
-        return self._memory[: tasks * columns].view(tasks, columns)
+            self._memory = torch.empty(size, dtype=dtype, device=device)
+        return self._view(tasks, columns, self._room)
 
 
 def task_jacobian(
@@ -72,8 +105,9 @@ def task_jacobian(
 ) -> TaskJacobian:
     """Differentiate each task's loss with respect to the parameters it reaches; frees the graph.
 
-    `shared` follows the order of `parameters`. Where several processes train together, the gradients are the means
-    over the ranks, and the tasks those that any rank has. In a workspace, the matrix holds until the next call.
+    `shared` follows the order of `parameters`, with tables that got sparse gradients behind the others. Where several
+    processes train together, the gradients are the means over the ranks, and the tasks those that any rank has. In a
+    workspace, the matrix holds until the next call.
     """
     parameters = list(parameters)
     reach = find_reach(losses, parameters)
@@ -84,7 +118,9 @@ def task_jacobian(
 
 
 def _fill(losses: Mapping[str, Tensor], reach: Reach, workspace: Workspace, buffers: Iterable[Tensor]) -> TaskJacobian:
-    matrix, rows = workspace.matrix(reach.shared, len(reach.tasks))
+    plain = [p for p in reach.shared if p not in reach.tables]
+    tables = [p for p in reach.shared if p in reach.tables]
+    matrix, rows = workspace.matrix(plain, len(reach.tasks), tables)
     unreached = [dict(row) for row in rows]
     own: list[dict[Tensor, Tensor]] = [{} for _ in rows]
 
@@ -94,6 +130,8 @@ def _fill(losses: Mapping[str, Tensor], reach: Reach, workspace: Workspace, buff
             place = left.pop(leaf, None)
             if place is None:
                 own[number][leaf] = gradient.clone()
+            elif gradient.is_sparse:
+                place.copy_(as_real(gradient.to_dense()))
             else:
                 places.append(place)
                 parts.append(as_real(gradient))
@@ -104,19 +142,42 @@ def _fill(losses: Mapping[str, Tensor], reach: Reach, workspace: Workspace, buff
     for left in unreached:
         for place in left.values():
             place.zero_()
-    return TaskJacobian(reach.tasks, reach.shared, matrix, dict(zip(reach.tasks, own, strict=True)))
+    looked_up: list[dict[Tensor, Tensor]] = [
+        {table: found.pop(table) for table in tables if table in found} for found in own
+    ]
+    jacobian = TaskJacobian(reach.tasks, [*plain, *tables], matrix, dict(zip(reach.tasks, own, strict=True)))
+    if tables:
+        _add_tables(jacobian, tables, looked_up, workspace)
+    return jacobian
+
+
+def _add_tables(
+    jacobian: TaskJacobian, tables: Sequence[Tensor], by_task: Sequence[Mapping[Tensor, Tensor]], workspace: Workspace
+) -> None:
+    """Give the tables their columns, from each task's `{table: gradient}`."""
+    jacobian.rows = touched_rows({table: [found[table] for found in by_task if table in found] for table in tables})
+    widths = list(map(jacobian.width, tables))
+    start = jacobian.matrix.shape[1]
+    jacobian.matrix = workspace.widened(jacobian.matrix, sum(widths))
+    for found, row in zip(by_task, jacobian.matrix, strict=True):
+        for table, place in zip(tables, row[start:].split(widths), strict=True):
+            gradient, rows = found.get(table), jacobian.rows.get(table)
+            if gradient is None:
+                place.zero_()
+            elif rows is not None:
+                put(gradient, place, rows, table.shape)
+            else:
+                place.copy_(as_real(gradient.to_dense() if gradient.is_sparse else gradient).reshape(-1))
 
 
 def _average(jacobian: TaskJacobian, reach: Reach) -> None:
     """Over the ranks, all of which must bring the same gradients in the same order."""
     shared = set(jacobian.shared)
-    own = [
-        jacobian.own[task].setdefault(parameter, torch.zeros_like(parameter))
-        for task, reached in reach.parameters.items()
-        for parameter in reached
-        if parameter not in shared
-    ]
-    average_([jacobian.matrix, *own])
+    reached = [(task, p) for task, found in reach.parameters.items() for p in found if p not in shared]
+    own = {p: reach.nothing(p) if (g := jacobian.own[task].get(p)) is None else g for task, p in reached}
+    means = average_gradients(own, beside=[jacobian.matrix])
+    for task, p in reached:
+        jacobian.own[task][p] = means[p]
 
 
 def width(leaf: Tensor) -> int:
@@ -124,19 +185,14 @@ def width(leaf: Tensor) -> int:
     return leaf.numel() * (2 if leaf.is_complex() else 1)
 
 
-def as_real(gradient: Tensor) -> Tensor:
-    """A complex gradient as pairs of real numbers, so that inner products are those of real gradient descent."""
-    return torch.view_as_real(gradient.resolve_conj()) if gradient.is_complex() else gradient
-
-
 def write_combination(jacobian: TaskJacobian, weights: Tensor | None = None) -> None:
     """Accumulate `weights @ J` into the shared parameters' `.grad`: the plain sum of the rows without weights (T,)."""
     weights = None if weights is None else weights.to(jacobian.matrix)
     start = 0
-    for parameters in _pieces(jacobian.shared):
-        stop = start + sum(map(width, parameters))
+    for parameters in _pieces(jacobian):
+        stop = start + sum(map(jacobian.width, parameters))
         rows = jacobian.matrix[:, start:stop]
-        _write(parameters, _sum(rows) if weights is None else weights @ rows)
+        _write(jacobian, parameters, _sum(rows) if weights is None else weights @ rows)
         start = stop
 
 
@@ -147,13 +203,13 @@ def _sum(rows: Tensor) -> Tensor:
     return rows.new_ones(len(rows)) @ rows if rows.device.type == "cpu" else rows.sum(dim=0)
 
 
-def _pieces(parameters: Iterable[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
+def _pieces(jacobian: TaskJacobian) -> Iterator[list[nn.Parameter]]:
     """A large parameter alone, small ones together: memory for all at once would be new pages in every step."""
     piece: list[nn.Parameter] = []
     size = 0
-    for parameter in parameters:
+    for parameter in jacobian.shared:
         piece.append(parameter)
-        size += width(parameter)
+        size += jacobian.width(parameter)
         if size > _PIECE:
             yield piece
             piece, size = [], 0
@@ -163,15 +219,16 @@ def _pieces(parameters: Iterable[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
 
 def write_update(jacobian: TaskJacobian, update: Tensor) -> None:
     """Accumulate a (P,) update of the shared parameters into their `.grad`."""
-    _write(jacobian.shared, update)
+    _write(jacobian, jacobian.shared, update)
 
 
 @torch.no_grad()
-def _write(parameters: Sequence[nn.Parameter], update: Tensor) -> None:
-    for parameter, part in zip(parameters, update.split(list(map(width, parameters))), strict=True):
+def _write(jacobian: TaskJacobian, parameters: Sequence[nn.Parameter], update: Tensor) -> None:
+    for parameter, part in zip(parameters, update.split(list(map(jacobian.width, parameters))), strict=True):
         if parameter.is_complex():
-            part = torch.view_as_complex(part.view(*parameter.shape, 2))
-        _accumulate(parameter, part.view(parameter.shape))
+            part = torch.view_as_complex(part.view(-1, 2))
+        rows = jacobian.rows.get(parameter)
+        _accumulate(parameter, part.view(parameter.shape) if rows is None else from_rows(part, rows, parameter))
 
 
 def write_own(jacobian: TaskJacobian, weights: Mapping[str, Tensor] | None = None) -> None:
@@ -190,12 +247,13 @@ def add_gradient(leaf: Tensor, gradient: Tensor) -> None:
 def _accumulate(leaf: Tensor, gradient: Tensor) -> None:
     grad = leaf.grad
     if grad is None:
-        if gradient.dtype != leaf.dtype or gradient.device != leaf.device or gradient.stride() != leaf.stride():
+        same = gradient.dtype == leaf.dtype and gradient.device == leaf.device
+        if not gradient.is_sparse and (not same or gradient.stride() != leaf.stride()):
             # Optimizers are quicker where the gradient lies in memory as its parameter does.
             gradient = torch.empty_like(leaf).copy_(gradient)
         leaf.grad = gradient
-    elif grad.is_sparse:
-        leaf.grad = grad + gradient
+    elif grad.is_sparse or gradient.is_sparse:
+        leaf.grad = add(grad, gradient)
     else:
         grad.add_(gradient.to(grad.device))
     for hook in (getattr(leaf, "_post_accumulate_grad_hooks", None) or {}).values():

@@ -10,12 +10,12 @@ from torch import Tensor, nn
 
 from recon.errors import NonFiniteError, UsageError
 from recon.methods.bases.method import WHAT_TO_LOOK_AT
-from recon.methods.gradients.jacobian import as_real
-from recon.methods.gradients.passes import dense, several_passes
-from recon.methods.gradients.reach import find_reach
+from recon.methods.gradients.passes import several_passes
+from recon.methods.gradients.reach import Reach, find_reach
+from recon.methods.gradients.sparse import average_gradients, entries
 from recon.support.network.graph import last_uses, used_at_once
 from recon.support.network.layers import Layer, canonical_name, find_layers, unwrapped
-from recon.support.processes import average_, gather, world_size
+from recon.support.processes import gather, world_size
 
 
 def layer_norms(losses: Mapping[str, Tensor], model: nn.Module, name: str = "") -> dict[str, Tensor]:
@@ -39,7 +39,7 @@ def layer_norms(losses: Mapping[str, Tensor], model: nn.Module, name: str = "") 
     layer = _named(layers, name, reached) if name else _last_shared(layers, losses, reached)
     parameters = [p for p in layer.parameters.values() if p.requires_grad]
     with _untouched(list(model.buffers())):
-        norms = {task: _norm(losses.get(task), parameters) for task in reach.tasks}
+        norms = {task: _norm(losses.get(task), parameters, reach) for task in reach.tasks}
     finite = torch.stack(list(norms.values())).isfinite().tolist()
     bad = [task for task, good in zip(norms, finite, strict=True) if not good]
     if bad:
@@ -87,18 +87,19 @@ def _last_shared(
     return shared[last[-1]]  # of layers that one operation uses, the last in model order
 
 
-def _norm(loss: Tensor | None, parameters: Sequence[nn.Parameter]) -> Tensor:
+def _norm(loss: Tensor | None, parameters: Sequence[nn.Parameter], reach: Reach) -> Tensor:
     found: Sequence[Tensor | None] = [None] * len(parameters)
     if loss is not None:
         with several_passes():
             found = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
-    gradients = [torch.zeros_like(p) if g is None else dense(g) for p, g in zip(parameters, found, strict=True)]
+    gradients = {p: g for p, g in zip(parameters, found, strict=True) if g is not None}
     if world_size() > 1:
-        gradients = [g.clone() for g in gradients]
-        average_(gradients)
+        own = {p: gradients[p].clone() if p in gradients else reach.nothing(p) for p in parameters}
+        gradients = average_gradients(own)
     # Squared norms of float32 gradients leave float32 at norms of 1e-23 and 1e19.
-    dtype = torch.float32 if gradients[0].device.type == "mps" else torch.float64
-    return torch.linalg.vector_norm(torch.cat([as_real(g).to(dtype).flatten() for g in gradients]))
+    dtype = torch.float32 if parameters[0].device.type == "mps" else torch.float64
+    numbers = [entries(gradient).to(dtype).flatten() for gradient in gradients.values()]
+    return torch.linalg.vector_norm(torch.cat(numbers or [parameters[0].new_zeros(1, dtype=dtype)]))
 
 
 @contextmanager

@@ -15,7 +15,10 @@ from recon.support.network.hooks import hooked
 _LARGE = 1 << 14  # scalars in a parameter whose gradient is worth a hook
 
 Receive = Callable[[int, list[Tensor], list[Tensor]], None]
-"""Takes the number of a task, leaves, and the task's gradients there, which it must not keep or change."""
+"""Takes the number of a task, leaves, and the task's gradients there, which it must not keep or change.
+
+Sparse ones come as autograd made them, see `recon.methods.gradients.sparse`.
+"""
 
 
 def differentiate(losses: Mapping[str, Tensor], reach: Reach, buffers: Iterable[Tensor], receive: Receive) -> None:
@@ -47,7 +50,7 @@ def _pass(number: int, loss: Tensor, leaves: list[Tensor], retain_graph: bool, r
     # The latest hook runs last: what the user's own hooks make of the gradient is what counts.
     with hooked(leaf.register_hook(_hand_over(number, leaf, receive)) for leaf in large), several_passes():
         found = torch.autograd.grad(loss, leaves, retain_graph=retain_graph, allow_unused=True)
-    small = [(leaf, dense(g)) for leaf, g in zip(leaves, found, strict=True) if g is not None and leaf not in large]
+    small = [(leaf, g) for leaf, g in zip(leaves, found, strict=True) if g is not None and leaf not in large]
     receive(number, [leaf for leaf, _ in small], [gradient for _, gradient in small])
 
 
@@ -70,13 +73,8 @@ def _hand_over(number: int, leaf: Tensor, receive: Receive) -> Callable[[Tensor 
     def hook(gradient: Tensor | None) -> Tensor | None:
         if gradient is None:
             return None
-        receive(number, [leaf], [dense(gradient)])
+        receive(number, [leaf], [gradient])
         # autograd holds what it will return until the pass is over: this takes no memory.
         return None if gradient.is_sparse else gradient.new_empty(()).expand(gradient.shape)
 
     return hook
-
-
-def dense(gradient: Tensor) -> Tensor:
-    """The gradient with its zeros."""
-    return gradient.to_dense() if gradient.is_sparse else gradient

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.autograd.graph import Node
 
 from recon.errors import GradientError, UsageError
-from recon.support.network.graph import graph_behind, leaves_among
+from recon.methods.gradients.sparse import no_rows
+from recon.support.network.graph import graph_behind, leaves_among, lookup_tables
 from recon.support.network.opaque_nodes import Edge, edges_behind, how_hidden, is_compiled
 from recon.support.processes import average_, gather, world_size
 
@@ -25,12 +26,14 @@ from recon.support.processes import average_, gather, world_size
 class Reach:
     """What each task of a step reaches: the trainable `parameters` that its loss depends on, in the order of the rows.
 
-    `outside` are the other leaves that require a gradient: a learned temperature of the loss, an input.
+    `outside` are the other leaves that require a gradient: a learned temperature of the loss, an input. `tables` are
+    the parameters of which all tasks only look rows up, whose gradients are sparse (`nn.Embedding(sparse=True)`).
     """
 
     parameters: Mapping[str, list[nn.Parameter]]
     shared: list[nn.Parameter]  # those that two tasks or more depend on
     outside: Mapping[str, list[Tensor]] = field(default_factory=dict)
+    tables: frozenset[nn.Parameter] = frozenset()
 
     @classmethod
     def of_tasks(
@@ -38,17 +41,22 @@ class Reach:
         reached: Mapping[str, set[nn.Parameter]],
         parameters: Iterable[nn.Parameter],
         outside: Mapping[str, list[Tensor]],
+        tables: Iterable[nn.Parameter] = (),
     ) -> Reach:
         """From a set for each task; everything in the order of `parameters`."""
         parameters = list(parameters)
         counts = Counter(p for found in reached.values() for p in found)
         by_task = {task: [p for p in parameters if p in found] for task, found in reached.items()}
-        return cls(by_task, [p for p in parameters if counts[p] > 1], outside)
+        return cls(by_task, [p for p in parameters if counts[p] > 1], outside, frozenset(tables))
 
     @property
     def tasks(self) -> tuple[str, ...]:
         """The tasks, in order."""
         return tuple(self.parameters)
+
+    def nothing(self, parameter: nn.Parameter) -> Tensor:
+        """A gradient of zero, for a rank that has none of a parameter which another rank reaches."""
+        return no_rows(parameter) if parameter in self.tables else torch.zeros_like(parameter)
 
     def shared_layers(self, layer_of: Mapping[Tensor, int]) -> list[int]:
         """Those of some layers that two tasks or more reach, by any of their parameters, in order of their numbers."""
@@ -67,6 +75,8 @@ def find_reach(losses: Mapping[str, Tensor], parameters: Iterable[nn.Parameter])
     reached: dict[str, set[nn.Parameter]] = {}
     outside: dict[str, list[Tensor]] = {}
     met: list[set[Edge]] = []
+    looked_up: set[nn.Parameter] = set()
+    whole: set[nn.Parameter] = set()  # what some task does more with than to look rows up
     for task, loss in losses.items():
         nodes, opaque = graph_behind([loss])
         met.append(opaque)
@@ -74,13 +84,16 @@ def find_reach(losses: Mapping[str, Tensor], parameters: Iterable[nn.Parameter])
         leaves = leaves_among([loss], nodes)
         reached[task] = {leaf for leaf in leaves if isinstance(leaf, nn.Parameter) and leaf in trainable}
         outside[task] = [leaf for leaf in leaves if leaf not in trainable]
+        tables = lookup_tables(nodes)
+        looked_up |= reached[task] & tables
+        whole |= reached[task] - tables
         if not reached[task]:
             raise GradientError(no_gradient(task))
     parting = _parting(met)
     for node, output in set().union(*met):
         if node is not None and node in parting and edges_behind(node, output) is None:
             raise UsageError(_hidden_reach(node))
-    return _agreed(Reach.of_tasks(reached, trainable, outside), parameters)
+    return _agreed(Reach.of_tasks(reached, trainable, outside, looked_up - whole), parameters)
 
 
 def _agreed(reach: Reach, parameters: Sequence[nn.Parameter]) -> Reach:
@@ -89,16 +102,19 @@ def _agreed(reach: Reach, parameters: Sequence[nn.Parameter]) -> Reach:
         return reach
     number_of = {p: number for number, p in enumerate(parameters)}
     mine = {task: [number_of[p] for p in found] for task, found in reach.parameters.items()}
-    everyone = gather((len(parameters), mine))
-    if len({count for count, _ in everyone}) > 1:
+    whole = {number_of[p] for found in reach.parameters.values() for p in found if p not in reach.tables}
+    everyone = gather((len(parameters), mine, whole))
+    if len({count for count, _, _ in everyone}) > 1:
         raise UsageError(
-            f"The ranks' models have {[count for count, _ in everyone]} parameters. Build the same model on each."
+            f"The ranks' models have {[count for count, _, _ in everyone]} parameters. Build the same model on each."
         )
     reached: dict[str, set[nn.Parameter]] = {}
-    for _, theirs in everyone:
+    for _, theirs, _ in everyone:
         for task, numbers in theirs.items():
             reached.setdefault(task, set()).update(parameters[number] for number in numbers)
-    return Reach.of_tasks(reached, parameters, reach.outside)
+    anywhere = {number_of[p] for found in reached.values() for p in found}
+    tables = anywhere.difference(*(whole for _, _, whole in everyone))
+    return Reach.of_tasks(reached, parameters, reach.outside, [parameters[number] for number in tables])
 
 
 def no_gradient(task: str) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from recon.errors import UsageError
 from recon.methods.bases.aggregator import Aggregator, GramianAggregator
 from recon.methods.bases.zero_gradients import with_meaning
 from recon.methods.composition import Composition
@@ -54,6 +55,13 @@ def apply_composition(
 
 def _write_combined(method: Aggregator, jacobian: TaskJacobian, loss_scale: Tensor | None) -> dict[str, Tensor]:
     """Of a method that needs the gradients themselves."""
+    if method.keeps_columns and jacobian.rows:
+        shapes = ", ".join(" x ".join(map(str, table.shape)) for table in jacobian.rows)
+        raise UsageError(
+            f"Method {method.name!r} keeps a number for every shared parameter from step to step, but the gradients of "
+            f"the embeddings of {shapes} are sparse: those of the rows that a step looked up, others in every step. "
+            "Choose another method, or make these embeddings with sparse=False."
+        )
     if loss_scale is None:
         update, weights = method.combine(jacobian.matrix, jacobian.tasks)
     else:

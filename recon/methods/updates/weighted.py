@@ -11,8 +11,8 @@ from recon.methods.bases.weighting import Weighting
 from recon.methods.gradients.jacobian import add_gradient, task_jacobian, write_combination, write_own
 from recon.methods.gradients.observer import StepObserver
 from recon.methods.gradients.reach import average_losses, find_reach
+from recon.methods.gradients.sparse import average_gradients
 from recon.methods.weightings.joint import Joint
-from recon.support.processes import average_
 
 
 def _adds_up(method: Weighting) -> bool:
@@ -66,9 +66,8 @@ def averaged_weighting(
     if losses:
         total = torch.stack([loss * weights.get(task, 0.0) for task, loss in losses.items()]).sum()
         found = torch.autograd.grad(total, reached, allow_unused=True)
-    gradients = [torch.zeros_like(p) if g is None else g.clone() for p, g in zip(reached, found, strict=True)]
-    average_(gradients)
-    for parameter, gradient in zip(reached, gradients, strict=True):
+    own = {p: reach.nothing(p) if g is None else g.clone() for p, g in zip(reached, found, strict=True)}
+    for parameter, gradient in average_gradients(own).items():
         add_gradient(parameter, gradient)
     return weights
 

@@ -23,6 +23,11 @@ class SharedTensor:
         return self.value is not None and not equal(self.value, self.tensor)
 
 
+def as_real(tensor: Tensor) -> Tensor:
+    """Complex numbers as pairs of real ones, so that inner products of gradients are those of real gradient descent."""
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+
+
 def equal(tensor: Tensor, other: Tensor) -> bool:
     """`torch.equal`, and True for sparse tensors, which it does not accept."""
     return tensor.layout != torch.strided or torch.equal(tensor, other)
