@@ -72,15 +72,25 @@ class Chooser:
     refuses is excluded along with all larger ones, since more branching never costs less.
 
     `values` are the conflicts that branching a layer parts; a layer without any is left alone. `partitions` say how
-    each layer splits the tasks.
+    each layer splits the tasks, in model order. `members` are the layers that a unit stands for: all of them are
+    branched, so it costs what they cost together.
     """
 
-    def __init__(self, costs: CostModel, partitions: Mapping[str, Partition], values: Mapping[str, int]) -> None:
-        self.costs, self.partitions, self.values = costs, partitions, values
-        worthwhile = [name for name in costs.layers if values.get(name)]
+    def __init__(
+        self,
+        costs: CostModel,
+        partitions: Mapping[str, Partition],
+        values: Mapping[str, int],
+        members: Mapping[str, Sequence[str]] | None = None,
+    ) -> None:
+        self.costs, self.values = costs, values
+        self._plans = {
+            name: dict.fromkeys((members or {}).get(name, [name]), partition) for name, partition in partitions.items()
+        }
+        worthwhile = [name for name in partitions if values.get(name)]
         if costs.traced:
             worthwhile = [name for name in worthwhile if self._cost([name]) is not None]
-        self._candidates = {name: partitions[name] for name in worthwhile}
+        self._candidates = {name: self._plans[name] for name in worthwhile}
         program = _Program(costs, self._candidates, values) if costs.traced and self._candidates else None
         self._program = program if program is not None and program.holds else None
         self._enumerates = costs.traced and self._program is None and len(self._candidates) <= _ENUMERATED
@@ -133,7 +143,7 @@ class Chooser:
     def _cost(self, names: Iterable[str]) -> PlanCosts | None:
         """What these layers cost; None where the model cannot be branched there."""
         try:
-            return self.costs.of({name: self.partitions[name] for name in names})
+            return self.costs.of(_together(self._plans[name] for name in names))
         except FanError:
             return None
 
@@ -160,6 +170,13 @@ def take(order: Sequence[str], fits: Callable[[list[str]], bool], skip: bool) ->
     return chosen
 
 
+_Plan = Mapping[str, Partition]  # a layer's or a unit's: what is branched for it
+
+
+def _together(plans: Iterable[_Plan]) -> dict[str, Partition]:
+    return {layer: partition for plan in plans for layer, partition in plan.items()}
+
+
 class _Program:
     """The variables x of the layers, then r of the steps in which operations run more often.
 
@@ -169,13 +186,12 @@ class _Program:
             once another is branched.
     """
 
-    def __init__(self, costs: CostModel, partitions: Mapping[str, Partition], values: Mapping[str, int]) -> None:
-        self.names = list(partitions)
+    def __init__(self, costs: CostModel, plans: Mapping[str, _Plan], values: Mapping[str, int]) -> None:
+        self.names = list(plans)
         plain, macs = costs.of({}), np.array(costs.operation_macs({}))
-        alone = [{name: partition} for name, partition in partitions.items()]
-        macs_alone = np.array([costs.operation_macs(layer) for layer in alone])
-        self.holds = _is_largest(costs, partitions, macs_alone)
-        added = np.array([costs.of(layer).parameters for layer in alone]) - plain.parameters
+        macs_alone = np.array([costs.operation_macs(plan) for plan in plans.values()])
+        self.holds = _is_largest(costs, plans, macs_alone)
+        added = np.array([costs.of(plan).parameters for plan in plans.values()]) - plain.parameters
         steps = _steps(macs_alone - macs)
         free, none = np.zeros(len(steps)), np.zeros(len(self.names))
         self._parameters = np.concatenate([added / max(1, plain.parameters), free])
@@ -214,13 +230,13 @@ class _Program:
         return indicator
 
 
-def _is_largest(costs: CostModel, partitions: Mapping[str, Partition], macs_alone: NDArray[np.int64]) -> bool:
+def _is_largest(costs: CostModel, plans: Mapping[str, _Plan], macs_alone: NDArray[np.int64]) -> bool:
     """Whether each operation's multiply-adds are the largest that a layer causes alone."""
-    for left_out in (None, *partitions) if len(partitions) > 1 else ():
-        some = {name: partition for name, partition in partitions.items() if name != left_out}
-        largest = macs_alone[[name in some for name in partitions]].max(axis=0)
+    for left_out in (None, *plans) if len(plans) > 1 else ():
+        some = {name: plan for name, plan in plans.items() if name != left_out}
+        largest = macs_alone[[name in some for name in plans]].max(axis=0)
         try:
-            if costs.operation_macs(some) != largest.tolist():
+            if costs.operation_macs(_together(some.values())) != largest.tolist():
                 return False
         except FanError:  # they can be branched one by one, but not together
             return False

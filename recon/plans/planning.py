@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
@@ -34,22 +34,30 @@ class Choice:
         reason: how its layers were chosen.
         scores: `{shared layer: score}`, of all that the map has, in model order.
         parted: `{shared layer: conflicts between its groups}`, were it branched; its score with one group a task.
+        units: `{unit: the layers that it joins}`, of the shared layers that are units of the map.
     """
 
     plan: BranchPlan
     reason: str
     scores: Mapping[str, int]
     parted: Mapping[str, int]
+    units: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        chosen = self.plan.layers
-        of = f" of {len(self.scores)} shared layers" if set(chosen) <= set(self.scores) else " layers"
-        return f"{len(chosen)}{of}: {self.reason}"
+        chosen = self.scored
+        all_scored = set(self.plan.layers) == {m for name in chosen for m in self.units.get(name, [name])}
+        of = f" of {len(self.scores)} shared layers" if all_scored else " layers"
+        return f"{len(chosen) if all_scored else len(self.plan.layers)}{of}: {self.reason}"
+
+    @property
+    def scored(self) -> list[str]:
+        """The shared layers and units that the plan branches, a unit by all its layers."""
+        return [name for name in self.scores if set(self.units.get(name, [name])) <= set(self.plan.layers)]
 
     @property
     def covered(self) -> float:
         """The conflicts that the plan parts, as a share of all; 0 if there is none."""
-        return sum(self.parted.get(name, 0) for name in self.plan.layers) / max(1, sum(self.scores.values()))
+        return sum(self.parted[name] for name in self.scored) / max(1, sum(self.scores.values()))
 
 
 def plan(
@@ -156,10 +164,11 @@ def choose(
     split = partitions(cmap, tasks, groups)
     parted = separated(cmap, split, threshold)
     names, reason = _names(found, model, selection, split, parted, threshold, costs)
-    names = list(BranchPlan.per_task(names, tasks).on(model).layers)
-    of_all = _with_unscored(names, split, groups)
+    names = list(BranchPlan.per_task(found.expand(names), tasks).on(model).layers)
+    by_layer = {member: partition for name, partition in split.items() for member in found.members(name)}
+    of_all = _with_unscored(names, by_layer, groups)
     chosen = BranchPlan(tuple(tasks), {name: of_all[name] for name in names})
-    return Choice(chosen, reason, cmap.scores(threshold), parted)
+    return Choice(chosen, reason, cmap.scores(threshold), parted, found.units)
 
 
 def _names(
@@ -188,10 +197,10 @@ def _names(
         return holding_share(cmap, selection.share, threshold), reason
     order = selection.order(cmap, model, threshold)
     if selection.like is not None:
-        return _at_parameters_of(selection.like, order, selection.skips, split, model), reason
+        return _at_parameters_of(selection.like, order, selection.skips, split, found, model), reason
     if selection.budget is not None:
         assert costs is not None
-        chooser = Chooser(costs, split, parted)
+        chooser = Chooser(costs, split, parted, found.units)
         if selection.select != "top":
             return chooser.fill(order, selection.budget, selection.skips), reason
         greedy = "" if chooser.is_exact else ", as far as found greedily: the model's forward could not be traced"
@@ -203,21 +212,22 @@ def _names(
 
 
 def _at_parameters_of(
-    like: BranchPlan, order: Sequence[str], skip: bool, split: Mapping[str, Partition], model: nn.Module
+    like: BranchPlan, order: Sequence[str], skip: bool, split: Mapping[str, Partition], found: Match, model: nn.Module
 ) -> list[str]:
     """As many layers of `order` as add no more parameters than `like` does."""
     sizes = {layer.name: layer.size for layer in find_layers(model)}
 
-    def added(partitions: Mapping[str, Partition], names: Iterable[str]) -> int:
-        return sum(sizes[name] * (len(partitions[name].groups) - 1) for name in names)
+    def added(names: Iterable[str]) -> int:
+        copied = ((sum(sizes[member] for member in found.members(name)), split[name]) for name in names)
+        return sum(size * (len(partition.groups) - 1) for size, partition in copied)
 
     given = like.on(model).layers
-    limit = added(given, given)
-    chosen = take(order, lambda names: added(split, names) <= limit, skip)
+    limit = sum(sizes[name] * (len(partition.groups) - 1) for name, partition in given.items())
+    chosen = take(order, lambda names: added(names) <= limit, skip)
     if not chosen:
         raise PlanError(
             f"The plan in like=... adds {limit:,} parameters, and {order[0]!r}, the first in line, alone adds "
-            f"{added(split, order[:1]):,}. Use another select, or top_k."
+            f"{added(order[:1]):,}. Use another select, or top_k."
         )
     return chosen
 

@@ -108,7 +108,8 @@ class Selection:
             return random.Random(self.seed).sample(shared, len(shared))
         if self.select == "norms":
             kinds = {layer.name: layer.kind.lower() for layer in find_layers(model)}
-            norms = [name for name in ranking if "norm" in kinds[name]]
+            members = {layer.name: layer.members or (layer.name,) for layer in cmap.layers}
+            norms = [name for name in ranking if all("norm" in kinds[member] for member in members[name])]
             if not norms:
                 raise PlanError(
                     "select='norms' finds no norm among the shared layers, going by the names of their classes."

@@ -60,9 +60,13 @@ def joined_layer(name: str, members: Iterable[Layer]) -> Layer:
         for layer in members
         for local, parameter in layer.parameters.items()
     }
-    kinds = {layer.kind for layer in members}
-    kind = f"{len(members)} {kinds.pop() if len(kinds) == 1 else 'layers'}"
+    kind = unit_kind([layer.kind for layer in members])
     return Layer(name, kind, parameters, members=tuple(layer.name for layer in members))
+
+
+def unit_kind(kinds: Sequence[str]) -> str:
+    """What a unit of layers of these kinds is, in short: `2 Conv2d`, `6 layers`."""
+    return f"{len(kinds)} {kinds[0] if len(set(kinds)) == 1 and kinds[0] else 'layers'}"
 
 
 def choose_names(
