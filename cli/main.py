@@ -20,7 +20,7 @@ from recon.support.user_code import user_frame
 from recon_cli.parser import Parser
 from recon_cli.terminal import StdoutError, flush, for_terminals, show, tell
 
-VERBS = ("profile", "plan", "convert", "train", "evaluate", "compare", "map", "problems", "methods", "bench", "demo")
+VERBS = tuple("check profile plan convert train evaluate compare map problems methods bench demo".split())
 """Each is a module of `recon_cli.verbs` with `add_parser(verbs)`, which calls `recon_cli.parser.add_verb`."""
 
 SHARED_VERBS = ("profile", "train")
@@ -49,9 +49,9 @@ def _run(argv: list[str]) -> int:
             report = args.run(args)
         if launch.number() == 0:
             show(json.dumps(json_values(report.data), indent=1) if args.json else report.text)
+        return FAILED if report.failed else DONE
     except (Exception, KeyboardInterrupt, SystemExit) as error:
         return _fail(error, as_json="--json" in argv, debug="--debug" in argv)
-    return DONE
 
 
 def _parse(argv: list[str]) -> argparse.Namespace | None:

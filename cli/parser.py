@@ -25,10 +25,14 @@ METHOD = (
 
 @dataclass(frozen=True)
 class Report:
-    """What a verb prints on stdout in the end: `text`, or with --json `data` as one object."""
+    """What a verb prints on stdout in the end: `text`, or with --json `data` as one object.
+
+    `failed`: the exit code is 1, since what was asked for is not so.
+    """
 
     text: str
     data: dict[str, Any]
+    failed: bool = False
 
 
 Run = Callable[[argparse.Namespace], Report]

@@ -12,6 +12,7 @@ from recon.support.lazy import lazy_face
 if TYPE_CHECKING:
     from recon import branching, errors, experiments, maps, methods, models, plans, problems, profiling, training
     from recon.branching import BranchPlan, Verification, convert, extract_task, load, lower, save, verify
+    from recon.experiments import CheckReport, check
     from recon.maps import ConflictMap
     from recon.methods import backward
     from recon.plans import Costs, costs, plan
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BranchPlan",
+    "CheckReport",
     "ConflictMap",
     "Costs",
     "Epoch",
@@ -35,6 +37,7 @@ __all__ = [
     "Verification",
     "backward",
     "branching",
+    "check",
     "convert",
     "costs",
     "delta_m",
@@ -64,6 +67,7 @@ if not TYPE_CHECKING:  # the type checker must not take every name for a public 
         __name__,
         {
             "BranchPlan": "branching",
+            "CheckReport": "experiments",
             "ConflictMap": "maps",
             "Costs": "plans",
             "Epoch": "training",
@@ -77,6 +81,7 @@ if not TYPE_CHECKING:  # the type checker must not take every name for a public 
             "Verification": "branching",
             "backward": "methods",
             "branching": "branching",
+            "check": "experiments",
             "convert": "branching",
             "costs": "plans",
             "delta_m": "training",

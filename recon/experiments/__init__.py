@@ -1,4 +1,4 @@
-"""Train problems, compare the runs, and run benches: what the command line does, for Python."""
+"""Check and train problems, compare the runs, and run benches: what the command line does, for Python."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from recon.experiments.bench.bench import Bench
     from recon.experiments.bench.settings import BenchSettings
     from recon.experiments.bench.variants import Variant
+    from recon.experiments.checks.check_up import check
+    from recon.experiments.checks.report import CheckReport
     from recon.experiments.comparison import compare
     from recon.experiments.inputs import make_loaders, make_model
     from recon.experiments.recipe import Recipe
@@ -20,10 +22,12 @@ if TYPE_CHECKING:
 __all__ = [
     "Bench",
     "BenchSettings",
+    "CheckReport",
     "Recipe",
     "Run",
     "Training",
     "Variant",
+    "check",
     "compare",
     "make_loaders",
     "make_model",
@@ -36,10 +40,12 @@ if not TYPE_CHECKING:
         {
             "Bench": "bench.bench",
             "BenchSettings": "bench.settings",
+            "CheckReport": "checks.report",
             "Recipe": "recipe",
             "Run": "run",
             "Training": "training.training",
             "Variant": "bench.variants",
+            "check": "checks.check_up",
             "compare": "comparison",
             "make_loaders": "inputs",
             "make_model": "inputs",

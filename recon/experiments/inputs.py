@@ -103,8 +103,19 @@ def few_samples(inputs: Any) -> tuple[Any, int]:
     Inputs are cut only if every tensor in them has the batch's size first: whatever else there is, a graph say, is
     not ours to cut.
     """
-    sizes = [leaf.shape[0] if isinstance(leaf, Tensor) and leaf.ndim else None for leaf in tree_leaves(inputs)]
-    size = next((size for size in sizes if size), 1)
-    if set(sizes) != {size} or size <= _SAMPLES:
+    size = sample_count(inputs)
+    if size is None:
+        return inputs, next((size for size in _sizes(inputs) if size), 1)
+    if size <= _SAMPLES:
         return inputs, size
     return tree_map(lambda leaf: leaf[:_SAMPLES], inputs), _SAMPLES
+
+
+def sample_count(inputs: Any) -> int | None:
+    """How many samples a batch of inputs has; None unless every tensor in it has that size first."""
+    sizes = set(_sizes(inputs))
+    return sizes.pop() if len(sizes) == 1 else None
+
+
+def _sizes(inputs: Any) -> list[int | None]:
+    return [leaf.shape[0] if isinstance(leaf, Tensor) and leaf.ndim else None for leaf in tree_leaves(inputs)]

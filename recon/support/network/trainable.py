@@ -8,6 +8,7 @@ from functools import lru_cache
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -67,7 +68,12 @@ def _fault_of_parameter(module: nn.Module, name: str, parameter: Tensor) -> str:
     if type(parameter) is not nn.Parameter and isinstance(parameter, _loaded("torch.distributed.tensor", "DTensor")):
         return "a DTensor, sharded over processes (fully_shard, parallelize_module)"
     # Only in torch's own layers: others may have an empty parameter on purpose, to know the device, say.
-    if name == "weight" and parameter.shape == (0,) and type(module).__module__.startswith("torch.nn."):
+    if (
+        name == "weight"
+        and not is_lazy(parameter)
+        and parameter.shape == (0,)
+        and type(module).__module__.startswith("torch.nn.")
+    ):
         return "empty: its values are partitioned over processes (DeepSpeed's stage 3, say)"
     return ""
 

@@ -1,0 +1,1 @@
+"""One check, from the first batches to the report."""

@@ -1,0 +1,229 @@
+"""check(): says in seconds, before anything is trained, what would work, what would not, and what it would cost."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from recon.branching.plan import Mode, checked_mode
+from recon.errors import FanError, LoaderError, ProblemError, ReconError, UsageError, shortened, type_name
+from recon.experiments.checks.report import CheckReport
+from recon.experiments.checks.trial_branching import try_branching
+from recon.experiments.costs import costs_per_sample
+from recon.experiments.inputs import few_samples, make_loaders, make_model, sample_count
+from recon.experiments.optimizers import make_optimizer
+from recon.experiments.recipe import Recipe
+from recon.problems.problem import Loss, Problem
+from recon.profiling.preflight import LOOKED_AT, Preflight, inspect_batches, message_of, nothing_changed
+from recon.profiling.step_prices import memory_prices, step_prices
+from recon.support.network.forward import Batch, fresh, model_device, to_device, unpack
+from recon.support.network.layers import module_at, unwrapped
+from recon.training.first_look import first_batches
+from recon.training.stepper import task_losses
+from recon.training.trainer import check_optimizer
+
+_ONLY_DENSE = (torch.optim.Adam, torch.optim.AdamW, torch.optim.RMSprop, torch.optim.NAdam, torch.optim.RAdam)
+
+
+def check(
+    model: nn.Module,
+    batch: Batch | None,
+    losses: Mapping[str, Loss],
+    *,
+    loader: Iterable[Batch] | None = None,
+    optimizer: Optimizer | Sequence[Optimizer] | None = None,
+    mode: Mode = "fan",
+    timed: bool = True,
+) -> CheckReport:
+    """Say in seconds, before anything is trained, what would work, what would not, and what it would cost.
+
+    The model runs forward and backward on the batch, and copies of it are branched. Nothing is changed: weights,
+    gradients, buffers, modes, random states and the loader's place are as before.
+
+    Args:
+        model: `model(inputs) -> {task name: output}`, where it will be trained.
+        batch: one batch of the training; None for the loader's first.
+        losses: `{task name: (output, target) -> scalar}`.
+        loader: the training's; which tasks meet is looked up in its first batches.
+        optimizer: the training's.
+        mode: how the model would be branched, see `recon.convert`.
+        timed: whether to measure what profiling would cost a step.
+
+    Returns:
+        The report; `print(report)` shows it, `report.ok` is True if nothing stands in the way.
+
+    Raises:
+        UsageError: there is neither a batch nor a loader, `losses` is no dict of at least two functions, `model` no
+            module, or there is no such mode. What is wrong with any of them is not raised, but reported.
+    """
+    _check_arguments(model, batch, losses, loader)
+    checked_mode(mode)
+    report: dict[str, Any] = {"tasks": tuple(losses), "mode": mode}
+    batches = [] if batch is None else [batch]
+    try:
+        if loader is not None:
+            batches += first_batches(loader, LOOKED_AT) or []
+        if not batches:
+            raise ProblemError(
+                "The loader gave no batch. Check that its data set is not empty; of an iterator, which gives its "
+                "batches once, pass one as batch=."
+            )
+    except (LoaderError, ProblemError) as error:
+        return CheckReport(**report, problems=(str(error),))
+    return _Check(model, batches, losses, mode, timed).report(optimizer)
+
+
+def check_problem(problem: Problem, seed: int, device: torch.device, mode: Mode = "fan") -> CheckReport:
+    """`check` of a problem's fresh model, on the first batches of its train loader."""
+    model = make_model(problem, seed).to(device)
+    loader, _ = make_loaders(problem, seed, device)
+    optimizer = make_optimizer(problem, model, Recipe())
+    return check(model, None, problem.losses, loader=loader, optimizer=optimizer, mode=mode)
+
+
+def _check_arguments(model: object, batch: object, losses: object, loader: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise UsageError(f"check(model, batch, losses) needs the torch.nn.Module that trains, not {type_name(model)}.")
+    if batch is None and loader is None:
+        raise UsageError("check needs a batch, (inputs, {task name: target}), or loader=..., whose first it draws.")
+    if not isinstance(losses, Mapping) or not all(callable(loss) for loss in losses.values()) or len(losses) < 2:
+        got = f"{type_name(losses)} of {len(losses)}" if isinstance(losses, Mapping) else type_name(losses)
+        raise UsageError(
+            f"losses must be {{task name: (output, target) -> scalar}}, for at least two tasks, but is a {got}."
+        )
+
+
+@dataclass
+class _Check:
+    """One check, from the first look to the report."""
+
+    model: nn.Module
+    batches: Sequence[Batch]
+    losses: Mapping[str, Loss]
+    mode: Mode
+    timed: bool
+    problems: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+    def report(self, optimizer: Any) -> CheckReport:
+        """Look at everything."""
+        found = inspect_batches(self.model, self.batches, self.losses)
+        self.problems += map(message_of, found.problems)
+        self.warnings += found.warnings
+        self._look_at_optimizer(optimizer)
+        more: dict[str, Any] = {}
+        if found.layers:
+            self._look_at_layers(found, optimizer)
+            more["parameters"] = sum(layer.size for layer in found.layers)
+            more["shared_parameters"] = sum(layer.size for layer in found.shared)
+        if found.losses and found.shared:
+            batch = to_device(unpack(self._fullest(found)), model_device(self.model))
+            with nothing_changed(self.model, self.losses):
+                more |= self._try_branching(found, batch)
+                more |= self._count_costs(batch)
+                if self.timed and not found.problems:
+                    more |= self._time_steps(found, batch)
+        return CheckReport(
+            tasks=found.tasks,
+            batches=found.batches,
+            seen=found.seen,
+            never_met=tuple(found.never_met),
+            losses=found.losses,
+            unused_outputs=found.unused,
+            reads=found.reads,
+            layers=len(found.layers),
+            shared={layer.name: found.reached[layer.name] for layer in found.shared},
+            strangers=tuple(found.strangers),
+            frozen=tuple(found.frozen),
+            unreached=tuple(found.unreached) if found.losses else (),
+            mode=self.mode,
+            problems=tuple(self.problems),
+            warnings=tuple(self.warnings),
+            **more,
+        )
+
+    def _fullest(self, found: Preflight) -> Batch:
+        """The first of the batches with targets of the most tasks."""
+        return max(self.batches, key=lambda batch: sum(unpack(batch)[1].get(task) is not None for task in found.tasks))
+
+    def _look_at_optimizer(self, optimizer: Any) -> None:
+        for each in optimizer if isinstance(optimizer, (list, tuple)) else [optimizer]:
+            try:
+                if each is not None:
+                    check_optimizer(each)
+            except UsageError as error:
+                self.problems.append(str(error))
+
+    def _look_at_layers(self, found: Preflight, optimizer: Any) -> None:
+        plain = unwrapped(self.model)
+        if plain is not self.model:
+            self.warnings.append(
+                f"The model is wrapped in {type(self.model).__name__}. It can be profiled as it is, but recon.convert "
+                "needs the plain module inside; wrap what it returns."
+            )
+        if found.losses and found.unreached:
+            self.warnings.append(
+                f"No task's loss reaches {shortened(found.unreached)}: these layers learn nothing from this batch."
+            )
+        shared = {layer.name: module_at(plain, layer.name) for layer in found.shared if layer.kind != "Parameter"}
+        normed = [name for name, module in shared.items() if any(b.is_floating_point() for b in module.buffers())]
+        if found.apart and normed:
+            self.warnings.append(
+                f"The running statistics of {shortened(normed)} are shared, and see the tasks' batches one after the "
+                "other. If these differ much, use a norm without running statistics."
+            )
+        sparse = [name for name, module in plain.named_modules() if getattr(module, "sparse", None) is True]
+        if sparse and isinstance(optimizer, _ONLY_DENSE):
+            self.warnings.append(
+                f"The gradients of {shortened(sparse)} are sparse, which {type(optimizer).__name__} does not accept. "
+                "Use SGD, SparseAdam for these parameters, or sparse=False."
+            )
+
+    def _try_branching(self, found: Preflight, batch: Batch) -> dict[str, Any]:
+        inputs, _ = few_samples(batch[0])
+        names = [layer.name for layer in found.shared]
+        trial = try_branching(unwrapped(self.model), names, found.tasks, inputs, self.mode)
+        if trial.refusal is None:
+            return {"branched": trial.layers}
+        reason = message_of(trial.refusal)
+        if reason in self.problems:
+            return {"refusal": reason}
+        refusal = f"The model cannot be branched at all its shared layers. {reason}"
+        if isinstance(trial.refusal, FanError):
+            refusal += " (Tried: it works.)" if trial.per_task is None else f" (Tried: {message_of(trial.per_task)})"
+        self.problems.append(refusal)
+        return {"branched": trial.layers, "refusal": refusal}
+
+    def _count_costs(self, batch: Batch) -> dict[str, Any]:
+        try:
+            return {"macs": costs_per_sample(self.model, fresh(batch[0])).macs}
+        except Exception as error:
+            if not self.problems:  # what stands in the way of branching is the same
+                self.problems.append(f"The forward fails in evaluation mode. {message_of(error)}")
+            return {}
+
+    def _time_steps(self, found: Preflight, batch: Batch) -> dict[str, Any]:
+        inputs, targets = batch
+        samples = sample_count(inputs)
+        if samples == 1:
+            self.warnings.append(
+                "The batch has one sample. Gradients of single samples are mostly noise, and batch norm needs two."
+            )
+        try:
+            seconds = step_prices(self.model, lambda: task_losses(self.model, fresh(inputs), targets, self.losses))
+        except torch.OutOfMemoryError:
+            self.warnings.append(
+                "A profiled step on this batch runs out of memory. Use smaller batches, or memory='sketch' (--memory "
+                "sketch)."
+            )
+            return {}
+        except ReconError as error:
+            self.problems.append(f"A step cannot be profiled. {error}")
+            return {}
+        shared = {layer.name: found.reached[layer.name] for layer in found.shared}
+        return {"step_seconds": seconds, "step_bytes": memory_prices(shared, found.shared), "samples": samples}

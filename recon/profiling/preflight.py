@@ -1,0 +1,292 @@
+"""Look at a model, its losses and the first batches before anything is trained: can conflicts be counted at all?"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from itertools import combinations
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from recon.branching.fans.statement import where_raised
+from recon.errors import NonFiniteError, ProblemError, ReconError, UsageError, reason_of, shortened
+from recon.methods.gradients.reach import compiled_as_one, find_reach
+from recon.problems.problem import Loss
+from recon.support.network.forward import Batch, call, check_outputs, fresh, model_device, to_device, unpack
+from recon.support.network.graph import graph_behind
+from recon.support.network.layers import Layer, find_layers, unwrapped
+from recon.support.network.state import state_kept
+from recon.support.network.trainable import refuse_untrainable
+from recon.support.random_states import global_states_kept
+
+logger = logging.getLogger(__name__)
+
+LOOKED_AT = 8
+"""How many batches of a loader are looked at."""
+
+Pair = tuple[str, str]
+
+
+@dataclass
+class Preflight:
+    """What the first batches show.
+
+    Attributes:
+        tasks: those that have a loss, in order.
+        batches: how many were looked at.
+        seen: in how many of them each task has a target.
+        met: in how many of them both tasks of a pair have one.
+        apart: whether the tasks of a batch come with inputs of their own, and run one after the other.
+        losses: of each task, in the first batch that has its target.
+        unused: the entries of the model's output that are no task's.
+        reads: `{task: others}`, the tasks whose output is computed from that of others.
+        layers: the model's.
+        reached: `{layer: tasks}`, which tasks reach each layer, in model order.
+        problems: what profiling would raise.
+        warnings: what it would not.
+    """
+
+    tasks: tuple[str, ...]
+    batches: int = 0
+    seen: dict[str, int] = field(default_factory=dict)
+    met: dict[Pair, int] = field(default_factory=dict)
+    apart: bool = False
+    losses: dict[str, float] = field(default_factory=dict)
+    unused: tuple[str, ...] = ()
+    reads: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    layers: list[Layer] = field(default_factory=list)
+    reached: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    problems: list[Exception] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def shared(self) -> list[Layer]:
+        """The layers that two tasks or more reach."""
+        return [layer for layer in self.layers if len(self.reached.get(layer.name, ())) > 1]
+
+    @property
+    def frozen(self) -> list[str]:
+        """The layers without a trainable parameter."""
+        return [layer.name for layer in self.layers if not any(p.requires_grad for p in layer.parameters.values())]
+
+    @property
+    def unreached(self) -> list[str]:
+        """The trainable layers that no task reaches."""
+        frozen = set(self.frozen)
+        return [layer.name for layer in self.layers if layer.name not in self.reached and layer.name not in frozen]
+
+    @property
+    def strangers(self) -> list[Pair]:
+        """The pairs of tasks that have no layer in common."""
+        together = {pair for tasks in self.reached.values() for pair in combinations(tasks, 2)}
+        seen = [task for task in self.tasks if task in self.losses]
+        return [pair for pair in combinations(seen, 2) if pair not in together]
+
+    @property
+    def never_met(self) -> list[Pair]:
+        """The pairs of tasks that are in no batch together."""
+        return [pair for pair in combinations(self.tasks, 2) if not self.met.get(pair)]
+
+    def refuse(self) -> None:
+        """Raise the first problem, and log the warnings, if there is none."""
+        if self.problems:
+            raise self.problems[0]
+        for warning in self.warnings:
+            logger.warning("%s", warning)
+
+
+def inspect_batches(model: nn.Module, batches: Sequence[Batch], losses: Mapping[str, Loss]) -> Preflight:
+    """Run the model forward on the first batch of each task, and follow what the losses depend on.
+
+    Nothing is computed backward, and nothing is changed: modes, parameters, buffers, random states stay as they were.
+
+    Args:
+        model: as `recon.profile` takes it.
+        batches: the first of a loader, see `recon.training.first_look.first_batches`.
+        losses: `{task name: (output, target) -> scalar}`.
+    """
+    found = Preflight(tuple(losses), len(batches))
+    try:
+        refuse_untrainable(model)
+        found.layers = find_layers(unwrapped(model))
+        parts = [_parts(batch) for batch in batches]
+    except ReconError as error:
+        found.problems.append(error)
+        return found
+    _meet(found, parts)
+    with nothing_changed(model, losses):
+        for part in [part for parts_of_batch in parts for part in parts_of_batch]:
+            if any(task not in found.losses and part[1].get(task) is not None for task in losses):
+                _Look(found, model, losses).at(*to_device(part, model_device(model)))
+            if found.problems:
+                break
+    _judge(found)
+    return found
+
+
+def nothing_changed(model: nn.Module, losses: Mapping[str, Loss]) -> ExitStack:
+    """A block in which the model may run as in training; afterwards everything is as before."""
+    block = ExitStack()
+    for module in [model, *(loss for loss in losses.values() if isinstance(loss, nn.Module))]:
+        block.enter_context(state_kept(module))
+    block.enter_context(global_states_kept())
+    block.enter_context(torch.enable_grad())
+    model.train()
+    return block
+
+
+def _parts(batch: Any) -> list[Batch]:
+    """What runs through the model at once: the batch, or each task's own."""
+    if isinstance(batch, Mapping):
+        return [(inputs, {task: target}) for task, (inputs, target) in batch.items()]
+    return [unpack(batch)]
+
+
+def _meet(found: Preflight, batches: Sequence[Sequence[Batch]]) -> None:
+    for parts in batches:
+        present = [task for task in found.tasks if any(targets.get(task) is not None for _, targets in parts)]
+        found.apart |= len(parts) > 1
+        for task in present:
+            found.seen[task] = found.seen.get(task, 0) + 1
+        for pair in combinations(present, 2):
+            found.met[pair] = found.met.get(pair, 0) + 1
+
+
+@dataclass(frozen=True)
+class _Look:
+    """A look at one forward."""
+
+    found: Preflight
+    model: nn.Module
+    losses: Mapping[str, Loss]
+
+    def at(self, inputs: Any, targets: Mapping[str, Any]) -> None:
+        """Note the losses, and which layers they reach."""
+        present = [task for task in self.losses if targets.get(task) is not None]
+        try:
+            outputs = check_outputs(call(self.model, fresh(inputs)), present)
+        except Exception as error:
+            self.found.problems.append(error)
+            return
+        self.found.unused = tuple(str(name) for name in outputs if name not in self.losses)
+        for task, others in _reads({task: outputs[task] for task in present}).items():
+            self.found.reads[task] = tuple(dict.fromkeys((*self.found.reads.get(task, ()), *others)))
+        values = {task: self._loss(task, outputs[task], targets[task]) for task in present}
+        found = {task: loss for task, loss in values.items() if loss is not None}
+        self.found.losses |= {task: float(loss.detach()) for task, loss in found.items()}
+        if len(found) == len(present):
+            self._follow(found)
+
+    def _loss(self, task: str, output: Any, target: Any) -> Tensor | None:
+        try:
+            loss = self.losses[task](output, target)
+        except Exception as error:
+            self.found.problems.append(error)
+            return None
+        if not isinstance(loss, Tensor) or loss.ndim:
+            got = f"has shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"is a {type(loss).__name__}"
+            self.found.problems.append(
+                ProblemError(f"The loss of task {task!r} must be a scalar tensor, but {got}. Reduce it, e.g. mean().")
+            )
+            return None
+        if not loss.isfinite():
+            self.found.problems.append(
+                NonFiniteError(
+                    f"The loss of task {task!r} is {float(loss.detach())} before anything is trained. Look at that "
+                    "task's outputs and targets in the first batch: values that are not finite, a logarithm or "
+                    "division of zero, an empty mask."
+                )
+            )
+        return loss
+
+    def _follow(self, losses: Mapping[str, Tensor]) -> None:
+        layers = self.found.layers
+        parameters = [p for layer in layers for p in layer.parameters.values()]
+        try:
+            reach = find_reach(losses, parameters)
+        except ReconError as error:
+            self.found.problems.append(error)
+            return
+        name_of = {p: layer.name for layer in layers for p in layer.parameters.values()}
+        reached = {task: {name_of[p] for p in found} for task, found in reach.parameters.items()}
+        for layer in layers:
+            before = self.found.reached.pop(layer.name, ())
+            tasks = {*before, *(task for task, names in reached.items() if layer.name in names)}
+            if tasks:
+                self.found.reached[layer.name] = tuple(task for task in self.found.tasks if task in tasks)
+        if compiled_as_one(losses):
+            self.found.warnings.append(
+                "The tasks' heads are compiled as one with the shared layers. Methods that work between the two "
+                "(rotograd) need the shared body and the heads compiled separately."
+            )
+
+
+def _reads(outputs: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
+    """The tasks whose output is computed from those of others, as far as the graph shows it."""
+    tensors = {task: [v for v in tree_leaves(output) if isinstance(v, Tensor)] for task, output in outputs.items()}
+    made_by = {task: {v.grad_fn for v in own if v.grad_fn is not None} for task, own in tensors.items()}
+    found = {}
+    for task, own in tensors.items():
+        behind = graph_behind(own)[0].keys()
+        others = tuple(t for t, nodes in made_by.items() if nodes & behind and nodes.isdisjoint(made_by[task]))
+        if others:
+            found[task] = others
+    return found
+
+
+def _judge(found: Preflight) -> None:
+    where = "in this batch" if found.batches == 1 else f"in the first {found.batches} batches"
+    absent = [task for task in found.tasks if task not in found.seen]
+    all_ran = not found.problems and not absent
+    if absent:
+        found.warnings.append(
+            f"{where[0].upper()}{where[1:]}, {shortened(map(repr, absent))} has no target, so nothing is known of it."
+        )
+    if not found.met and len(found.tasks) > 1:
+        found.problems.append(UsageError(_nobody_meets(found, where)))
+    elif not absent and found.never_met:
+        found.warnings.append(
+            f"These pairs of tasks never meet {where}: {_pairs(found.never_met)}. Nothing will be known of their "
+            f"conflicts. {_JOIN}"
+        )
+    if all_ran and not found.shared:
+        found.problems.append(
+            UsageError(
+                "No layer is shared: no two tasks' losses depend on the same trainable layer, so there is nothing in "
+                "which they could conflict. Give the tasks a common backbone, or thaw it if it is frozen."
+            )
+        )
+    elif all_ran and found.strangers:
+        found.warnings.append(
+            f"These pairs of tasks share no trainable layer, so they cannot conflict: {_pairs(found.strangers)}."
+        )
+
+
+_JOIN = (
+    "To bring tasks together that have batches of their own: recon.joint_loader({task: loader}); in a loop of your "
+    "own, recon.Window(model); or recon.train(..., accumulate='tasks')."
+)
+
+
+def _nobody_meets(found: Preflight, where: str) -> str:
+    counts = ", ".join(f"{task} in {count}" for task, count in found.seen.items()) or "no task has a target"
+    return (
+        f"No two tasks meet {where} ({counts}): conflicts are those of tasks in the same step, so none could be "
+        f"counted, and no method could act on any. {_JOIN}"
+    )
+
+
+def _pairs(pairs: Sequence[Pair]) -> str:
+    return shortened((f"{one} and {other}" for one, other in pairs), 6)
+
+
+def message_of(error: Exception) -> str:
+    """What to tell the user; of an error in the user's code, the line too."""
+    if isinstance(error, ReconError):
+        return str(error)
+    return f"Your code raised {type(error).__name__}: {reason_of(error)}{where_raised(error)}."

@@ -1,0 +1,146 @@
+"""`recon check`: exit codes, text and JSON; and what `recon profile` and `recon bench` refuse by its cheap part."""
+
+import json
+import re
+
+import pytest
+
+PROBLEM = """
+import random
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.functional import mse_loss
+from torch.utils.data import DataLoader, Dataset
+from torchmetrics import MeanAbsoluteError
+
+import recon
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem, self.norm, self.drop = nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Dropout(0.2)
+        self.heads = nn.ModuleDict({"up": nn.Linear(8, 1), "down": nn.Linear(8, 1)})
+
+    def forward(self, x):
+        x = self.drop(self.norm(self.stem(x)).relu())
+        return {task: head(x).squeeze(1) for task, head in self.heads.items()}
+
+
+class Reads(Net):
+    def forward(self, x):
+        if self.stem(x).max().item() > 1e9:
+            x = x / 2
+        return super().forward(x)
+
+
+class Broken(Net):
+    def forward(self, x):
+        raise ValueError("forward went wrong")
+
+
+class Alone(Net):
+    def forward(self, x):
+        return {task: head(self.norm(self.stem(x)).detach()).squeeze(1) for task, head in self.heads.items()}
+
+
+class Data(Dataset):
+    def __init__(self):
+        self.x = torch.randn(48, 6, generator=torch.Generator().manual_seed(0))
+
+    def __len__(self):
+        return len(self.x)
+
+    def __getitem__(self, index):
+        x = self.x[index] * random.uniform(0.9, 1.1) + 0.1 * torch.randn(6) + float(np.random.normal()) * 0.1
+        return x, {"up": self.x[index].sum(), "down": self.x[index, 0]}
+
+
+def problem(model=Net, loss=mse_loss, loaders=None):
+    def make_loaders(seed):
+        return DataLoader(Data(), 8, shuffle=True), DataLoader(Data(), 8)
+
+    error = recon.Metric("error", MeanAbsoluteError, higher_is_better=False)
+    return recon.Problem(
+        name="tiny",
+        tasks=[recon.Task("up", loss, [error]), recon.Task("down", mse_loss, [error])],
+        make_model=model,
+        make_loaders=loaders or make_loaders,
+        epochs=1,
+    )
+
+
+def reads():
+    return problem(Reads)
+
+
+def broken():
+    return problem(Broken)
+
+
+def alone():
+    return problem(Alone)
+
+
+def nan():
+    return problem(loss=lambda output, target: mse_loss(output, target) * float("nan"))
+
+
+def turns():
+    x = torch.randn(8, 6)
+    batches = [(x, {"up": x[:, 0]}), (x, {"down": x[:, 1]})] * 3
+    return problem(loaders=lambda seed: (batches, batches))
+"""
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("check")
+    (folder / "tiny.py").write_text(PROBLEM)
+    return folder
+
+
+def test_a_good_problem(command):
+    code, out, err = command("check tiny.py:problem --seed 3")
+    assert code == 0 and err == ""
+    assert "In the first 6 batches, all tasks meet." in out
+    assert "Shared layers: 2 of 4, with 72 of 90 parameters." in out
+    assert re.search(r"profiled, sketch +[\d.]+ ms +[\d.]+x +\+", out)
+    assert "Profiling and converting would work." in out
+    assert out.endswith("  recon profile tiny.py:problem --seed 3 --out map.json\n")
+
+
+def test_the_report_as_json(command, ask):
+    data = ask("check tiny.py:problem")
+    assert data["ok"] and data["problem"] == "tiny" and data["tasks"] == ["up", "down"]
+    assert data["shared"] == {"stem": ["up", "down"], "norm": ["up", "down"]} and data["macs"] == 6 * 8 + 2 * 8
+    assert data["step_seconds"].keys() == {"plain", "exact", "sketch"} and data["problems"] == []
+    code, out, _ = command("check tiny.py:nan --json")
+    assert code == 1 and json.loads(out)["losses"]["up"] is None and not json.loads(out)["ok"]
+
+
+@pytest.mark.parametrize(
+    ("function", "words"),
+    [
+        ("reads", r"max\(\)\.item\(\) > 1e9"),
+        ("broken", r"ValueError: forward went wrong at tiny\.py:\d+, in forward: `raise ValueError"),
+        ("alone", "No layer is shared"),
+        ("nan", "The loss of task 'up' is nan before anything is trained"),
+        ("turns", r"No two tasks meet in the first 6 batches \(up in 3, down in 3\)"),
+    ],
+)
+def test_a_problem_of_the_problem_gives_exit_code_1(command, function, words):
+    code, out, _ = command(f"check tiny.py:{function}")
+    assert code == 1
+    assert re.search(words, " ".join(out.split())), out
+    assert "in the way of profiling and converting" in out and "recon profile" not in out
+
+
+def test_mode_per_task_leaves_the_forward_as_it_is(command):
+    assert command("check tiny.py:reads --mode per-task")[0] == 0
+
+
+def test_wrong_usage_gives_exit_code_2(refused):
+    refused("check tiny.py:problme", "problem")
+    refused("check tiny.py:problem --mode fans", "fan")
