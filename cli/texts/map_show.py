@@ -54,6 +54,7 @@ def ranked_layers(
             "share": shares[name],
             "quarters": quarters[name],
             **confidence.get(name, {}),
+            **({"members": layers[name].members} if layers[name].members else {}),
         }
         for rank, name in enumerate(cmap.ranking(threshold), start=1)
     ]

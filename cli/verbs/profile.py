@@ -14,6 +14,7 @@ from recon import problems
 from recon.errors import MapFileError
 from recon.experiments.training.run_folder import epoch_line
 from recon.support import launch
+from recon_cli.options import layers
 from recon_cli.options.outputs import claimed_file
 from recon_cli.options.problem import PROBLEM_NAMES, add_problem, problem_of
 from recon_cli.parser import (
@@ -53,6 +54,7 @@ def add_parser(verbs: Verbs) -> None:
         recon profile examples/own_problem.py:problem --method pcgrad --out map.json
         recon profile digits --until-stable 0.9 --top-k 8 --out map.json
         recon profile digits --backbone ResNet18 --out resnet.json
+        recon profile digits --backbone ResNet18 --exclude '.*bn\\d' --units 'layer\\d+\\.\\d+' --out blocks.json
         recon profile digits --out map.json --resume
         torchrun --nproc-per-node 2 -m recon_cli profile digits --out map.json
         """,
@@ -92,6 +94,7 @@ def add_parser(verbs: Verbs) -> None:
         help="exact: hold the gradients of all tasks at once; sketch: one gradient's memory for any number of tasks, "
         "cosines to about 0.02 (default: exact)",
     )
+    layers.add_layer_options(parser.add_argument_group("which layers are counted; all of them train"))
     parser.add_argument("--out", type=file_path, required=True, metavar="MAP", help="the conflict map, a JSON file")
     parser.add_argument(
         "--resume",
@@ -171,6 +174,9 @@ def _profile(args: argparse.Namespace, problem: Problem, device: torch.device, c
         until_stable=args.until_stable,
         top_k=args.top_k,
         memory=args.memory,
+        layers=args.layers,
+        exclude=args.exclude,
+        units=args.units,
         made_by=made_by,
         on_epoch=lambda epoch: tell(epoch_line(epoch, args.epochs)),
         progress=shows_progress(),
@@ -206,7 +212,7 @@ def _is_ours(cmap: ConflictMap, args: argparse.Namespace, problem: Problem) -> b
         "memory": args.memory if args.memory != "exact" else None,
         "every": args.every if args.every != 1 else None,
         "processes": launch.count() if launch.count() > 1 else None,
-        **{name: getattr(args, name) for name in ("seed", "method", "epochs", "until_stable")},
+        **{name: getattr(args, name) for name in ("seed", "method", "epochs", "until_stable", *layers.NAMES)},
     }
     same = all(cmap.made_by.get(name) == value for name, value in asked.items())
     return same and cmap.threshold == threshold_of(problem, args.threshold)
@@ -215,14 +221,14 @@ def _is_ours(cmap: ConflictMap, args: argparse.Namespace, problem: Problem) -> b
 def _report(args: argparse.Namespace, problem: Problem, cmap: ConflictMap) -> Report:
     unsure = unsure_why(cmap)
     top_k = min(args.top_k or max(1, len(cmap.layers) // 4), len(cmap.layers))
-    layers = ranked_layers(cmap, top_k=top_k)
+    ranked = ranked_layers(cmap, top_k=top_k)
     next_command = ["recon", "convert", *command_words(args, PROBLEM_NAMES), "--map", str(args.out)]
     next_command += ["--top-k", str(top_k), "--out", "branched"]
     text = [
-        f"{len(layers)} shared layers, {cmap.steps} steps, {cmap.skipped} skipped. "
+        f"{len(ranked)} shared layers, {cmap.steps} steps, {cmap.skipped} skipped. "
         f"Score: how often a cosine was below {cmap.threshold:g}.",
         "",
-        ranking_table(layers, max(_TOP, top_k + 2), top_k=top_k),
+        ranking_table(ranked, max(_TOP, top_k + 2), top_k=top_k),
         *([unsure] if unsure else []),
         "",
         f"Saved {args.out}. Next, branch the worst layers:",
@@ -236,6 +242,6 @@ def _report(args: argparse.Namespace, problem: Problem, cmap: ConflictMap) -> Re
         "steps": cmap.steps,
         "skipped": cmap.skipped,
         "top_k": top_k,
-        "layers": layers,
+        "layers": ranked,
     }
     return Report("\n".join(text), data)
