@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import recon
 from recon.experiments.bench.presets import PRESETS
+from recon_cli.options import layers
 from recon_cli.options.outputs import claimed_folder
 from recon_cli.options.problem import add_problem, problem_of
 from recon_cli.options.rename import add_rename_option, renames
@@ -63,33 +64,33 @@ def add_parser(verbs: Verbs) -> None:
     size.add_argument("--profile-epochs", type=positive_integer, metavar="N", help="epochs of the profile")
     size.add_argument("--train-batches", type=positive_integer, metavar="N", help="use at most N batches an epoch")
     size.add_argument("--test-batches", type=positive_integer, metavar="N", help="use at most N test batches")
-    layers = parser.add_argument_group("which layers")
-    layers.add_argument(
+    which = parser.add_argument_group("which layers")
+    which.add_argument(
         "--top-k",
         type=positive_integer,
         metavar="K",
         help="branch K layers (default: the paper's K on its own network, else half of the shared layers)",
     )
-    layers.add_argument(
+    which.add_argument(
         "--threshold",
         type=threshold,
         metavar="S",
         help="a conflict is a cosine below S (default: the problem's own, else -0.1)",
     )
-    layers.add_argument(
+    which.add_argument(
         "--max-macs",
         type=positive_number,
         default=1.25,
         metavar="RATIO",
         help="multiply-adds of the budgeted plan (default: 1.25 times)",
     )
-    layers.add_argument(
+    which.add_argument(
         "--controls",
         choices=("joint", "all", "none"),
         default="joint",
         help="which methods train the random and the budgeted plan too (default: joint)",
     )
-    layers.add_argument(
+    which.add_argument(
         "--map",
         type=any_path,
         metavar="MAP",
@@ -97,6 +98,7 @@ def add_parser(verbs: Verbs) -> None:
         "paper's Recon*",
     )
     add_rename_option(parser, "the map's layers")
+    layers.add_layer_options(parser.add_argument_group("what the profile counts in; all layers train"))
     parser.add_argument(
         "--workers", type=positive_integer, help="trainings at the same time (default: one a core; 1 on a GPU)"
     )
@@ -117,6 +119,8 @@ def run(args: argparse.Namespace) -> Report:
 def _run(args: argparse.Namespace) -> Report:
     given = recon.ConflictMap.load(args.map) if args.map else None
     problem = problem_of(args)
+    if given is not None and given.made_by.get("problem") == problem.name and _choice(args):
+        args.parser.error(f"--{next(iter(_choice(args)))} is for the profile, but the map in --map takes its place")
     preset = _preset(args, problem)
     for method in preset.methods:
         recon.methods.parse(method)
@@ -147,6 +151,7 @@ def _run(args: argparse.Namespace) -> Report:
         threshold=threshold_of(problem, args.threshold),
         recipe=preset.recipe,
         device=device.type,
+        **{name: tuple(patterns) for name, patterns in _choice(args).items()},
     )
     top_k, reason = _top_k(args, problem)
     job = bench.Bench(
@@ -173,6 +178,11 @@ def _preset(args: argparse.Namespace, problem: Problem) -> Preset:
     names = ("seeds", "epochs", "profile_epochs", "train_batches", "test_batches")
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     return replace(preset, methods=tuple(args.methods or preset.methods), **given)
+
+
+def _choice(args: argparse.Namespace) -> dict[str, list[str]]:
+    """Which layers the profile counts in, as far as that is said."""
+    return {name: getattr(args, name) for name in layers.NAMES if getattr(args, name) is not None}
 
 
 def _top_k(args: argparse.Namespace, problem: Problem) -> tuple[int | None, str]:

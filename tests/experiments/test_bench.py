@@ -190,7 +190,8 @@ def test_a_map_of_the_same_problem_takes_the_profiles_place(bench_of, files):
 
 def test_all_controls_json_and_no_plan_within_the_budget(ask):
     data = ask(
-        f"bench digits {SIZE} --out out --epochs 1 --seeds 1 --methods pcgrad --controls all --max-macs 1.01 --top-k 2"
+        f"bench digits {SIZE} --out out --epochs 1 --seeds 1 --methods pcgrad --controls all --max-macs 1.01 --top-k 2",
+        *("--exclude", ".*bn", r".*bn\d", "--units", r"blocks\.\d"),
     )
     assert [row["label"] for row in data["rows"]] == [
         "single-task",
@@ -201,6 +202,12 @@ def test_all_controls_json_and_no_plan_within_the_budget(ask):
     (note,) = data["notes"]
     assert note.startswith("No budgeted plan: No layer fits max_macs=1.01")
     assert data["settings"]["--epochs"] == 1 and data["versions"]["recon"]
+    assert data["settings"]["--units"] == [r"blocks\.\d"]
+    names = [layer.name for layer in recon.ConflictMap.load("out/map.json").layers]
+    assert names == ["stem.conv", "blocks.0", "blocks.1", "blocks.2"]
+    for (branched,) in data["branched_layers"].values():  # two of the four: a block is branched whole
+        assert all(f"{name.rpartition('.')[0]}.conv2" in branched for name in branched if name.endswith("conv1"))
+        assert len({".".join(name.split(".")[:2]) for name in branched}) == 2
     assert all(row["paper"] is None for row in data["rows"])
 
 
@@ -210,6 +217,9 @@ def test_all_controls_json_and_no_plan_within_the_budget(ask):
         ("--methods joint pcgard", "Did you mean 'pcgrad'"),
         ("--methods joint joint", "names a method twice"),
         ("--top-k 99", "SmallResNet has only 20 layers"),
+        ("--layers stam.conv", "Did you mean 'stem.conv'"),
+        ("--top-k 5 --exclude heads.* .*bn.? .*[01] --units blocks.*", "has only 2 layers that the profile counts in"),
+        ("--map same.json --layers .*", "--layers is for the profile, but the map in --map takes its place"),
         ("--map missing.json", "missing.json"),
         ("--map strange.json", "another architecture"),
         ("--rename a=b", "--rename goes with --map"),
@@ -225,7 +235,9 @@ def test_wrong_input_is_refused_before_anything_is_trained(options, words, refus
     (files / "wrong").mkdir()
     (files / "wrong" / "results.json").write_text('{"rows": []}')
     layer = LayerConflicts("nowhere", "", {}, None, None, None, score=3)
-    recon.ConflictMap(("a", "b"), -0.1, None, None, (), [layer]).save(files / "strange.json")
+    strange = recon.ConflictMap(("a", "b"), -0.1, None, None, (), [layer])
+    strange.save(files / "strange.json")
+    replace(strange, made_by={"problem": "digits"}).save(files / "same.json")
     refused(f"bench digits --out new {options}", words)
     assert not (files / "new").exists()
 

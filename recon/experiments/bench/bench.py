@@ -27,7 +27,7 @@ from recon.plans import Match, Selection, choose, match, plan
 from recon.problems.problem import Problem
 from recon.support.files.documents import json_values, read_document, shown
 from recon.support.files.whole import write_text
-from recon.support.network.layers import find_layers
+from recon.support.network.layer_choice import choose_layers
 from recon.training.checkpoints import checkpoint_beside
 
 MAP_FILE, RESULTS_FILE = "map.json", "results.json"
@@ -160,10 +160,11 @@ class Bench:
     def _check_layers(self) -> None:
         """Refuse before the profile what can be refused by then."""
         model = make_model(self.problem, 0)
-        layers = len(find_layers(model))
+        layers = len(choose_layers(model, **self.settings.choice))
         if (self.top_k or 0) > layers:
+            counted = " that the profile counts in" * bool(self.settings.choice)
             raise UsageError(
-                f"K is {self.top_k}, but {type(model).__name__} has only {layers} layers. Choose a smaller K."
+                f"K is {self.top_k}, but {type(model).__name__} has only {layers} layers{counted}. Choose a smaller K."
             )
         if self.given is not None:
             self._match_given(model)
@@ -199,6 +200,9 @@ class Bench:
             optimizer=make_optimizer(problem, model, replace(settings.recipe, schedule=None)),
             epochs=settings.profile_epochs,
             threshold=settings.threshold,
+            layers=settings.layers,
+            exclude=settings.exclude,
+            units=settings.units,
             made_by={"problem": problem.name, "backbone": type(model).__name__, "seed": 0, "device": settings.device},
             on_epoch=lambda epoch: self.tell(epoch_line(epoch, settings.profile_epochs)),
             progress=self.progress,

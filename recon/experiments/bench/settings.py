@@ -38,6 +38,9 @@ class BenchSettings:
         test_batches: at most so many of the test batches.
         count_every: count conflicts at each n-th step.
         threshold: S, of the profile and of what is counted.
+        layers: the layers that the profile counts in, by regular expressions; see `recon.Profiler`.
+        exclude: the layers that it leaves out.
+        units: what it joins into one layer.
         recipe: optimizer and schedule.
     """
 
@@ -54,6 +57,9 @@ class BenchSettings:
     test_batches: int | None = None
     count_every: int = 1
     threshold: float = -0.1
+    layers: tuple[str, ...] | None = None
+    exclude: tuple[str, ...] | None = None
+    units: tuple[str, ...] | None = None
     recipe: Recipe = field(default_factory=Recipe)
 
     def problem(self) -> Problem:
@@ -65,6 +71,12 @@ class BenchSettings:
         """How long a training is, for people."""
         most = "" if self.train_batches is None else f" of at most {self.train_batches} batches"
         return f"{self.epochs} epoch{'s' * (self.epochs > 1)}{most}"
+
+    @property
+    def choice(self) -> dict[str, tuple[str, ...]]:
+        """The given ones of `layers`, `exclude` and `units`."""
+        choice = {"layers": self.layers, "exclude": self.exclude, "units": self.units}
+        return {name: patterns for name, patterns in choice.items() if patterns is not None}
 
     def as_dict(self) -> dict[str, Any]:
         """As options, without what changes no result: where the data are."""
@@ -79,6 +91,7 @@ class BenchSettings:
             "--train-batches": self.train_batches,
             "--test-batches": self.test_batches,
             "--threshold": self.threshold,
+            **{f"--{name}": list(patterns) for name, patterns in self.choice.items()},
             "--device": self.device,
             "conflicts counted at one step in": self.count_every,
             **self.recipe.settings(),
