@@ -207,9 +207,18 @@ def _distance(actual: Tensor | None, expected: Tensor | None) -> float:
         return _size(actual) + _size(expected)
     if actual.shape != expected.shape:
         return float("inf")
+    if actual.is_sparse and expected.is_sparse:
+        actual, expected = actual.coalesce(), expected.coalesce()
+        if torch.equal(actual.indices(), expected.indices()):
+            return _distance(actual.values(), expected.values())
+        return _size(actual.to(torch.float64) - expected.to(torch.float64))
+    if actual.is_sparse or expected.is_sparse:
+        return _distance(actual.to_dense(), expected.to_dense())
     same = (actual == expected) | (actual.isnan() & expected.isnan())
     return _size(torch.where(same, 0, actual.to(torch.float64) - expected.to(torch.float64)))
 
 
 def _size(tensor: Tensor | None) -> float:
+    if tensor is not None and tensor.is_sparse:
+        tensor = tensor.coalesce().values()
     return 0.0 if tensor is None or not tensor.numel() else tensor.detach().abs().max().item()

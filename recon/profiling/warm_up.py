@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
 
 from recon.errors import GradientError, UsageError
 from recon.maps import ConflictMap
@@ -22,7 +21,7 @@ from recon.support.network.forward import Batch
 from recon.support.network.layer_choice import Patterns
 from recon.training import Epoch, History, train
 from recon.training.batch_stream import batch_count
-from recon.training.trainer import check_optimizer
+from recon.training.optimizers import SchedulerOrMaker, as_one, name_of
 
 logger = logging.getLogger(__name__)
 
@@ -34,11 +33,11 @@ def profile(
     loader: Iterable[Batch],
     losses: Mapping[str, Loss],
     *,
-    optimizer: Optimizer,
+    optimizer: Optimizer | Sequence[Optimizer],
     epochs: int = 3,
     threshold: float = -0.1,
     method: str | Method = "joint",
-    scheduler: LRScheduler | Callable[[Optimizer], LRScheduler] | None = None,
+    scheduler: SchedulerOrMaker | Sequence[SchedulerOrMaker | None] | None = None,
     every: int = 1,
     until_stable: float | None = None,
     top_k: int | None = None,
@@ -64,7 +63,7 @@ def profile(
         model: `model(inputs) -> {task name: output}`; it is trained in place.
         loader: yields `(inputs, {task name: target})`.
         losses: `{task name: (output, target) -> scalar}`.
-        optimizer: of the model's parameters.
+        optimizer: of the model's parameters; or several, see `recon.train`.
         epochs: passes over the loader.
         threshold: S in (-1, 0], a multiple of 0.01.
         method: the gradient method of the warm-up.
@@ -111,14 +110,14 @@ def profile(
     logger.info("Task gradients: one backward pass a task, %s.", _MEMORIES[memory])
     count = batch_count(loader)
     planned = None if count is None else -(-epochs * count // every)
-    check_optimizer(optimizer)
-    group = optimizer.param_groups[0]
+    together = as_one(optimizer)
+    group = together.param_groups[0]
     learning_rate = group.get("initial_lr", group.get("lr"))  # where the schedule begins, if there is one
 
     def map_of(history: History, **more: Any) -> ConflictMap:
         how = {
             "method": method if isinstance(method, str) else method.name,
-            "optimizer": type(optimizer).__name__,
+            "optimizer": name_of(together),
             "learning_rate": learning_rate,
             "epochs": epochs,
             **({} if every == 1 else {"every": every}),

@@ -24,6 +24,7 @@ from recon.support.processes import world_size
 from recon.training.batch_stream import batch_count
 from recon.training.checkpoint_file import check_same, read_training, write_training
 from recon.training.history import History
+from recon.training.optimizers import Together, name_of, parts_of
 from recon.training.run import TrainingRun
 
 logger = logging.getLogger(__name__)
@@ -226,8 +227,8 @@ def _method_fields(method: Method) -> dict[str, Any]:
     return {"method": name, **{f"{name}:{option}": value for option, value in method.settings().items()}}
 
 
-def _optimizer_fields(optimizer: Optimizer) -> dict[str, Any]:
-    fields: dict[str, Any] = {"optimizer": type(optimizer).__name__}
+def _optimizer_fields(optimizer: Optimizer | Together) -> dict[str, Any]:
+    fields: dict[str, Any] = {"optimizer": name_of(optimizer)}
     groups = optimizer.param_groups
     for number, group in enumerate(groups):
         where = f"optimizer.param_groups[{number}]." if len(groups) > 1 else "optimizer."
@@ -238,11 +239,15 @@ def _optimizer_fields(optimizer: Optimizer) -> dict[str, Any]:
     return fields
 
 
-def _scheduler_fields(scheduler: LRScheduler | None) -> dict[str, Any]:
+def _scheduler_fields(scheduler: LRScheduler | Together | None) -> dict[str, Any]:
     if scheduler is None:
         return {"scheduler": None}
-    state = {f"scheduler.{name}": value for name, value in scheduler.state_dict().items() if _is_plain(value)}
-    return {"scheduler": type(scheduler).__name__, **state}
+    fields: dict[str, Any] = {"scheduler": name_of(scheduler)}
+    parts = parts_of(scheduler)
+    for number, part in enumerate(parts):
+        where = f"scheduler[{number}]." if len(parts) > 1 else "scheduler."
+        fields |= {where + name: value for name, value in part.state_dict().items() if _is_plain(value)}
+    return fields
 
 
 def _model_fields(model: nn.Module) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from recon.support.files.weights import load_weights
 from recon.support.network.forward import Batch
 from recon.training.batch_stream import BatchStream
 from recon.training.history import Epoch, EpochMeter, History
+from recon.training.optimizers import Together
 from recon.training.precision import Precision
 from recon.training.recorder import Recorder
 
@@ -35,8 +36,8 @@ class TrainingRun:
     """
 
     model: nn.Module
-    optimizer: Optimizer
-    scheduler: LRScheduler | None
+    optimizer: Optimizer | Together
+    scheduler: LRScheduler | Together | None
     method: Method
     profiler: StepObserver | None
     stream: BatchStream

@@ -21,6 +21,7 @@ from recon.support.network.layers import unwrapped
 from recon.support.network.state import state_kept
 from recon.support.processes import average_, gather, world_size
 from recon.support.random_states import global_states_kept
+from recon.training.optimizers import take_step
 from recon.training.precision import Precision
 from recon.training.recorder import Recorder, Step
 from recon.training.run import TrainingRun
@@ -64,7 +65,7 @@ class Stepper:
             own = set(run.method.parameters())
             nn.utils.clip_grad_norm_([p for p in self._parameters() if p not in own], self.clip)
         lr = float(run.optimizer.param_groups[0]["lr"])
-        run.optimizer.step()
+        take_step(run.optimizer, run.model)
         if run.scheduler is not None:
             run.scheduler.step()
         run.meter.steps += 1

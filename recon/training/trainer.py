@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from inspect import Parameter, signature
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
 from tqdm import tqdm
 
 from recon.errors import UsageError
@@ -26,13 +24,13 @@ from recon.support.processes import broadcast_model
 from recon.training.batch_stream import BatchStream, batch_count
 from recon.training.checkpoints import Checkpoints
 from recon.training.history import Epoch, History
+from recon.training.optimizers import SchedulerOrMaker, add_parameters, as_one, check_parameters, schedulers_of
 from recon.training.precision import Amp, Precision
 from recon.training.recorder import Recorder
 from recon.training.run import TrainingRun
 from recon.training.stepper import Stepper
 
 _BAR_SECONDS = 2.0  # between two looks at the losses: each waits for the device
-_NAMED = (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY)
 
 
 def train(
@@ -40,10 +38,10 @@ def train(
     loader: Iterable[Batch],
     losses: Mapping[str, Loss],
     *,
-    optimizer: Optimizer,
+    optimizer: Optimizer | Sequence[Optimizer],
     method: str | Method = "joint",
     epochs: int = 1,
-    scheduler: LRScheduler | Callable[[Optimizer], LRScheduler] | None = None,
+    scheduler: SchedulerOrMaker | Sequence[SchedulerOrMaker | None] | None = None,
     clip: float | None = None,
     accumulate: int = 1,
     amp: Amp | None = None,
@@ -67,13 +65,15 @@ def train(
         model: `model(inputs) -> {task name: output}`, plain or branched.
         loader: yields `(inputs, {task name: target})`; a task whose target is missing or None is skipped in that step.
         losses: `{task name: (output, target) -> scalar}`; a single entry trains a single-task baseline.
-        optimizer: of the model's parameters; its step takes the gradients as they are, without a closure. A method that
-            learns (uw) gets a group of its own there.
+        optimizer: of the model's parameters; its step takes the gradients as they are, without a closure. Or several,
+            each of some of the parameters, `[SparseAdam(tables), Adam(others)]`. A method that learns (uw) gets a group
+            of its own, in the first that takes gradients which are not sparse.
         method: a name (`recon.methods.names()`), a name with options (`"cagrad:c=0.5"`), or a method, also
             one of TorchJD's (see `recon.methods.wrap`).
         epochs: passes over the loader.
         scheduler: stepped after every optimizer step; or what makes one of the optimizer, which a method that learns
-            needs: a scheduler must know all parameter groups from the start.
+            needs: a scheduler must know all parameter groups from the start. For several optimizers, a function that
+            makes one of each, or a list with one for each (None for an optimizer without).
         clip: scale an update that is longer down to this norm, after the method has made it.
         accumulate: batches for one optimizer step. The method makes an update of each batch, and the step is taken with
             their mean; the last step of an epoch may have fewer. A batch without any target does not count.
@@ -104,7 +104,8 @@ def train(
         GradientError: a loss is not finite, or a task has no gradient anywhere.
         UsageError: no such method, `epochs` or `accumulate` below 1, a `clip` that is not above 0, `fp16` on a CPU, a
             model that is sharded over processes, the optimizer of another model or one whose step needs a closure
-            (LBFGS), a checkpoint that cannot be written, or one that is there although `resume` is not asked for.
+            (LBFGS), a parameter in two optimizers, an optimizer that does not take sparse gradients, or no others
+            (SparseAdam), a checkpoint that cannot be written, or one that is there although `resume` is not asked for.
         CheckpointError: the checkpoint is damaged, or of another training.
     """
     if epochs < 1:
@@ -116,26 +117,21 @@ def train(
     if not isinstance(model, nn.Module):
         raise UsageError(f"model is a {type(model).__name__}, which cannot be run. Pass a torch.nn.Module.")
     refuse_untrainable(model)
-    check_optimizer(optimizer)
+    optimizers = as_one(optimizer)
     if recorder is not None and not isinstance(recorder, Recorder):
         raise UsageError(f"recorder is {recorder!r}. Pass recon.Recorder('metrics.jsonl'), with the path of your file.")
-    if {p for group in optimizer.param_groups for p in group["params"]}.isdisjoint(model.parameters()):
-        raise UsageError(
-            "The optimizer has no parameter of this model: it was made for another one (recon.convert and recon.load "
-            "return new models). Make a new one from model.parameters()."
-        )
+    check_parameters(optimizers, model)
     method = parse(method) if isinstance(method, str) else wrap(method)
     device = model_device(model)
     precision = Precision(amp, device)
     method.setup(tuple(losses))
     method.to(device)
     method.attach(model)
-    _add_parameters(method, optimizer, scheduler)
-    if scheduler is not None and not isinstance(scheduler, LRScheduler):
-        scheduler = scheduler(optimizer)
+    add_parameters(method, optimizers, scheduler)
+    schedulers = schedulers_of(optimizers, scheduler)
     broadcast_model(model)
     stream = BatchStream(loader, remembers=checkpoint is not None)
-    run = TrainingRun(model, optimizer, scheduler, method, profiler, stream, device, precision, recorder)
+    run = TrainingRun(model, optimizers, schedulers, method, profiler, stream, device, precision, recorder)
     settings = {"clip": clip, "accumulate": accumulate, "amp": amp, **(settings or {})}
     checkpoints = Checkpoints(run, checkpoint, seconds=checkpoint_seconds, settings=settings, on_save=on_checkpoint)
     stepper = Stepper(run, losses, clip, recorder)
@@ -178,43 +174,3 @@ def _with_bar(run: TrainingRun, epochs: int, show: bool) -> Iterator[Batch]:
         if time.monotonic() - looked >= _BAR_SECONDS:
             looked = time.monotonic()
             bar.set_postfix({task: f"{loss:.4f}" for task, loss in run.meter.mean_losses().items()})
-
-
-def check_optimizer(optimizer: Optimizer) -> None:
-    """Refuse an object that is not an optimizer, and an optimizer whose step needs more than the gradients."""
-    if isinstance(optimizer, LRScheduler):
-        raise UsageError(
-            f"optimizer is a learning rate scheduler ({type(optimizer).__name__}). Pass optimizer=scheduler.optimizer, "
-            "scheduler=scheduler."
-        )
-    if not isinstance(optimizer, Optimizer):
-        raise UsageError(
-            f"optimizer is {optimizer!r}. Make one from the parameters, such as torch.optim.Adam(model.parameters())."
-        )
-    # Of its class: the step that a scheduler puts on the object shows the arguments of the class's function.
-    _, *arguments = signature(type(optimizer).step).parameters.values()
-    needed = [a.name for a in arguments if a.default is a.empty and a.kind in _NAMED]
-    if needed:
-        raise UsageError(
-            f"{type(optimizer).__name__}.step needs {', '.join(needed)}: such an optimizer computes the losses several "
-            "times a step, with gradients each time. Use another, or write your own loop, with a closure that calls "
-            "optimizer.zero_grad() and recon.backward(losses, model, method), and returns the sum of the losses."
-        )
-
-
-def _add_parameters(
-    method: Method, optimizer: Optimizer, scheduler: LRScheduler | Callable[[Optimizer], LRScheduler] | None
-) -> None:
-    known = {p for group in optimizer.param_groups for p in group["params"]}
-    new = [p for p in method.parameters() if p not in known]
-    if not new:
-        return
-    if isinstance(scheduler, LRScheduler):
-        raise UsageError(
-            f"Method {method.name!r} has parameters of its own, and a scheduler must know them from the start. Pass "
-            "a function that makes the scheduler instead: scheduler=lambda optimizer: ...LR(optimizer, ...)."
-        )
-    group: dict[str, Any] = {"params": new}
-    if "weight_decay" in optimizer.defaults:
-        group["weight_decay"] = 0.0
-    optimizer.add_param_group(group)
