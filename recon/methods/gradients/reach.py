@@ -17,8 +17,9 @@ from torch.autograd.graph import Node
 
 from recon.errors import GradientError, UsageError
 from recon.methods.gradients.sparse import no_rows
-from recon.support.network.graph import graph_behind, leaves_among, lookup_tables
+from recon.support.network.graph import graph_behind, leaves_among
 from recon.support.network.opaque_nodes import Edge, edges_behind, how_hidden, is_compiled
+from recon.support.network.tables import lookup_tables
 from recon.support.processes import average_, gather, world_size
 
 

@@ -15,7 +15,9 @@ from torch.amp import GradScaler
 
 from recon.errors import UsageError
 from recon.methods.bases.method import Method
+from recon.methods.gradients.sparse import from_rows
 from recon.support.network.hooks import hooked
+from recon.support.network.tables import sparse_tables
 
 logger = logging.getLogger(__name__)
 
@@ -66,9 +68,12 @@ def learns_at(scale: Tensor, method: Method) -> AbstractContextManager[Any]:
 
 def let_scaler_skip(model: nn.Module, method: Method) -> None:
     """Leave gradients with which the GradScaler skips the step, of whatever optimizer, and lowers its scale."""
+    tables = set(sparse_tables(model))
     for parameter in [*model.parameters(), *method.parameters()]:
         if parameter.requires_grad:
-            parameter.grad = torch.full_like(parameter, math.nan)
+            nan = parameter.new_full((1, *parameter.shape[1:]) if parameter in tables else parameter.shape, math.nan)
+            first = torch.zeros(1, 1, dtype=torch.int64, device=parameter.device)
+            parameter.grad = from_rows(nan, first, parameter) if parameter in tables else nan
 
 
 def warn_if_scaled(losses: Mapping[str, Tensor], method: Method) -> None:

@@ -9,13 +9,6 @@ from torch.autograd.graph import Node
 
 from recon.support.network.opaque_nodes import Edge, edges_behind, is_compiled, is_opaque
 
-# Operations that may return a sparse gradient, and where their nodes keep whether they do.
-_LOOKUPS = {
-    "EmbeddingBackward0": "_saved_sparse",
-    "EmbeddingBagBackward0": "_saved_sparse",
-    "GatherBackward0": "_saved_sparse_grad",
-}
-
 
 def reached_leaves(values: Sequence[Tensor]) -> set[Tensor]:
     """The leaf tensors that `values` depend on."""
@@ -67,21 +60,6 @@ def graph_behind(values: Sequence[Tensor], stops: Collection[Node] = ()) -> tupl
             if node not in stops:
                 stack += node.next_functions
     return seen, met
-
-
-def lookup_tables(nodes: Iterable[Node]) -> set[Tensor]:
-    """The leaves of which these nodes look rows up and nothing else, so that autograd gives them sparse gradients.
-
-    They are the weights of `nn.Embedding(sparse=True)` and the like.
-    """
-    kinds = [(node, _LOOKUPS.get(type(node).__name__)) for node in nodes]
-    lookups = {node for node, flag in kinds if flag is not None and getattr(node, flag)}
-    if not lookups:
-        return set()
-    others = [used for node, _ in kinds if node not in lookups for used, _ in node.next_functions]
-    looked_up = [node.next_functions[0][0] for node in lookups]
-    tables, rest = (leaves_among([], [n for n in used if n is not None]) for used in (looked_up, others))
-    return set(tables).difference(rest)
 
 
 def leaves_among(values: Sequence[Tensor], nodes: Iterable[Node]) -> list[Tensor]:
