@@ -25,7 +25,7 @@ from recon.support.network.forward import Batch, fresh, model_device, to_device,
 from recon.support.network.layers import module_at, unwrapped
 from recon.training.first_look import first_batches
 from recon.training.stepper import task_losses
-from recon.training.trainer import check_optimizer
+from recon.training.optimizers import check_optimizer
 
 _ONLY_DENSE = (torch.optim.Adam, torch.optim.AdamW, torch.optim.RMSprop, torch.optim.NAdam, torch.optim.RAdam)
 
