@@ -51,7 +51,8 @@ class ConflictMap(ScoreTable):
     def merge(maps: Sequence[ConflictMap], names: Sequence[str] = ()) -> ConflictMap:
         """The maps of several runs added up, quarter by quarter, in the first one's order of tasks and layers.
 
-        A merged map has no series, since a stretch of training cannot run from one run into the next.
+        A merged map has no series, since a stretch of training cannot run from one run into the next. It keeps the
+        thresholds around S that all have, and the noise floor of the runs that took one.
 
         Args:
             maps: two or more, of different runs with the same tasks, threshold, layers and parameter shapes.

@@ -12,6 +12,8 @@ from recon.errors import UsageError
 BINS = 200
 STAGES = 4
 SERIES = 512  # at most this many bins of steps in a layer's series
+PAIR_SERIES = 2**20  # at most this many entries in all layers' series by pair: a file stays a few MB
+_PAIR_BINS, _LEAST_PAIR_BINS = 64, 8
 
 Counts = NDArray[np.int64]
 
@@ -34,6 +36,17 @@ def thresholds_around(threshold: float) -> tuple[float, ...]:
     """The thresholds at which a profile at S counts by pair: S and some around it in (-1, 0], and 0; in order."""
     own = threshold_bin(threshold) - 100
     return tuple(hundredths / 100 for hundredths in sorted({own + d for d in _AROUND} | {0}) if -100 < hundredths <= 0)
+
+
+def pair_bin_steps(steps: int, layers: int, pairs: int) -> int:
+    """How many steps, a power of two, a bin of the series by pair covers: so many that all layers' fit into a file.
+
+    0 where that leaves too few bins to say anything of noise: then there is none.
+    """
+    most = min(_PAIR_BINS, PAIR_SERIES // max(1, layers * pairs))
+    if most < min(steps, _LEAST_PAIR_BINS):
+        return 0
+    return 1 << max(0, -(-steps // most) - 1).bit_length()
 
 
 @dataclass

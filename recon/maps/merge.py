@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from recon.errors import MapMismatchError, UsageError, shortened
-from recon.maps.counts import Counts, LayerConflicts, threshold_bin
+from recon.maps.counts import Counts, LayerConflicts, LayerFloor, threshold_bin
 from recon.maps.score_table import ScoreTable, Table
 
 
@@ -30,7 +30,8 @@ def merge(maps: Sequence[Table], names: Sequence[str] = ()) -> Table:
                 f"{name} and {other_name} hold exactly the same counts, so one run would count twice. Merge maps of "
                 "different runs, such as profiles with different seeds."
             )
-    aligned = [first, *(_aligned(cmap, first) for cmap in maps[1:])]
+    thresholds = _common_thresholds(maps)
+    aligned = [_aligned(cmap, first, thresholds) for cmap in maps]
     stage_steps = [cmap.stage_steps for cmap in maps]
     return replace(
         first,
@@ -40,6 +41,9 @@ def merge(maps: Sequence[Table], names: Sequence[str] = ()) -> Table:
         layers=[_sum_layers(records) for records in zip(*(cmap.layers for cmap in aligned), strict=True)],
         made_by=_made_by(maps, names),
         bin_steps=0,
+        thresholds=thresholds,
+        pair_bin_steps=0,
+        met=None,
     )
 
 
@@ -61,6 +65,9 @@ def _why_not(first: ScoreTable, cmap: ScoreTable) -> str:
     reshaped = [name for name in here if here[name].shapes != there[name].shapes]
     if reshaped:
         return f"the parameters of {shortened(reshaped)} have other shapes. Merge maps of the same model."
+    regrouped = [name for name in here if here[name].members != there[name].members]
+    if regrouped:
+        return f"{shortened(regrouped)} join other layers. Merge maps of the same units."
     for key, title in (("histogram", "cosines"), ("conflicts", "counts by task pair")):
         known = [getattr(of.layers[0], key) is not None for of in (first, cmap)]
         if known[0] != known[1]:
@@ -81,24 +88,56 @@ def _or_empty(counts: Counts | None) -> Counts:
     return np.zeros(0, dtype=np.int64) if counts is None else counts
 
 
-def _aligned(cmap: Table, first: ScoreTable) -> Table:
-    """The same map with its layers and its task pairs in the order of the first."""
+def _common_thresholds(maps: Sequence[ScoreTable]) -> tuple[float, ...]:
+    """The thresholds at which all of them have counts by pair; at its own S each has."""
+    if any(layer.conflicts is None for cmap in maps for layer in cmap.layers):
+        return ()
+    bins = set.intersection(*({threshold_bin(s) for s in (cmap.threshold, *cmap.thresholds)} for cmap in maps))
+    return tuple((below - 100) / 100 for below in sorted(bins))
+
+
+def _aligned(cmap: Table, first: ScoreTable, thresholds: Sequence[float]) -> Table:
+    """The same map with its layers, its tasks and its task pairs in the order of the first, at these thresholds."""
     layers = {layer.name: layer for layer in cmap.layers}
-    pairs = [frozenset(pair) for pair in cmap.pairs]
-    order = [pairs.index(frozenset(pair)) for pair in first.pairs]
-    reordered = [
-        replace(layer, conflicts=_columns(layer.conflicts, order), observed=_columns(layer.observed, order))
-        for layer in (layers[of.name] for of in first.layers)
-    ]
-    return replace(cmap, tasks=first.tasks, layers=reordered)
+    own_pairs = [frozenset(pair) for pair in cmap.pairs]
+    pairs = [own_pairs.index(frozenset(pair)) for pair in first.pairs]
+    tasks = [cmap.tasks.index(task) for task in first.tasks]
+    kept = [threshold_bin(s) for s in cmap.thresholds]
+    rows = [kept.index(threshold_bin(s)) for s in thresholds] if kept else []
+
+    def reordered(layer: LayerConflicts) -> LayerConflicts:
+        floor = layer.floor
+        return replace(
+            layer,
+            conflicts=_columns(layer.conflicts, pairs),
+            observed=_columns(layer.observed, pairs),
+            below=_columns(_below(layer, rows), pairs),
+            floor=None
+            if floor is None
+            else LayerFloor(
+                floor.observed[tasks],
+                floor.conflicts[rows][:, tasks],
+                floor.across_observed[pairs],
+                floor.across_conflicts[rows][:, pairs],
+            ),
+        )
+
+    return replace(cmap, tasks=first.tasks, layers=[reordered(layers[of.name]) for of in first.layers])
+
+
+def _below(layer: LayerConflicts, rows: Sequence[int]) -> Counts | None:
+    """(thresholds, pairs); a layer that has counts at its own threshold alone has those."""
+    if layer.conflicts is None or layer.below is not None:
+        return None if layer.below is None else layer.below[list(rows)]
+    return layer.conflicts.sum(axis=0, keepdims=True)
 
 
 def _columns(counts: Counts | None, order: Sequence[int]) -> Counts | None:
-    return None if counts is None else counts[:, order]
+    return None if counts is None else counts[:, list(order)]
 
 
 def _sum_layers(records: Sequence[LayerConflicts]) -> LayerConflicts:
-    """One layer of all the runs; without a series, since a stretch of training cannot run from one into the next."""
+    """One layer of all the runs; without series, since a stretch of training cannot run from one into the next."""
     return replace(
         records[0],
         histogram=_total([record.histogram for record in records]),
@@ -106,7 +145,17 @@ def _sum_layers(records: Sequence[LayerConflicts]) -> LayerConflicts:
         observed=_total([record.observed for record in records]),
         series=None,
         score=_total([record.score for record in records]),
+        below=_total([record.below for record in records]),
+        pair_series=None,
+        floor=_sum_floors([record.floor for record in records if record.floor is not None]),
     )
+
+
+def _sum_floors(floors: Sequence[LayerFloor]) -> LayerFloor | None:
+    """Of the runs that took one."""
+    if not floors:
+        return None
+    return LayerFloor(**{key: sum(getattr(floor, key) for floor in floors) for key in vars(floors[0])})
 
 
 def _total(values: Sequence[Any]) -> Any:

@@ -28,7 +28,7 @@ def renamed(cmap: Table, rename: Mapping[str, str] | None) -> Table:
     for old in rename:
         if old not in used.values():
             raise UnknownNameError("layer or prefix in the map", old, _prefixes(names), "Renames must change a name.")
-    new_names = {name: name if old is None else _replace(name, old, rename[old]) for name, old in used.items()}
+    new_names = {name: _renamed(name, rename) for name in names}
     for name, new in new_names.items():
         if not new:
             raise UsageError(f"The rename {name!r}='' leaves nothing of the layer's name. Give it a new one.")
@@ -39,7 +39,11 @@ def renamed(cmap: Table, rename: Mapping[str, str] | None) -> Table:
             f"The renames make one layer, {twice[0]!r}, of the map's layers {' and '.join(map(repr, old_names))}. "
             "Rename them to different names."
         )
-    return replace(cmap, layers=[replace(layer, name=new_names[layer.name]) for layer in cmap.layers])
+    layers = [
+        replace(layer, name=new_names[layer.name], members=tuple(_renamed(name, rename) for name in layer.members))
+        for layer in cmap.layers
+    ]
+    return replace(cmap, layers=layers)
 
 
 def rename_hint(names: Sequence[str], known: Sequence[str]) -> str:
@@ -80,6 +84,11 @@ def _differing_prefixes(one: list[str], other: list[str]) -> tuple[str, str]:
 
 def _prefix_of(name: str, rename: Mapping[str, str]) -> str | None:
     return max((old for old in rename if _begins(name, old)), key=len, default=None)
+
+
+def _renamed(name: str, rename: Mapping[str, str]) -> str:
+    old = _prefix_of(name, rename)
+    return name if old is None else _replace(name, old, rename[old])
 
 
 def _begins(name: str, prefix: str) -> bool:

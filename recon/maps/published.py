@@ -16,7 +16,17 @@ from numpy.typing import NDArray
 from recon.errors import MapFileError, UsageError, shortened
 from recon.maps.checks import MOST_LAYERS, MOST_STEPS
 from recon.maps.conflict_map import ConflictMap
-from recon.maps.counts import BINS, SERIES, STAGES, LayerConflicts, bin_edges, threshold_bin
+from recon.maps.counts import (
+    BINS,
+    SERIES,
+    STAGES,
+    Counts,
+    LayerConflicts,
+    bin_edges,
+    pair_bin_steps,
+    threshold_bin,
+    thresholds_around,
+)
 from recon.maps.file import FORMAT
 from recon.support.files.documents import read_document, shown
 
@@ -89,6 +99,7 @@ def _from_log(path: Path, threshold: float, tasks: Sequence[str]) -> ConflictMap
     _check_tasks(path, pairs, tasks)
     stages = np.minimum(STAGES - 1, STAGES * (2 * np.arange(steps) + 1) // (2 * steps))
     bin_steps = 2 ** max(0, math.ceil(math.log2(steps / SERIES)))
+    pair_steps = pair_bin_steps(steps, len(log), pairs) if tasks else 0
     seen = np.stack([np.isfinite(values).any(axis=1) for values in cosines.values()])
     return ConflictMap(
         tasks=tuple(tasks),
@@ -96,14 +107,28 @@ def _from_log(path: Path, threshold: float, tasks: Sequence[str]) -> ConflictMap
         steps=steps,
         skipped=int((~seen.any(axis=0)).sum()),
         stage_steps=tuple(np.bincount(stages, minlength=STAGES).tolist()),
-        layers=[_count(names[name], cosines[name], threshold, stages, bin_steps, bool(tasks)) for name in log],
+        layers=[
+            _count(names[name], values, threshold, stages, bin_steps, pair_steps, bool(tasks))
+            for name, values in cosines.items()
+        ],
         made_by={"imported": path.name, "holds": "cosines"},
         bin_steps=bin_steps,
+        thresholds=thresholds_around(threshold) if tasks else (),
+        pair_bin_steps=pair_steps,
+        met=np.max([_binned(np.isfinite(values), pair_steps) for values in cosines.values()], axis=0)
+        if pair_steps
+        else None,
     )
 
 
 def _count(
-    name: str, cosines: NDArray[Any], threshold: float, stages: NDArray[Any], bin_steps: int, by_pair: bool
+    name: str,
+    cosines: NDArray[Any],
+    threshold: float,
+    stages: NDArray[Any],
+    bin_steps: int,
+    pair_steps: int,
+    by_pair: bool,
 ) -> LayerConflicts:
     """Tally (steps, pairs) cosines; the grid in their own precision, as the published code compares them."""
     edges = bin_edges().astype(cosines.dtype)
@@ -118,8 +143,17 @@ def _count(
         histogram=np.bincount(bins, minlength=BINS),
         conflicts=split[0] if by_pair else None,
         observed=split[1] if by_pair else None,
-        series=np.add.reduceat(conflicts.sum(axis=1), np.arange(0, len(cosines), bin_steps)),
+        series=_binned(conflicts.sum(axis=1), bin_steps),
+        below=np.stack([(cosines < edges[threshold_bin(s)]).sum(axis=0) for s in thresholds_around(threshold)])
+        if by_pair
+        else None,
+        pair_series=_binned(conflicts, pair_steps) if pair_steps else None,
     )
+
+
+def _binned(counts: NDArray[Any], bin_steps: int) -> Counts:
+    """Counts (steps, ...) added up by bin of consecutive steps."""
+    return np.asarray(np.add.reduceat(counts, np.arange(0, len(counts), bin_steps), dtype=np.int64))
 
 
 def _load(path: Path) -> Mapping[str, Sequence[Tensor]]:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from recon.maps.counts import BINS, SERIES, STAGES, bin_edges
+from recon.maps.counts import BINS, SERIES, STAGES, bin_edges, threshold_bin, thresholds_around
+from recon.profiling.floor_counts import FloorCounts
 
 _BLOCKS = 64  # the training is kept in at most this many equal blocks, so that it can be cut into quarters at any end
 _PENDING = 1 << 17  # cosines that wait to be counted together: a step's own are too few to be worth a kernel each
@@ -23,12 +24,18 @@ class Tally:
 
     def __init__(self, layers: int, threshold: float, device: torch.device) -> None:
         self.threshold = threshold
+        self.thresholds = thresholds_around(threshold)
         self.steps = 0
         self._histogram = torch.zeros(layers, BINS, dtype=torch.int64, device=device)
         self._skipped = torch.zeros((), dtype=torch.int64, device=device)
         # (blocks, layers, 2: conflicts and observed, tasks, tasks), the upper triangles used
         self._pairs = _Blocks(torch.zeros(_BLOCKS, layers, 2, 0, 0, dtype=torch.int32, device=device))
         self._series = _Blocks(torch.zeros(SERIES, layers, dtype=torch.int32, device=device))
+        # (layers, thresholds, tasks, tasks), the upper triangles used; None once a profile from before goes on
+        below = torch.zeros(layers, len(self.thresholds), 0, 0, dtype=torch.int64, device=device)
+        self._below: Tensor | None = below
+        edges = bin_edges()[[threshold_bin(s) for s in self.thresholds]].tolist()
+        self._floor = FloorCounts(layers, edges, device)
         self._pending: list[Tensor] = []
         self._pending_of: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())
 
@@ -47,6 +54,22 @@ class Tally:
         self.steps += 1
         if len(self._pending) * gramians.numel() >= _PENDING:
             self._flush()
+
+    def add_floor(
+        self, layers: Sequence[int], tasks: Sequence[int], products: Tensor, norms: Tensor, second_norms: Tensor
+    ) -> None:
+        """Count one floor step: the gradients g_i of one batch and g'_i of a second one, at the same weights.
+
+        A step with anything that is not finite is left out; a zero norm means that the task has no gradient there.
+
+        Args:
+            layers: the numbers of the L layers.
+            tasks: the numbers of the T tasks.
+            products: (L, T, T) the products g_i . g'_j.
+            norms: (L, T) the norms |g_i|.
+            second_norms: (L, T) the norms |g'_i|.
+        """
+        self._floor.add(layers, tasks, products, norms, second_norms)
 
     @property
     def histogram(self) -> Tensor:
@@ -77,6 +100,29 @@ class Tally:
             stage_steps[stage] += stop - start
         return stages[:, :, 0], stages[:, :, 1], stage_steps
 
+    def below(self, tasks: int) -> Tensor | None:
+        """(layers, thresholds, T, T) cosines below each of `thresholds`, the upper triangles used, on the CPU.
+
+        None where a profile goes on that was begun before recon counted them.
+        """
+        self._flush()
+        self._grow(tasks)
+        return None if self._below is None else self._below.cpu()
+
+    def floor(self, tasks: int) -> Tensor:
+        """See `FloorCounts.counts`."""
+        return self._floor.counts(tasks)
+
+    def pair_series(self, tasks: int) -> tuple[Tensor, int]:
+        """By stretch of training, on the CPU, and the steps of a bin.
+
+        (bins, layers, 2, T, T): conflicts and observed cosines, the upper triangles used.
+        """
+        self._flush()
+        self._grow(tasks)
+        length = self._pairs.length
+        return self._pairs.counts[: -(-self.steps // length)].cpu(), length
+
     def series(self) -> tuple[Tensor, int]:
         """(bins, layers) conflicts over all pairs by stretch of training, on the CPU; and the steps of a bin."""
         self._flush()
@@ -94,15 +140,21 @@ class Tally:
             "pairs_length": self._pairs.length,
             "series": self._series.counts,
             "series_length": self._series.length,
+            "below": self._below,
+            "floor": self._floor.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from what `state_dict` gave."""
+        """Go on from what `state_dict` gave, also of a recon that did not count all of it."""
         device = self._histogram.device
         self.steps = state["steps"]
         self._histogram, self._skipped = state["histogram"].to(device), state["skipped"].to(device)
         self._pairs = _Blocks(state["pairs"].to(device), state["pairs_length"])
         self._series = _Blocks(state["series"].to(device), state["series_length"])
+        below = state.get("below")
+        self._below = None if below is None else below.to(device)
+        if "floor" in state:
+            self._floor.load_state_dict(state["floor"])
         self._pending = []
 
     def _flush(self) -> None:
@@ -120,16 +172,17 @@ class Tally:
         # A zero gradient, as of a task that does not reach the layer, has no direction to compare.
         seen = (norms[..., i] > 0) & (norms[..., j] > 0) & finite.view(-1, 1, 1)
         cosines = gramians[..., i, j] / (norms[..., i] * norms[..., j])
-        conflicts = seen & (cosines < self.threshold)
-        steps = torch.arange(first_step, first_step + len(gramians), device=gramians.device)
-        self._count_bins(layers, cosines, seen)
-        self._count_series(steps, layers, conflicts)
-        self._count_pairs(
-            steps, layers, torch.minimum(tasks[i], tasks[j]), torch.maximum(tasks[i], tasks[j]), conflicts, seen
-        )
-
-    def _count_bins(self, layers: Tensor, cosines: Tensor, seen: Tensor) -> None:
         edges = torch.as_tensor(bin_edges(), dtype=cosines.dtype, device=cosines.device)
+        conflicts = seen & (cosines < edges[threshold_bin(self.threshold)])
+        first, second = torch.minimum(tasks[i], tasks[j]), torch.maximum(tasks[i], tasks[j])
+        self._grow(int(max(self._pending_of[1], default=-1)) + 1)
+        steps = torch.arange(first_step, first_step + len(gramians), device=gramians.device)
+        self._count_bins(layers, cosines, seen, edges)
+        self._count_series(steps, layers, conflicts)
+        self._count_pairs(steps, layers, first, second, conflicts, seen)
+        self._count_below(layers, first, second, cosines, seen, edges)
+
+    def _count_bins(self, layers: Tensor, cosines: Tensor, seen: Tensor, edges: Tensor) -> None:
         bins = (torch.bucketize(cosines, edges, right=True) - 1).clamp_(0, BINS - 1)
         cells = layers.view(1, -1, 1) * BINS + bins
         self._histogram.view(-1).index_add_(0, cells.flatten(), seen.flatten().to(self._histogram.dtype))
@@ -142,17 +195,27 @@ class Tally:
     def _count_pairs(
         self, steps: Tensor, layers: Tensor, first: Tensor, second: Tensor, conflicts: Tensor, seen: Tensor
     ) -> None:
-        self._grow(int(max(self._pending_of[1], default=-1)) + 1)
         counts = self._pairs.counts
         rows = (steps // self._pairs.length).view(-1, 1, 1)
         for kind, marks in enumerate((conflicts, seen)):
             cells = (rows, layers.view(1, -1, 1), torch.full_like(rows, kind), first, second)
             counts.index_put_(cells, marks.to(counts.dtype), accumulate=True)
 
+    def _count_below(
+        self, layers: Tensor, first: Tensor, second: Tensor, cosines: Tensor, seen: Tensor, edges: Tensor
+    ) -> None:
+        if self._below is None:
+            return
+        for place, threshold in enumerate(self.thresholds):
+            marks = seen & (cosines < edges[threshold_bin(threshold)])
+            cells = (layers.view(-1, 1), torch.full_like(layers.view(-1, 1), place), first, second)
+            self._below.index_put_(cells, marks.sum(dim=0), accumulate=True)
+
     def _grow(self, tasks: int) -> None:
         more = tasks - self._pairs.counts.shape[-1]
         if more > 0:
             self._pairs.counts = pad(self._pairs.counts, (0, more, 0, more))
+            self._below = None if self._below is None else pad(self._below, (0, more, 0, more))
 
 
 class _Blocks:

@@ -127,7 +127,7 @@ def damaged(tmp_path, change, cmap=None):
     [
         (lambda d: d.update(format="something"), "'format'"),
         (lambda d: d.update(version=99), "'version'"),
-        (lambda d: d.update(version=1), "'version' is 1, but this recon reads version 2"),
+        (lambda d: d.update(version=1), "'version' is 1, but this recon reads version 2 and 3"),
         (lambda d: d.pop("tasks"), "'tasks'"),
         (lambda d: d.update(tasks=["a", "a"]), "'tasks'"),
         (lambda d: d.update(tasks=["a", 3]), "'tasks'"),

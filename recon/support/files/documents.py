@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -105,13 +105,16 @@ class Document:
         """A field's name for a message."""
         return shown(f"{self.where}{key}")
 
-    def check_format(self, name: str, version: int, hint: str = "") -> None:
-        """Check the format and the version; `hint` is added to the message about another format."""
+    def check_format(self, name: str, version: int, hint: str = "", older: Sequence[int] = ()) -> int:
+        """The version, which is this or one of the older ones; `hint` is added to the message about another format."""
         found = self.get("format", str)
         if found != name:
             self.wrong("format", f"is {shown(found)}, not {name!r}{hint}")
-        if self.integer("version", least=None) != version:
-            self.wrong("version", f"is {self.values['version']}, but this recon reads version {version}")
+        found_version = self.integer("version", least=None)
+        if found_version not in (*older, version):
+            known = " and ".join(map(str, (*older, version)))
+            self.wrong("version", f"is {found_version}, but this recon reads version {known}")
+        return found_version
 
     def get(self, key: str, *kinds: type) -> Any:
         """A field of one of these types; True and False are not numbers."""
