@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 import recon
+from recon.errors import UsageError
 from recon.experiments.run import Run
 from recon.training.recorder import read_records
 from tests.data.frozen import tiny
@@ -43,8 +44,19 @@ def test_a_map(tmp_path):
     layer = cmap.layers[2]
     assert (layer.name, layer.shapes) == ("norm", {"weight": [6], "bias": [6]})
     assert layer.series.sum() == layer.conflicts.sum() == 24 and layer.observed.sum() == 18 * 3
+    assert cmap.observed()["norm"] == dict.fromkeys(cmap.pairs, 18) and not cmap.has_floor and cmap.met is None
+    assert cmap.ranking(by="rate") == cmap.ranking()
+    with pytest.raises(UsageError, match=r"counts by task pair at S = -0\.1, not at -0\.3"):
+        cmap.pair_scores(-0.3)
     cmap.save(tmp_path / "map.json")
-    assert (tmp_path / "map.json").read_bytes() == (FROZEN / "map.json").read_bytes()
+    new, old = (json.loads(path.read_text()) for path in (tmp_path / "map.json", FROZEN / "map.json"))
+    assert (new["version"], old["version"]) == (3, 2)
+    for of_new, of_old in [(new, old), *zip(new["layers"], old["layers"], strict=True)]:
+        assert {key: of_new[key] for key in of_old if key not in ("version", "layers")} == {
+            key: value for key, value in of_old.items() if key not in ("version", "layers")
+        }
+    recon.ConflictMap.load(tmp_path / "map.json").save(tmp_path / "again.json")
+    assert (tmp_path / "again.json").read_bytes() == (tmp_path / "map.json").read_bytes()
 
 
 @pytest.mark.parametrize("name", ["saved", "rotated"])
