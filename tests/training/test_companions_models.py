@@ -65,6 +65,23 @@ def test_adapters_are_profiled_branched_and_trained_and_nothing_else(adapted):
     assert any("branches.b" in name for name in moved)
 
 
+def test_the_two_matrices_of_an_adapter_are_one_unit(adapted):
+    x = torch.randn(5, 4, 6, dtype=torch.float64)
+    profiler = recon.Profiler(adapted, units="lora_[AB]")
+    outputs = adapted(x)
+    profiler.backward({"a": outputs["a"].square().mean(), "b": (outputs["b"] - 1).square().mean()})
+    cmap = profiler.conflict_map()
+    query, value = (f"base_model.model.{name}" for name in ("query", "value"))
+    assert {layer.name: layer.kind for layer in cmap.layers} == {query: "2 Linear", value: "2 Linear"}
+    plan = recon.plan(cmap, adapted, top_k=1, select="last")
+    assert list(plan.layers) == [f"{value}.lora_A.default", f"{value}.lora_B.default"]
+    branched = check_branched(adapted, plan, x)
+    for task in TASKS:
+        oracle.assert_close(
+            recon.extract_task(branched, task).merge_and_unload()(x)[task], branched.eval()(x)[task], task
+        )
+
+
 def test_a_task_of_a_branched_adapter_merges_into_a_plain_model(adapted):
     x = torch.randn(5, 4, 6, dtype=torch.float64)
     layers = [layer.name for layer in find_layers(adapted) if "query.lora" in layer.name]
