@@ -87,6 +87,12 @@ def test_a_wrapped_model_with_task_gradients(ranks: Ranks, method: str) -> None:
     ranks.run(_check_step, "TransformerEncoder", method, {}, True)
 
 
+@pytest.mark.parametrize(("method", "memory"), [("joint", "exact"), ("joint", "sketch"), ("pcgrad", "exact")])
+def test_chosen_layers_and_units_of_a_wrapped_model(ranks: Ranks, method: str, memory: str) -> None:
+    options = {"exclude": "first", "units": r"layers\.\d", "memory": memory}
+    ranks.run(_check_step, "TransformerEncoder", method, options, True)
+
+
 def _check_step(rank: int, name: str, method: str, options: dict[str, object], wrap: bool) -> None:
     expected, oracle = alone(fresh(name), name, method, **options)
     model = fresh(name)

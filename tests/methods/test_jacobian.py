@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from recon.errors import GradientError
+from recon.methods.gradients import gramians
 from recon.methods.gradients.gramians import gramian, layer_gramians
 from recon.methods.gradients.jacobian import Workspace, task_jacobian, write_combination, write_own
 from recon.problems import get
@@ -54,6 +55,23 @@ def our_cosines(model, losses):
     layer_of = {p: i for i, layer in enumerate(layers) for p in layer.parameters.values()}
     numbers, gramians = layer_gramians(task_jacobian(losses, list(layer_of)), layer_of)
     return {layers[i].name: float(G[0, 1] / (G[0, 0] * G[1, 1]).sqrt()) for i, G in zip(numbers, gramians, strict=True)}
+
+
+@pytest.mark.parametrize("room", [1, 40, 1 << 18])
+def test_gramians_of_some_parameters_in_any_order(room, monkeypatch):
+    """Some columns belong to no layer, and those of a layer lie apart; blocks of any size give the same."""
+    torch.manual_seed(0)
+    monkeypatch.setattr(gramians, "_IN_CACHE", 2 * room)  # for two tasks
+    parameters = [nn.Parameter(torch.randn(n, dtype=torch.float64)) for n in (7, 30, 5, 60, 3, 11)]
+    rows = {task: [torch.randn_like(p) for p in parameters] for task in ("a", "b")}
+    losses = {task: sum((p * g).sum() for p, g in zip(parameters, row, strict=True)) for task, row in rows.items()}
+    layers = {2: [5, 0, 3], 0: [2], 1: [4]}  # the second parameter is in none
+    layer_of = {parameters[i]: number for number, places in layers.items() for i in places}
+    numbers, found = layer_gramians(task_jacobian(losses, parameters), layer_of)
+    assert numbers == [0, 1, 2]
+    for number, product in zip(numbers, found, strict=True):
+        J = torch.stack([torch.cat([row[i] for i in layers[number]]) for row in rows.values()])
+        torch.testing.assert_close(product, J @ J.T, rtol=1e-13, atol=1e-13)
 
 
 @pytest.mark.parametrize("seed", range(3))
