@@ -139,11 +139,14 @@ def _profile(args: argparse.Namespace, problem: Problem, device: torch.device, c
     from recon.experiments import Recipe, optimizers
     from recon.experiments.backbones import backbone_title
     from recon.experiments.inputs import make_loaders, make_model, threshold_of
+    from recon.profiling.preflight import refuse_unprofilable
     from recon.training import RankBatches  # late: these import torch
 
     model = make_model(problem, args.seed).to(device)
     loader, _ = make_loaders(problem, args.seed, device)
     several = launch.count() > 1
+    if not several:
+        refuse_unprofilable(model, loader, problem.losses)
     subset = {} if args.train_samples is None else {"train_samples": args.train_samples}
     made_by = {
         "problem": problem.name,

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from itertools import combinations
 from typing import Any
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from recon.branching.fans.statement import where_raised
-from recon.errors import NonFiniteError, ProblemError, ReconError, UsageError, reason_of, shortened
+from recon.errors import GradientError, LoaderError, ProblemError, ReconError, UsageError, reason_of, shortened
 from recon.methods.gradients.reach import compiled_as_one, find_reach
 from recon.problems.problem import Loss
 from recon.support.network.forward import Batch, call, check_outputs, fresh, model_device, to_device, unpack
@@ -23,11 +23,12 @@ from recon.support.network.layers import Layer, find_layers, unwrapped
 from recon.support.network.state import state_kept
 from recon.support.network.trainable import refuse_untrainable
 from recon.support.random_states import global_states_kept
+from recon.training.first_look import first_batches
 
 logger = logging.getLogger(__name__)
 
-LOOKED_AT = 8
-"""How many batches of a loader are looked at."""
+LOOKED_AT = 20
+"""How many batches of a loader are looked at, unless all tasks meet in the first."""
 
 Pair = tuple[str, str]
 
@@ -100,6 +101,30 @@ class Preflight:
             logger.warning("%s", warning)
 
 
+def refuse_unprofilable(model: nn.Module, loader: Iterable[Batch], losses: Mapping[str, Loss]) -> None:
+    """Raise now what a profile would raise sooner or later; a training that follows does not notice the look.
+
+    A loader that raises is left to the training, which says so when it gets there; one that is an iterator, which gives
+    its batches once, is not looked at.
+
+    Raises:
+        ProblemError: model, losses and batches do not fit together.
+        GradientError: a loss is not finite, or depends on no parameter.
+        UsageError: no two tasks meet in the first batches, or no layer is shared.
+    """
+    with suppress(LoaderError):
+        if batches := telling_batches(loader, tuple(losses)):
+            inspect_batches(model, batches, losses).refuse()
+
+
+def telling_batches(loader: Iterable[Batch], tasks: Collection[str]) -> list[Batch]:
+    """The loader's first batch, if all tasks meet in it, or else its first 20; none of an iterator."""
+    first = first_batches(loader, 1) or []
+    if not first or len(_tasks_of(first[0]).intersection(tasks)) == len(tasks):
+        return first
+    return first_batches(loader, LOOKED_AT) or []
+
+
 def inspect_batches(model: nn.Module, batches: Sequence[Batch], losses: Mapping[str, Loss]) -> Preflight:
     """Run the model forward on the first batch of each task, and follow what the losses depend on.
 
@@ -107,20 +132,20 @@ def inspect_batches(model: nn.Module, batches: Sequence[Batch], losses: Mapping[
 
     Args:
         model: as `recon.profile` takes it.
-        batches: the first of a loader, see `recon.training.first_look.first_batches`.
+        batches: the first of a loader, see `telling_batches`.
         losses: `{task name: (output, target) -> scalar}`.
     """
     found = Preflight(tuple(losses), len(batches))
     try:
         refuse_untrainable(model)
         found.layers = find_layers(unwrapped(model))
-        parts = [_parts(batch) for batch in batches]
+        parts = [part for batch in batches for part in _parts(batch)]
     except ReconError as error:
         found.problems.append(error)
         return found
-    _meet(found, parts)
+    _meet(found, batches)
     with nothing_changed(model, losses):
-        for part in [part for parts_of_batch in parts for part in parts_of_batch]:
+        for part in parts:
             if any(task not in found.losses and part[1].get(task) is not None for task in losses):
                 _Look(found, model, losses).at(*to_device(part, model_device(model)))
             if found.problems:
@@ -147,10 +172,16 @@ def _parts(batch: Any) -> list[Batch]:
     return [unpack(batch)]
 
 
-def _meet(found: Preflight, batches: Sequence[Sequence[Batch]]) -> None:
-    for parts in batches:
-        present = [task for task in found.tasks if any(targets.get(task) is not None for _, targets in parts)]
-        found.apart |= len(parts) > 1
+def _tasks_of(batch: Batch) -> set[str]:
+    """The tasks that have a target in a batch."""
+    return {task for _, targets in _parts(batch) for task, target in targets.items() if target is not None}
+
+
+def _meet(found: Preflight, batches: Sequence[Batch]) -> None:
+    for batch in batches:
+        here = _tasks_of(batch)
+        present = [task for task in found.tasks if task in here]
+        found.apart |= len(_parts(batch)) > 1
         for task in present:
             found.seen[task] = found.seen.get(task, 0) + 1
         for pair in combinations(present, 2):
@@ -196,7 +227,7 @@ class _Look:
             return None
         if not loss.isfinite():
             self.found.problems.append(
-                NonFiniteError(
+                GradientError(
                     f"The loss of task {task!r} is {float(loss.detach())} before anything is trained. Look at that "
                     "task's outputs and targets in the first batch: values that are not finite, a logarithm or "
                     "division of zero, an empty mask."
@@ -240,7 +271,7 @@ def _reads(outputs: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
 
 
 def _judge(found: Preflight) -> None:
-    where = "in this batch" if found.batches == 1 else f"in the first {found.batches} batches"
+    where = "in the batch" if found.batches == 1 else f"in the first {found.batches} batches"
     absent = [task for task in found.tasks if task not in found.seen]
     all_ran = not found.problems and not absent
     if absent:

@@ -5,6 +5,8 @@ import re
 
 import pytest
 
+from recon.profiling import preflight
+
 PROBLEM = """
 import random
 import numpy as np
@@ -104,7 +106,7 @@ def files(tmp_path_factory):
 def test_a_good_problem(command):
     code, out, err = command("check tiny.py:problem --seed 3")
     assert code == 0 and err == ""
-    assert "In the first 6 batches, all tasks meet." in out
+    assert "In the first batch, all tasks meet." in out
     assert "Shared layers: 2 of 4, with 72 of 90 parameters." in out
     assert re.search(r"profiled, sketch +[\d.]+ ms +[\d.]+x +\+", out)
     assert "Profiling and converting would work." in out
@@ -144,3 +146,34 @@ def test_mode_per_task_leaves_the_forward_as_it_is(command):
 def test_wrong_usage_gives_exit_code_2(refused):
     refused("check tiny.py:problme", "problem")
     refused("check tiny.py:problem --mode fans", "fan")
+
+
+@pytest.mark.parametrize("verb", ["profile", "bench"])
+@pytest.mark.parametrize(
+    ("function", "code", "words"),
+    [
+        ("broken", 1, "Your code raised ValueError: forward went wrong"),
+        ("alone", 2, "No layer is shared"),
+        ("nan", 1, "The loss of task 'up' is nan before anything is trained"),
+        ("turns", 2, "No two tasks meet in the first 6 batches"),
+    ],
+)
+def test_what_cannot_be_profiled_is_refused_before_it_is_trained(
+    command, tmp_path, monkeypatch, verb, function, code, words
+):
+    monkeypatch.setattr("recon.profiling.warm_up.train", None)
+    got, _, err = command(f"{verb} tiny.py:{function} --out", tmp_path / "out")
+    assert (got, words in err) == (code, True), err
+
+
+def test_the_look_does_not_change_the_profile(command, tmp_path, monkeypatch):
+    looks = []
+    inspect = preflight.inspect_batches
+    monkeypatch.setattr(preflight, "inspect_batches", lambda *args: looks.append(args) or inspect(*args))
+    maps = []
+    for name in ("with", "without"):
+        assert command("profile tiny.py:problem --epochs 3 --out", tmp_path / name)[0] == 0
+        maps.append(json.loads((tmp_path / name).read_text()))
+        assert maps[-1]["made_by"].pop("seconds") > 0
+        monkeypatch.setattr(preflight, "refuse_unprofilable", lambda *args: None)
+    assert len(looks) == 1 and maps[0] == maps[1]

@@ -287,7 +287,7 @@ def test_pairs_that_never_meet():
 
 def test_a_task_without_a_target_in_the_batch():
     report = recon.check(Three(), batch(), {**LOSSES, "c": F.mse_loss}, timed=False)
-    assert "In this batch, 'c' has no target" in " ".join(report.warnings)
+    assert "In the batch, 'c' has no target" in " ".join(report.warnings)
 
 
 def test_a_batch_of_another_form(net):
@@ -296,7 +296,7 @@ def test_a_batch_of_another_form(net):
 
 def test_a_loader_that_fails_or_is_empty(net):
     def failing():
-        yield batch()
+        yield one_task("a")
         raise OSError("no such image")
 
     class Loader:

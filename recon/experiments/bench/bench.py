@@ -25,6 +25,7 @@ from recon.maps import ConflictMap
 from recon.methods import FeatureMethod
 from recon.plans import Match, Selection, choose, match, plan
 from recon.problems.problem import Problem
+from recon.profiling.preflight import refuse_unprofilable
 from recon.support.files.documents import json_values, read_document, shown
 from recon.support.files.whole import write_text
 from recon.support.network.layer_choice import choose_layers
@@ -193,6 +194,7 @@ class Bench:
         self.tell(f"Profiling {problem.name}: {settings.profile_epochs} epoch(s) of joint training")
         model = make_model(problem, 0).to(device_of(settings))
         loader, _ = make_loaders(problem, 0)
+        refuse_unprofilable(model, loader, problem.losses)
         return profiling.profile(
             model,
             loader,

@@ -19,11 +19,10 @@ from recon.experiments.inputs import few_samples, make_loaders, make_model, samp
 from recon.experiments.optimizers import make_optimizer
 from recon.experiments.recipe import Recipe
 from recon.problems.problem import Loss, Problem
-from recon.profiling.preflight import LOOKED_AT, Preflight, inspect_batches, message_of, nothing_changed
+from recon.profiling.preflight import Preflight, inspect_batches, message_of, nothing_changed, telling_batches
 from recon.profiling.step_prices import memory_prices, step_prices
 from recon.support.network.forward import Batch, fresh, model_device, to_device, unpack
 from recon.support.network.layers import module_at, unwrapped
-from recon.training.first_look import first_batches
 from recon.training.stepper import task_losses
 from recon.training.optimizers import check_optimizer
 
@@ -49,7 +48,7 @@ def check(
         model: `model(inputs) -> {task name: output}`, where it will be trained.
         batch: one batch of the training; None for the loader's first.
         losses: `{task name: (output, target) -> scalar}`.
-        loader: the training's; which tasks meet is looked up in its first batches.
+        loader: the training's. Which tasks meet is looked up in its first batch, or in 20 if not all meet there.
         optimizer: the training's.
         mode: how the model would be branched, see `recon.convert`.
         timed: whether to measure what profiling would cost a step.
@@ -67,7 +66,7 @@ def check(
     batches = [] if batch is None else [batch]
     try:
         if loader is not None:
-            batches += first_batches(loader, LOOKED_AT) or []
+            batches += telling_batches(loader, losses)
         if not batches:
             raise ProblemError(
                 "The loader gave no batch. Check that its data set is not empty; of an iterator, which gives its "

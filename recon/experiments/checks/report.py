@@ -101,7 +101,7 @@ class CheckReport:
     def _meetings(self) -> list[str]:
         if not self.seen or self.never_met:
             return []  # a problem or a warning says more
-        which = "the batch" if self.batches == 1 else f"the first {self.batches} batches"
+        which = "the first batch" if self.batches == 1 else f"the first {self.batches} batches"
         always = min(self.seen.values()) == self.batches
         return [f"In {which}, all tasks meet{'' if always or self.batches == 1 else ', though not in each'}."]
 
