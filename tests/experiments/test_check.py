@@ -373,16 +373,43 @@ class Esmm(nn.Module):
         return {"ctr": ctr, "ctcvr": ctr * self.cvr(x).sigmoid()}
 
 
-@pytest.mark.parametrize("sparse", [False, True])
-def test_a_task_whose_output_is_made_from_another(sparse):
-    model, ids = Esmm(sparse), torch.arange(24).view(8, 3)
-    clicks = {"ctr": torch.ones(8, 1), "ctcvr": torch.zeros(8, 1)}
-    losses = dict.fromkeys(clicks, F.binary_cross_entropy)
-    report = recon.check(model, (ids, clicks), losses, optimizer=torch.optim.Adam(model.parameters()))
+def clicks():
+    targets = {"ctr": torch.ones(8, 1), "ctcvr": torch.zeros(8, 1)}
+    return (torch.arange(24).view(8, 3), targets), dict.fromkeys(targets, F.binary_cross_entropy)
+
+
+def test_a_task_whose_output_is_made_from_another():
+    report = recon.check(Esmm(), *clicks())
     assert report.ok and report.reads == {"ctcvr": ("ctr",)}
     assert list(report.shared) == ["embedding", "ctr.0", "ctr.2"]
     assert "computed from that of ctr" in str(report)
-    assert [("sparse" in warning) for warning in report.warnings] == [True] * sparse
+
+
+@pytest.mark.parametrize(
+    ("make", "refused"),
+    [
+        (lambda m: torch.optim.Adam(m.parameters()), "embedding.weight are sparse, which Adam"),
+        (lambda m: torch.optim.SparseAdam(m.parameters()), r"ctr.0.weight, .*, \.\.\. are dense, which SparseAdam"),
+        (lambda m: torch.optim.SGD(m.parameters()), ""),
+        (
+            lambda m: [
+                torch.optim.SparseAdam(m.embedding.parameters()),
+                torch.optim.Adam([*m.ctr.parameters(), *m.cvr.parameters()]),
+            ],
+            "",
+        ),
+    ],
+    ids=["adam", "sparse-adam", "sgd", "both"],
+)
+def test_an_optimizer_that_does_not_take_the_gradients(make, refused):
+    model = Esmm(sparse=True)
+    report = recon.check(model, *clicks(), optimizer=make(model), timed=False)
+    assert report.ok == (not refused)
+    if refused:
+        assert re.search(refused, only(report.problems))
+        (ids, targets), losses = clicks()
+        with pytest.raises((UsageError, RuntimeError)):  # as it would be in the first step
+            recon.train(model, [(ids, targets)], losses, optimizer=make(model))
 
 
 def test_a_transformer_with_three_heads():

@@ -23,8 +23,8 @@ from recon.profiling.preflight import Preflight, inspect_batches, message_of, no
 from recon.profiling.step_prices import memory_prices, step_prices
 from recon.support.network.forward import Batch, fresh, model_device, to_device, unpack
 from recon.support.network.layers import module_at, unwrapped
+from recon.training.optimizers import as_one, check_parameters, parts_of
 from recon.training.stepper import task_losses
-from recon.training.optimizers import check_optimizer
 
 _ONLY_DENSE = (torch.optim.Adam, torch.optim.AdamW, torch.optim.RMSprop, torch.optim.NAdam, torch.optim.RAdam)
 
@@ -117,7 +117,7 @@ class _Check:
         self._look_at_optimizer(optimizer)
         more: dict[str, Any] = {}
         if found.layers:
-            self._look_at_layers(found, optimizer)
+            self._look_at_layers(found)
             more["parameters"] = sum(layer.size for layer in found.layers)
             more["shared_parameters"] = sum(layer.size for layer in found.shared)
         if found.losses and found.shared:
@@ -151,14 +151,29 @@ class _Check:
         return max(self.batches, key=lambda batch: sum(unpack(batch)[1].get(task) is not None for task in found.tasks))
 
     def _look_at_optimizer(self, optimizer: Any) -> None:
-        for each in optimizer if isinstance(optimizer, (list, tuple)) else [optimizer]:
-            try:
-                if each is not None:
-                    check_optimizer(each)
-            except UsageError as error:
-                self.problems.append(str(error))
+        if optimizer is None:
+            return
+        try:
+            together = as_one(optimizer)
+            check_parameters(together, self.model)
+        except UsageError as error:
+            self.problems.append(str(error))
+            return
+        tables = [m for m in self.model.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag)) and m.sparse]
+        sparse = {table.weight for table in tables}
+        for part in parts_of(together):
+            own = {p for group in part.param_groups for p in group["params"] if p.requires_grad}
+            refused = own & sparse if isinstance(part, _ONLY_DENSE) else own - sparse
+            if refused and isinstance(part, (*_ONLY_DENSE, torch.optim.SparseAdam)):
+                names = [name for name, p in self.model.named_parameters() if p in refused]
+                kind = "dense" if isinstance(part, torch.optim.SparseAdam) else "sparse"
+                self.problems.append(
+                    f"The gradients of {shortened(names)} are {kind}, which {type(part).__name__} does not take. Give "
+                    "embeddings with sparse=True to SparseAdam and everything else to another optimizer, "
+                    "optimizer=[SparseAdam(tables), Adam(others)]; or make the embeddings with sparse=False."
+                )
 
-    def _look_at_layers(self, found: Preflight, optimizer: Any) -> None:
+    def _look_at_layers(self, found: Preflight) -> None:
         plain = unwrapped(self.model)
         if plain is not self.model:
             self.warnings.append(
@@ -175,12 +190,6 @@ class _Check:
             self.warnings.append(
                 f"The running statistics of {shortened(normed)} are shared, and see the tasks' batches one after the "
                 "other. If these differ much, use a norm without running statistics."
-            )
-        sparse = [name for name, module in plain.named_modules() if getattr(module, "sparse", None) is True]
-        if sparse and isinstance(optimizer, _ONLY_DENSE):
-            self.warnings.append(
-                f"The gradients of {shortened(sparse)} are sparse, which {type(optimizer).__name__} does not accept. "
-                "Use SGD, SparseAdam for these parameters, or sparse=False."
             )
 
     def _try_branching(self, found: Preflight, batch: Batch) -> dict[str, Any]:
