@@ -51,6 +51,7 @@ def comparison_data(
         "mean_rank_shift": found.mean_shift,
         "top_k": found.top_k,
         "overlap": found.overlap,
+        "regrouped": found.regrouped,
         "jaccard": found.jaccard,
         "layers": [
             {"name": of.name, "ranks": of.ranks, "shift": of.shift, "scores": of.scores, "shares": of.shares}
@@ -84,8 +85,10 @@ def _agreement(found: MapComparison) -> list[str]:
         f"{len(names)} in {side} alone{f' ({shortened(names)})' if names else ''}"
         for names, side in zip(found.only, "AB", strict=True)
     ]
+    regrouped = f"These join other layers in B than in A: {shortened(found.regrouped)}."
     return [
         textwrap.fill(f"Layers in common: {len(found.layers)}; {', '.join(only)}.", 100, break_on_hyphens=False),
+        *([regrouped] if found.regrouped else []),
         f"Rank correlation: Spearman {_decimal(found.spearman)}, Kendall {_decimal(found.kendall)}; "
         f"mean |Δrank| {found.mean_shift:.2f}.",
         f"First {found.top_k} layers of both: {len(found.overlap)} the same, Jaccard {found.jaccard:.2f}.",

@@ -48,6 +48,7 @@ class MapComparison:
         mean_shift: mean |Δrank|.
         top_k: the K of the overlap.
         overlap: the layers among the first K of both maps.
+        regrouped: the layers that are units of other layers in the second map.
     """
 
     layers: list[LayerRanks]
@@ -57,6 +58,7 @@ class MapComparison:
     mean_shift: float
     top_k: int
     overlap: tuple[str, ...]
+    regrouped: tuple[str, ...] = ()
 
     @property
     def jaccard(self) -> float:
@@ -110,7 +112,13 @@ def compare(
         mean_shift=float(np.mean([abs(layer.shift) for layer in layers])),
         top_k=top_k,
         overlap=tuple(layer.name for layer in layers if layer.name in top[0] & top[1]),
+        regrouped=_regrouped(first, second),
     )
+
+
+def _regrouped(first: ScoreTable, second: ScoreTable) -> tuple[str, ...]:
+    members = {layer.name: layer.members for layer in second.layers}
+    return tuple(layer.name for layer in first.layers if members.get(layer.name, layer.members) != layer.members)
 
 
 def _correlations(values: Sequence[np.ndarray]) -> tuple[float, float]:

@@ -40,6 +40,32 @@ def files(tmp_path):
     return tmp_path
 
 
+def test_a_map_of_blocks_is_profiled_shown_compared_merged_planned_and_converted(ask):
+    units = ["--exclude", "heads.*", "--units", r"blocks\.\d"]
+    answer = ask(f"{PROFILE} --out map.json", *units)
+    assert {layer["name"]: layer.get("members") for layer in answer["layers"]} == {
+        "stem": None,
+        "blocks.0": ["blocks.0.0", "blocks.0.1"],
+        "blocks.1": ["blocks.1.0", "blocks.1.1"],
+    }
+    cmap = recon.ConflictMap.load("map.json")
+    assert cmap.made_by["units"] == [r"blocks\.\d"] and cmap.made_by["exclude"] == ["heads.*"]
+    ask(f"{PROFILE} --seed 1 --out other.json", *units)
+    shown = ask("map show map.json")
+    assert [layer.get("members") for layer in shown["layers"]] == [layer.get("members") for layer in answer["layers"]]
+    compared = ask("map compare map.json other.json")
+    assert len(compared["layers"]) == 3 and compared["regrouped"] == []
+    ask("map merge map.json other.json --out both.json")
+    assert recon.ConflictMap.load("both.json").layers[1].members == cmap.layers[1].members
+    plan = ask("plan tiny.py:blocks --map map.json --top-k 3")
+    names = ["stem", "blocks.0.0", "blocks.0.1", "blocks.1.0", "blocks.1.1"]
+    assert [layer["name"] for layer in plan["layers"]] == names and plan["covered"] == 1
+    last = ask("convert tiny.py:blocks --map map.json --top-k 1 --select last --out branched")
+    assert last["branched_layers"] == names[3:]
+    frontier = ask("plan tiny.py:blocks --map map.json --max-macs 2 --frontier")["frontier"]
+    assert [len(point["layers"]) for point in frontier if point["selector"] == "top_k=3"] == [5]
+
+
 def test_a_finished_map_of_other_layers_is_not_taken_for_the_answer(command):
     for options, message in (
         (["--layers", "stem", r"blocks\..*"], ""),

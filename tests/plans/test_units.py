@@ -63,6 +63,12 @@ def test_a_unit_of_which_the_model_lacks_a_part_is_missing():
         match(units_map(plain=()), net(("stem",)))
 
 
+def test_a_unit_is_found_under_another_prefix():
+    found = match(units_map(), net([f"net.{name}" for name in NAMES]), rename={"": "net"})
+    assert found.units == {f"net.{unit}": tuple(f"net.{m}" for m in members) for unit, members in UNITS.items()}
+    assert found.changed == ()
+
+
 def test_the_hint_for_a_unit_speaks_of_its_members():
     found = match(units_map(), net(["stem", *(f"net.{name}" for name in NAMES[1:])]))
     assert found.missing == ("layer1.0", "layer2.0")
@@ -214,3 +220,18 @@ def test_a_profiled_unit_is_branched_and_verified(name, units):
     recon.verify(model, branched, x)  # raises if a task's output is not that of the original with its copies
     copies = {name.partition(".branches.")[0] for name, _ in branched.named_parameters() if ".branches." in name}
     assert copies == set(unit.members)
+
+
+def test_comparing_maps_names_the_units_that_join_other_layers():
+    other = units_map({**UNITS, "layer2.0": ("layer2.0.conv2",)}, seed=1)
+    assert units_map().compare(other).regrouped == ("layer2.0",)
+    assert units_map().compare(units_map(seed=1)).regrouped == ()
+    under = units_map(
+        {f"net.{unit}": tuple(f"net.{m}" for m in of) for unit, of in UNITS.items()}, ("net.stem",), seed=1
+    )
+    assert units_map().compare(under, rename={"net": ""}).regrouped == ()
+
+
+def test_units_survive_the_file(tmp_path):
+    units_map().save(tmp_path / "map.json")
+    assert match(recon.ConflictMap.load(tmp_path / "map.json"), net(NAMES)).units == UNITS
