@@ -26,6 +26,9 @@ import recon
 from recon.methods.gradients.jacobian import task_jacobian
 from recon.methods.gradients.reach import find_reach
 from recon.problems import get
+from recon.profiling.floor import floor_steps
+from recon.support.network.state import state_kept
+from recon.support.random_states import global_states_kept, scatter_global_states
 from recon.support.timing import step_seconds
 
 Step = Callable[[], None]
@@ -83,6 +86,21 @@ class Case:
 
         return step
 
+    def floored(self, every: int, **options: Any) -> Step:
+        """So many profiled steps, the first of them with a noise floor, taken as `recon.profile` does."""
+        profiler = recon.Profiler(self.model, **options)
+
+        def steps() -> None:
+            with state_kept(self.model), global_states_kept():
+                scatter_global_states()
+                profiler.floor_of_next_step(self.losses())
+            for _ in range(every):
+                self.optimizer.zero_grad()
+                profiler.backward(self.losses())
+                self.optimizer.step()
+
+        return steps
+
 
 def resnet_case(tasks: int, device: str) -> Case:
     """ResNet-18 on a batch of 64 noise images."""
@@ -125,8 +143,9 @@ def repeated(step: Step, times: int) -> Step:
 
 
 def print_steps(device: str, rounds: int) -> None:
-    """The profiled step against the plain one."""
-    columns = ("tasks", "plain ms", "profiled ms", "ratio", "T backwards", "bound", "sketched", "every 4")
+    """The profiled step against the plain one; and what the noise floor adds to a profile."""
+    floor = floor_steps("auto") or 1
+    columns = ("tasks", "plain ms", "profiled ms", "ratio", "T backwards", "bound", "sketched", "every 4", "with floor")
     print(f"{'step':<20}" + "".join(f"{column:>13}" for column in columns))
     for name, case, repeats in (
         ("digits, batch 128", digits_case(device), 20 * rounds),  # short steps: their times scatter more
@@ -139,6 +158,8 @@ def print_steps(device: str, rounds: int) -> None:
             "profiled": case.profiled(),
             "sketched": case.profiled(memory="sketch"),
             "every 4": repeated(case.profiled(every=4), 4),
+            f"{floor} profiled": repeated(case.profiled(), floor),
+            f"{floor} floored": case.floored(floor),
         }
         seconds = step_seconds(steps, repeats)
         tasks, plain = len(case.targets), seconds["plain"]
@@ -149,6 +170,7 @@ def print_steps(device: str, rounds: int) -> None:
             (1 + 2 * tasks) / 3,
             seconds["sketched"] / plain,
             seconds["every 4"] / plain / 4,
+            seconds[f"{floor} floored"] / seconds[f"{floor} profiled"],  # to a profile without it
         )
         cells = (str(tasks), *times, *(f"{ratio:.2f}" for ratio in ratios))
         print(f"{name:<20}" + "".join(f"{cell:>13}" for cell in cells))

@@ -21,8 +21,17 @@ from recon.methods.gradients.passes import differentiate
 from recon.methods.gradients.reach import Reach
 from recon.methods.gradients.sparse import add, average_gradients, entries
 from recon.methods.updates.scaled_losses import LossScaleLike
-from recon.methods.updates.step import backward
+from recon.methods.updates.step import backward, check_losses
 from recon.profiling.counted_map import counted_map
+from recon.profiling.floor import (
+    Comparison,
+    FloorEvery,
+    FloorPairs,
+    SketchedGradients,
+    WholeGradients,
+    floor_steps,
+    second_gradients,
+)
 from recon.profiling.sketch import GradientSketch, sketch_gramians
 from recon.profiling.stability import StableRanking
 from recon.profiling.tally import Tally
@@ -63,6 +72,8 @@ class Profiler:
         units: expressions that join layers into one, whose gradients are compared as a whole: `layer\d+\.\d+` each
             block, `lora_[AB]` the two matrices of each adapter (`recon.support.network.layer_choice.join_names`). The
             trainable layers that the other two leave are joined.
+        floor: when `wants_floor` asks for a noise floor: in the first and then each n-th profiled step, n from 2 on, or
+            in each 10th (`auto`).
 
     Raises:
         UsageError: the threshold is off the grid, `every` is below 1, `until_stable` no share, `top_k` above the number
@@ -84,6 +95,7 @@ class Profiler:
         layers: Patterns | None = None,
         exclude: Patterns | None = None,
         units: Patterns | None = None,
+        floor: FloorEvery = None,
     ) -> None:
         threshold_bin(threshold)
         model = as_module(model)
@@ -98,6 +110,7 @@ class Profiler:
         choice = {"layers": layers, "exclude": exclude, "units": units}
         self.layers = choose_layers(model, **choice)
         self.choice = {name: _plain(given) for name, given in choice.items() if given is not None}
+        self.floor_every = floor_steps(floor)
         if top_k is not None and top_k > len(self.layers):
             whose = "choice of layers" if self.choice else "model"
             raise UsageError(f"top_k is {top_k}, but the {whose} has {len(self.layers)} layers. Choose fewer.")
@@ -115,6 +128,8 @@ class Profiler:
         self._shared: set[int] = set()
         self._sketch: tuple[list[int], GradientSketch] | None = None
         self._stable = None if until_stable is None else StableRanking(until_stable, top_k)
+        self._floor = FloorPairs(self.parameters, self._count_floor)
+        self._next_floor = 0
 
     @property
     def device(self) -> torch.device:
@@ -142,10 +157,50 @@ class Profiler:
         """
         backward(losses, self.model, profiler=self, loss_scale=loss_scale)
 
+    def floor(self, losses: Mapping[str, Tensor]) -> None:
+        """Compare the step's gradients with those of a second batch at the same weights: each task with itself too.
+
+        How often a task conflicts with itself is its noise floor, which the map carries: `ConflictMap.floor`, and
+        rankings `by="excess"`. Call it every few steps, once in a step: before `backward` of the same step, or after it
+        and before `optimizer.step()`. With a method that changes the gradients it is given, only before.
+
+            if step % 8 == 0:
+                profiler.floor(losses_of(second_batch))
+            profiler.backward(losses_of(batch)); optimizer.step()
+
+        `.grad` stays as it is, and the second batch's graph is freed. The forward is yours: it moves running statistics
+        and draws random numbers, as a forward in training mode does. In a step that is not profiled (`every`), nothing
+        is done.
+
+        Args:
+            losses: `{task name: scalar loss}` of the second batch; tasks that are not in both batches are left out.
+
+        Raises:
+            UsageError: no task is in both batches, the step has a floor already, or its losses are no scalars; when the
+                next step begins, if the step that it was called for never came.
+            GradientError: a task's loss depends on no trainable parameter.
+        """
+        self._take_floor(losses)
+
+    def wants_floor(self) -> bool:
+        """Whether a floor is due in the step to come; `recon.train` asks before each."""
+        profiled = self._calls % self.every == 0
+        return self.floor_every is not None and profiled and self.steps >= self._next_floor
+
+    def floor_of_next_step(self, losses: Mapping[str, Tensor]) -> None:
+        """`floor`, where the step is known to be the one to come."""
+        self._take_floor(losses, before=True)
+
+    def _take_floor(self, losses: Mapping[str, Tensor], *, before: bool = False) -> None:
+        check_losses(losses)
+        self._floor.take(lambda: second_gradients(losses, self, self.layers, self._layer_of), before=before)
+
     def begin_step(self) -> bool:
         """Whether the step that begins is one to profile."""
+        recorded = self._calls % self.every == 0
+        self._floor.begin_step(recorded)
         self._calls += 1
-        return (self._calls - 1) % self.every == 0
+        return recorded
 
     @torch.no_grad()
     def observe(self, jacobian: TaskJacobian) -> None:
@@ -156,6 +211,7 @@ class Profiler:
         """
         layers, gramians = layer_gramians(jacobian, self._layer_of)
         self._count(layers, jacobian.tasks, gramians, [g for own in jacobian.own.values() for g in own.values()])
+        self._floor.observe(WholeGradients.of_step(jacobian, layers, self._layer_of))
 
     def observe_sketched(
         self, losses: Mapping[str, Tensor], reach: Reach, weights: Mapping[str, Tensor] | None
@@ -193,6 +249,7 @@ class Profiler:
             total.update(average_gradients(mine, beside=[sketches]))
         others = [gradient for leaf, gradient in total.items() if leaf not in sketch]
         self._count(layers, reach.tasks, sketch_gramians(sketches), others)
+        self._floor.observe(SketchedGradients(reach.tasks, layers, sketches))
         return total
 
     def is_stable(self, planned: int | None = None) -> bool:
@@ -228,6 +285,12 @@ class Profiler:
         self._tasks += [task for task in tasks if task not in self._tasks]
         self._tally.add(layers, [self._tasks.index(task) for task in tasks], gramians.to(self.device))
 
+    def _count_floor(self, found: Comparison) -> None:
+        assert self._tally is not None
+        numbers = [self._tasks.index(task) for task in found.tasks]
+        self._next_floor = self.steps - 1 + (self.floor_every or 0)
+        self._tally.add_floor(found.layers, numbers, found.products, found.norms, found.second_norms)
+
     def state_dict(self) -> dict[str, Any]:
         """What was recorded, for `load_state_dict` of a profiler of the same model and settings."""
         return {
@@ -236,6 +299,8 @@ class Profiler:
             "threshold": self.threshold,
             "every": self.every,
             "memory": self.memory,
+            "floor_every": self.floor_every,
+            "next_floor": self._next_floor,
             "calls": self._calls,
             "tasks": list(self._tasks),
             "shared": sorted(self._shared),
@@ -251,6 +316,7 @@ class Profiler:
         """
         mine: dict[str, Any] = {"threshold": self.threshold, "every": self.every, "memory": self.memory}
         mine |= {"layers": [layer.name for layer in self.layers], "units": self._units}
+        mine["floor_every"] = self.floor_every
         for name, value in mine.items():
             if name not in state:
                 raise CheckpointError(f"This is not the saved state of a profiler: it has no {name}.")
@@ -259,7 +325,7 @@ class Profiler:
                     f"The saved profile has other {name}: {state[name]}, not {value}. Use the settings of "
                     "the interrupted run, or start over."
                 )
-        self._calls = state["calls"]
+        self._calls, self._next_floor = state["calls"], state["next_floor"]
         self._tasks = list(state["tasks"])
         self._shared = set(state["shared"])
         if self._stable is not None and state["stable"] is not None:

@@ -46,6 +46,16 @@ def global_states_kept() -> Iterator[None]:
         set_global_states(states)
 
 
+def scatter_global_states() -> None:
+    """Take the global generators to where they will not come by themselves; repeatable from the same states."""
+    seed = int(torch.randint(1 << 31, ()))
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.default_generator.manual_seed(seed)
+    if torch.cuda.is_initialized():  # else it would be started
+        torch.cuda.manual_seed_all(seed)
+
+
 def generator_states(loader: object) -> dict[str, Any]:
     """The states of the generators in a loader, its samplers and its data sets, by their path."""
     return {path: _state(generator) for path, generator in _generators(loader).items()}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sized
+from itertools import count
 from typing import Any
 
 import torch
@@ -55,6 +56,7 @@ class BatchStream:
             self._random = self._random_before = self._epoch_random = global_states()
             self._generators = {} if self._has_state else generator_states(self.loader)
             self._mark = self._next_mark = 0
+            self._ahead: dict[int, dict[str, Any]] = {}  # where a batch that was drawn ahead came from
 
     def rest(self, epoch: int) -> Iterator[Batch]:
         """The batches of the epoch that are not done yet; those that are done are drawn again right away.
@@ -66,11 +68,11 @@ class BatchStream:
         return self._batches(self._iterator(epoch), epoch)
 
     def end_step(self) -> None:
-        """The last batch is done."""
-        self.drawn += 1
+        """The last batch is done; one that was drawn ahead of it is not, and no place until it is."""
+        number, self.drawn = self.drawn, self.drawn + 1
         if self.remembers:
             self._mark = self._next_mark
-            self._random_before, self._random = self._random, global_states()
+            self._random_before, self._random = self._ahead.pop(number, self._random), global_states()
 
     def state_dict(self) -> dict[str, Any]:
         """The place, as tensors and plain values."""
@@ -96,9 +98,11 @@ class BatchStream:
         set_global_states(self._random)
 
     def _batches(self, iterator: Iterator[Batch], epoch: int) -> Iterator[Batch]:
-        while True:
+        for number in count(self.drawn):
+            if self.remembers and number > self.drawn:
+                self._ahead[number] = global_states()
             self.settled = not self._has_state
-            batch = _next(iterator, self.drawn, epoch)
+            batch = _next(iterator, number, epoch)
             self.settled = True
             if batch is _END:
                 return

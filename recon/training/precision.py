@@ -56,6 +56,10 @@ class Precision:
             return backward(losses, model, method, profiler=profiler)
         return self.scale.backward(losses, model, method, profiler)
 
+    def scaled(self, losses: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The losses times what keeps their gradients from vanishing, for gradients of which only cosines are read."""
+        return {task: loss if self.scale is None else loss * self.scale.value for task, loss in losses.items()}
+
     def gradients_finite(self, method: Method) -> bool:
         """Whether all gradients since the last call are finite; if not, the method forgets them."""
         return self.scale is None or self.scale.finish_step(method)

@@ -28,6 +28,7 @@ from recon.training.optimizers import SchedulerOrMaker, add_parameters, as_one, 
 from recon.training.precision import Amp, Precision
 from recon.training.recorder import Recorder
 from recon.training.run import TrainingRun
+from recon.training.second_batch import LookAhead, take_floor
 from recon.training.stepper import Stepper
 
 _BAR_SECONDS = 2.0  # between two looks at the losses: each waits for the device
@@ -148,11 +149,15 @@ def train(
             if run.ends_at(epochs):
                 return run.history
             model.train()
-            batches = _with_bar(run, epochs, progress)
+            batches = LookAhead(_with_bar(run, epochs, progress))
             for batch in batches:
                 with checkpoints.step():
+                    take_floor(run, losses, batch, batches)
                     stepper.take(chain([batch], islice(batches, accumulate - 1)))
                     run.stopped = stop is not None and stop()
+                    if batches.ahead and not run.stopped:  # the loader is past it: nothing is saved before it is done
+                        stepper.take(islice(batches, 1))
+                        run.stopped = stop is not None and stop()
                 if run.stopped:
                     break
                 checkpoints.save_if_due()

@@ -190,7 +190,7 @@ class Training:
         self.path = path
         self.loader, self.method = LOADERS[loader], method
         self.optimizer, self.scheduler = OPTIMIZERS[optimizer], SCHEDULERS[scheduler]
-        self.options = {"epochs": 3, **options}
+        self.options = {"epochs": 3, "floor": None, **options}
 
     def run(self, losses=LOSSES, chance=0, **options):
         """Train; gives the map, and the weights."""

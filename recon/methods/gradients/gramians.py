@@ -51,18 +51,23 @@ def layer_gramians(jacobian: TaskJacobian, layer_of: Mapping[Tensor, int]) -> tu
 
 def _nothing(jacobian: TaskJacobian) -> Tensor:
     tasks, matrix = len(jacobian.tasks), jacobian.matrix
-    return torch.zeros(0, tasks, tasks, dtype=_wide(matrix), device=matrix.device)
+    return torch.zeros(0, tasks, tasks, dtype=wide(matrix), device=matrix.device)
 
 
 def _shared_gramians(jacobian: TaskJacobian, layer_of: Mapping[Tensor, int]) -> dict[int, Tensor]:
     """By layer, of the shared parameters."""
     matrix = jacobian.matrix
-    room = max(1, (_IN_CACHE if matrix.device.type == "cpu" else _ON_DEVICE) // max(1, len(matrix)))
+    room = block_columns(matrix.device, len(matrix))
     found: dict[int, Tensor] = {}
     for layers in _batches(_columns(jacobian, layer_of), room):
         for columns, part in zip(layers, _gramians(matrix, layers, room), strict=True):
             found[columns.layer] = found[columns.layer] + part if columns.layer in found else part
     return found
+
+
+def block_columns(device: torch.device, rows: int) -> int:
+    """How many columns of so many rows are multiplied at a time."""
+    return max(1, (_IN_CACHE if device.type == "cpu" else _ON_DEVICE) // max(1, rows))
 
 
 def _columns(jacobian: TaskJacobian, layer_of: Mapping[Tensor, int]) -> Iterator[_Columns]:
@@ -91,18 +96,19 @@ def _gramians(matrix: Tensor, layers: list[_Columns], room: int) -> list[Tensor]
     first, last = layers[0].start, layers[-1].stop
     rows = matrix[:, first:last]
     if last - first > room:
-        return [torch.stack([_self_product(piece.to(_wide(piece))) for piece in rows.split(room, dim=1)]).sum(dim=0)]
-    block = rows.to(_wide(rows))
-    return [_self_product(block[:, start - first : stop - first]) for _, start, stop in layers]
+        return [torch.stack([self_product(piece.to(wide(piece))) for piece in rows.split(room, dim=1)]).sum(dim=0)]
+    block = rows.to(wide(rows))
+    return [self_product(block[:, start - first : stop - first]) for _, start, stop in layers]
 
 
-def _self_product(block: Tensor) -> Tensor:
+def self_product(block: Tensor) -> Tensor:
     """`block @ block.T`, (T, T)."""
     with torch.autocast(block.device.type, enabled=False):
         return block @ block.mT
 
 
-def _wide(tensor: Tensor) -> torch.dtype:
+def wide(tensor: Tensor) -> torch.dtype:
+    """What its products are summed in."""
     return torch.float32 if tensor.device.type == "mps" else torch.float64
 
 
@@ -120,7 +126,7 @@ def _add_own(found: dict[int, Tensor], jacobian: TaskJacobian, layer_of: Mapping
                 continue
             if layer not in found:
                 size = (len(jacobian.tasks),) * 2
-                found[layer] = torch.zeros(size, dtype=_wide(gradient), device=jacobian.matrix.device)
+                found[layer] = torch.zeros(size, dtype=wide(gradient), device=jacobian.matrix.device)
             row = entries(gradient)
-            square = row.to(_wide(row)).square().sum()
+            square = row.to(wide(row)).square().sum()
             found[layer][number, number] += square.to(found[layer].device)

@@ -49,6 +49,12 @@ class StepObserver(Protocol):
     ) -> dict[Tensor, Tensor]:
         """Differentiate the losses, record them, and return the weighted sum of their gradients."""
 
+    def wants_floor(self) -> bool:
+        """Whether the step to come is one for a noise floor."""
+
+    def floor_of_next_step(self, losses: Mapping[str, Tensor]) -> None:
+        """Compare the gradients of these losses, of another batch, with those of the step to come."""
+
     def state_dict(self) -> dict[str, Any]:
         """What was recorded."""
 

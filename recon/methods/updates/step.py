@@ -75,7 +75,7 @@ def backward(
             `recon.methods.Method`, the name of one that may keep something from step to step, or a method that works
             from task gradients while the profiler keeps none.
     """
-    _check_losses(losses)
+    check_losses(losses)
     parts, model = model, as_module(model)
     if isinstance(method, str):
         # Of several modules, the one around them is another in every step.
@@ -156,7 +156,8 @@ def _all_tasks(losses: Mapping[str, Tensor]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(task for tasks in gather(tuple(losses)) for task in tasks))
 
 
-def _check_losses(losses: Mapping[str, Tensor]) -> None:
+def check_losses(losses: Mapping[str, Tensor]) -> None:
+    """Refuse what is not `{task name: scalar loss}`, and a loss without a gradient."""
     if not isinstance(losses, Mapping):
         raise UsageError(f"losses is a {type(losses).__name__}. Pass a dict: {{task name: scalar loss}}.")
     if not losses and world_size() == 1:

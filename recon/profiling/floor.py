@@ -1,0 +1,254 @@
+"""The noise floor of a profile: how the gradients of two batches at the same weights agree.
+
+Two batches of one task give two gradients that differ by noise alone. How often they conflict is the task's floor: a
+conflict between two tasks is evidence only where it is more frequent than that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from recon.errors import UsageError
+from recon.methods.gradients.cross_gramians import cross_gramians
+from recon.methods.gradients.jacobian import TaskJacobian, Workspace, task_jacobian
+from recon.methods.gradients.observer import StepObserver
+from recon.methods.gradients.passes import differentiate
+from recon.methods.gradients.reach import find_reach
+from recon.profiling.sketch import GradientSketch, sketch_gramians
+from recon.support.network.layers import Layer
+from recon.support.processes import average_
+
+FloorEvery = int | Literal["auto"] | None
+"""In which of the profiled steps a noise floor is taken."""
+
+_AUTO = 10  # a floor costs about as much as a step: this makes a profile at most 15 % dearer
+
+
+def floor_steps(floor: FloorEvery) -> int | None:
+    """Profiled steps from one floor to the next; None for no floor.
+
+    Raises:
+        UsageError: it is neither `auto`, nor None, nor a whole number from 2 on.
+    """
+    if floor is None or floor == "auto":
+        return None if floor is None else _AUTO
+    if isinstance(floor, int) and floor >= 2:
+        return floor
+    raise UsageError(
+        f"floor is {floor!r}. Give 'auto', None, or a whole number n of at least 2 for each n-th profiled step: the "
+        "second batch of a floor is the next one, whose own step takes none."
+    )
+
+
+class Comparison(NamedTuple):
+    """Two batches, in L layers, for the T tasks of the step."""
+
+    layers: list[int]
+    tasks: tuple[str, ...]
+    products: Tensor  # (L, T, T): g_i of the step times g_j of the second batch
+    norms: Tensor  # (L, T), of the step
+    second_norms: Tensor  # (L, T); zero for a task that the second batch lacks
+
+
+class Gradients(Protocol):
+    """One batch's task gradients, whole or sketched."""
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """The tasks, in the order of the rows."""
+
+    def with_second(self, second: Gradients) -> tuple[list[int], Tensor]:
+        """The L shared layers that can be compared, and the Gramians of both batches there, (L, T + T', T + T')."""
+
+    def unchanged(self) -> bool:
+        """Whether nobody has written into them since."""
+
+
+@dataclass
+class WholeGradients:
+    """The gradients themselves."""
+
+    jacobian: TaskJacobian
+    layers: list[int]  # the shared ones
+    layer_of: Mapping[Tensor, int]
+
+    @classmethod
+    def of_step(cls, jacobian: TaskJacobian, layers: list[int], layer_of: Mapping[Tensor, int]) -> WholeGradients:
+        """Those in the shared layers alone: the others need not be kept."""
+        shared = set(layers)
+        own = {
+            task: {leaf: gradient for leaf, gradient in gradients.items() if layer_of.get(leaf) in shared}
+            for task, gradients in jacobian.own.items()
+        }
+        return cls(replace(jacobian, own=own), layers, layer_of)
+
+    def __post_init__(self) -> None:
+        self._versions = [tensor._version for tensor in self._tensors()]
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """See `Gradients`."""
+        return self.jacobian.tasks
+
+    def with_second(self, second: Gradients) -> tuple[list[int], Tensor]:
+        """See `Gradients`."""
+        assert isinstance(second, WholeGradients)
+        return self.layers, cross_gramians(self.jacobian, second.jacobian, self.layers, self.layer_of)
+
+    def unchanged(self) -> bool:
+        """See `Gradients`."""
+        return self._versions == [tensor._version for tensor in self._tensors()]
+
+    def _tensors(self) -> list[Tensor]:
+        return [self.jacobian.matrix, *(g for own in self.jacobian.own.values() for g in own.values())]
+
+
+@dataclass
+class SketchedGradients:
+    """Sketches (T, L, m) of the gradients in L layers."""
+
+    tasks: tuple[str, ...]
+    layers: list[int]
+    sketches: Tensor
+
+    def with_second(self, second: Gradients) -> tuple[list[int], Tensor]:
+        """See `Gradients`."""
+        assert isinstance(second, SketchedGradients)
+        common = [layer for layer in self.layers if layer in second.layers]
+        parts = [part.sketches[:, [part.layers.index(layer) for layer in common]] for part in (self, second)]
+        return common, sketch_gramians(torch.cat(parts))
+
+    def unchanged(self) -> bool:
+        """See `Gradients`."""
+        return True
+
+
+def compare(first: Gradients, second: Gradients) -> Comparison:
+    """The step's gradients with those of a second batch.
+
+    Raises:
+        UsageError: no task is in both.
+    """
+    if not set(first.tasks) & set(second.tasks):
+        raise UsageError(
+            f"The floor's batch has the tasks {', '.join(second.tasks) or '-'}; the step has "
+            f"{', '.join(first.tasks) or '-'}. Give profiler.floor a second batch of the step's tasks."
+        )
+    layers, both = first.with_second(second)
+    count = len(first.tasks)
+    norms = both.diagonal(dim1=1, dim2=2).sqrt()
+    products = both.new_zeros(len(layers), count, count)
+    second_norms = both.new_zeros(len(layers), count)
+    for row, task in enumerate(second.tasks, start=count):
+        if task in first.tasks:
+            column = first.tasks.index(task)
+            products[:, :, column] = both[:, :count, row]
+            second_norms[:, column] = norms[:, row]
+    return Comparison(layers, first.tasks, products, norms[:, :count], second_norms)
+
+
+def second_gradients(
+    losses: Mapping[str, Tensor], observer: StepObserver, layers: Sequence[Layer], layer_of: Mapping[Tensor, int]
+) -> Gradients:
+    """The gradients of a second batch, in the observer's kind of memory; `.grad` stays as it is, the graph is freed."""
+    with torch.autocast(observer.device.type, enabled=False):
+        if observer.memory == "sketch":
+            return _sketched(losses, observer, layers, layer_of)
+        jacobian = task_jacobian(losses, observer.parameters, Workspace(), observer.buffers)
+        return WholeGradients(jacobian, [], layer_of)
+
+
+def _sketched(
+    losses: Mapping[str, Tensor], observer: StepObserver, layers: Sequence[Layer], layer_of: Mapping[Tensor, int]
+) -> Gradients:
+    reach = find_reach(losses, observer.parameters)
+    # Every layer that a task reaches: which of them the step shares may not be known yet.
+    reached = sorted({layer_of[p] for found in reach.parameters.values() for p in found if p in layer_of})
+    sketch = GradientSketch([list(layers[i].parameters.values()) for i in reached])
+    sketches = sketch.zeros(len(reach.tasks), observer.device)
+
+    def receive(number: int, leaves: list[Tensor], gradients: list[Tensor]) -> None:
+        for leaf, gradient in zip(leaves, gradients, strict=True):
+            if leaf in sketch:
+                sketch.fold(leaf, gradient, sketches[number])
+
+    differentiate(losses, reach, observer.buffers, receive)
+    average_([sketches])
+    return SketchedGradients(reach.tasks, reached, sketches)
+
+
+class FloorPairs:
+    """Brings the gradients of second batches together with those of the steps at the same weights.
+
+    A second batch may come before its step or after it. Which of the two it is shows in the weights: a step whose
+    weights are still there, and that has no floor yet, is the one that is meant; otherwise it is the step to come.
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter], found: Callable[[Comparison], None]) -> None:
+        self._parameters = parameters
+        self._found = found
+        self._weights: list[int] = []  # of the step, or of the floor that waits for its step
+        self._first: Gradients | None = None
+        self._waiting: Gradients | None = None
+        self._open = False  # whether the last step can still get a floor
+
+    def begin_step(self, recorded: bool) -> None:
+        """A step begins, to be recorded or not: the floor of one that is not is dropped.
+
+        Raises:
+            UsageError: a floor was waiting that was taken at other weights.
+        """
+        waiting, taken_at, self._first = self._waiting, self._weights, None
+        self._weights, self._open = self._versions(), True
+        if not recorded:
+            self._waiting = None
+        if waiting is not None and _moved(taken_at, self._weights):
+            self._waiting = None
+            raise UsageError(_STALE)
+
+    def observe(self, first: Gradients) -> None:
+        """The step's gradients; compared at once if its second batch has been there."""
+        if self._waiting is None:
+            self._first = first
+            return
+        second, self._waiting, self._open = self._waiting, None, False
+        self._found(compare(first, second))
+
+    def take(self, gradients: Callable[[], Gradients], *, before: bool = False) -> None:
+        """A second batch, whose gradients are made if they are of use; `before` says that its step is yet to come.
+
+        Raises:
+            UsageError: no task is in both batches, or the step to come has a floor already.
+        """
+        now, first = self._versions(), self._first
+        after = not before and self._open and not _moved(self._weights, now)
+        if after and first is None:
+            return  # that step is not recorded
+        if after and first is not None and first.unchanged():
+            self._first, self._open = None, False
+            self._found(compare(first, gradients()))
+            return
+        if self._waiting is not None:
+            raise UsageError(f"This step has a floor already. {_WHERE}")
+        self._waiting, self._weights = gradients(), now
+        self._first, self._open = None, False
+
+    def _versions(self) -> list[int]:
+        return [parameter._version for parameter in self._parameters]
+
+
+def _moved(before: Sequence[int], after: Sequence[int]) -> bool:
+    """Whether an optimizer has stepped: it changes most parameters, a forward at most a few (`max_norm`)."""
+    return 2 * sum(a != b for a, b in zip(before, after, strict=True)) > len(after)
+
+
+_WHERE = (
+    "Call profiler.floor(losses_of_a_second_batch) once a step: before profiler.backward(losses), or after it and "
+    "before optimizer.step(); only before it with a method that changes the gradients it gets."
+)
+_STALE = f"The weights have changed since profiler.floor was called, and the step it belongs to never came. {_WHERE}"
