@@ -14,7 +14,16 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from recon.branching.fans.statement import where_raised
-from recon.errors import GradientError, LoaderError, ProblemError, ReconError, UsageError, reason_of, shortened
+from recon.errors import (
+    GradientError,
+    LoaderError,
+    ProblemError,
+    ReconError,
+    UsageError,
+    reason_of,
+    shortened,
+    type_name,
+)
 from recon.methods.gradients.reach import compiled_as_one, find_reach
 from recon.problems.problem import Loss
 from recon.support.network.forward import Batch, call, check_outputs, fresh, model_device, to_device, unpack
@@ -120,9 +129,11 @@ def refuse_unprofilable(model: nn.Module, loader: Iterable[Batch], losses: Mappi
 def telling_batches(loader: Iterable[Batch], tasks: Collection[str]) -> list[Batch]:
     """The loader's first batch, if all tasks meet in it, or else its first 20; none of an iterator."""
     first = first_batches(loader, 1) or []
-    if not first or len(_tasks_of(first[0]).intersection(tasks)) == len(tasks):
-        return first
-    return first_batches(loader, LOOKED_AT) or []
+    try:
+        enough = not first or tasks_of(first[0]).issuperset(tasks)
+    except ProblemError:  # to be told of when it is inspected
+        enough = True
+    return first if enough else first_batches(loader, LOOKED_AT) or []
 
 
 def inspect_batches(model: nn.Module, batches: Sequence[Batch], losses: Mapping[str, Loss]) -> Preflight:
@@ -139,7 +150,7 @@ def inspect_batches(model: nn.Module, batches: Sequence[Batch], losses: Mapping[
     try:
         refuse_untrainable(model)
         found.layers = find_layers(unwrapped(model))
-        parts = [part for batch in batches for part in _parts(batch)]
+        parts = [part for batch in batches for part in runs_of(batch)]
     except ReconError as error:
         found.problems.append(error)
         return found
@@ -165,23 +176,29 @@ def nothing_changed(model: nn.Module, losses: Mapping[str, Loss]) -> ExitStack:
     return block
 
 
-def _parts(batch: Any) -> list[Batch]:
-    """What runs through the model at once: the batch, or each task's own."""
-    if isinstance(batch, Mapping):
-        return [(inputs, {task: target}) for task, (inputs, target) in batch.items()]
-    return [unpack(batch)]
+def runs_of(batch: Any) -> list[Batch]:
+    """What of a batch runs through the model at once: all of it, or each task's own inputs."""
+    if not isinstance(batch, Mapping):
+        return [unpack(batch)]
+    for task, own in batch.items():
+        if not isinstance(own, (tuple, list)) or len(own) != 2:
+            raise ProblemError(
+                f"A batch of single tasks must be {{task name: (inputs, target)}}, but has {type_name(own)} for "
+                f"{task!r}. A batch of all tasks is a tuple, (inputs, {{task name: target}})."
+            )
+    return [(inputs, {task: target}) for task, (inputs, target) in batch.items()]
 
 
-def _tasks_of(batch: Batch) -> set[str]:
+def tasks_of(batch: Batch) -> set[str]:
     """The tasks that have a target in a batch."""
-    return {task for _, targets in _parts(batch) for task, target in targets.items() if target is not None}
+    return {task for _, targets in runs_of(batch) for task, target in targets.items() if target is not None}
 
 
 def _meet(found: Preflight, batches: Sequence[Batch]) -> None:
     for batch in batches:
-        here = _tasks_of(batch)
+        here = tasks_of(batch)
         present = [task for task in found.tasks if task in here]
-        found.apart |= len(_parts(batch)) > 1
+        found.apart |= len(runs_of(batch)) > 1
         for task in present:
             found.seen[task] = found.seen.get(task, 0) + 1
         for pair in combinations(present, 2):

@@ -476,3 +476,21 @@ def test_wrong_usage_is_raised(arguments, message):
 def test_a_mode_that_does_not_exist(net):
     with pytest.raises(PlanError, match="fan"):
         recon.check(net, batch(), LOSSES, mode="fans")
+
+
+def test_batches_of_single_tasks(net):
+    x, targets = batch()
+    apart = {"a": (x, targets["a"]), "b": (x[:4] + 1, targets["b"][:4])}
+    report = recon.check(net, apart, LOSSES)
+    assert report.ok and report.shared == dict.fromkeys(("stem", "norm", "mix"), ("a", "b"))
+    assert report.branched and report.step_seconds and report.samples is None
+    assert "The running statistics of norm are shared, and see the tasks' batches one after the" in str(report)
+    torch.manual_seed(0)
+    later = recon.check(net, None, LOSSES, loader=[{"a": apart["a"]}, {"b": apart["b"]}, apart], timed=False)
+    assert later.ok and later.seen == {"a": 2, "b": 2} and later.batches == 3
+
+
+def test_a_batch_of_single_tasks_of_another_form(net):
+    x, targets = batch()
+    message = only(recon.check(net, {"a": (x, targets["a"]), "b": targets["b"]}, LOSSES).problems)
+    assert "must be {task name: (inputs, target)}, but has Tensor for 'b'" in message

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from recon.branching.plan import Mode, checked_mode
@@ -19,9 +19,17 @@ from recon.experiments.inputs import few_samples, make_loaders, make_model, samp
 from recon.experiments.optimizers import make_optimizer
 from recon.experiments.recipe import Recipe
 from recon.problems.problem import Loss, Problem
-from recon.profiling.preflight import Preflight, inspect_batches, message_of, nothing_changed, telling_batches
+from recon.profiling.preflight import (
+    Preflight,
+    inspect_batches,
+    message_of,
+    nothing_changed,
+    runs_of,
+    tasks_of,
+    telling_batches,
+)
 from recon.profiling.step_prices import memory_prices, step_prices
-from recon.support.network.forward import Batch, fresh, model_device, to_device, unpack
+from recon.support.network.forward import Batch, fresh, model_device, to_device
 from recon.support.network.layers import module_at, unwrapped
 from recon.training.optimizers import as_one, check_parameters, parts_of
 from recon.training.stepper import task_losses
@@ -121,12 +129,12 @@ class _Check:
             more["parameters"] = sum(layer.size for layer in found.layers)
             more["shared_parameters"] = sum(layer.size for layer in found.shared)
         if found.losses and found.shared:
-            batch = to_device(unpack(self._fullest(found)), model_device(self.model))
+            runs = to_device(self._fullest(found), model_device(self.model))
             with nothing_changed(self.model, self.losses):
-                more |= self._try_branching(found, batch)
-                more |= self._count_costs(batch)
+                more |= self._try_branching(found, runs[0][0])
+                more |= self._count_costs(runs[0][0])
                 if self.timed and not found.problems:
-                    more |= self._time_steps(found, batch)
+                    more |= self._time_steps(found, runs)
         return CheckReport(
             tasks=found.tasks,
             batches=found.batches,
@@ -146,9 +154,9 @@ class _Check:
             **more,
         )
 
-    def _fullest(self, found: Preflight) -> Batch:
-        """The first of the batches with targets of the most tasks."""
-        return max(self.batches, key=lambda batch: sum(unpack(batch)[1].get(task) is not None for task in found.tasks))
+    def _fullest(self, found: Preflight) -> list[Batch]:
+        """What runs of the first batch with targets of the most tasks."""
+        return runs_of(max(self.batches, key=lambda batch: len(tasks_of(batch).intersection(found.tasks))))
 
     def _look_at_optimizer(self, optimizer: Any) -> None:
         if optimizer is None:
@@ -192,10 +200,9 @@ class _Check:
                 "other. If these differ much, use a norm without running statistics."
             )
 
-    def _try_branching(self, found: Preflight, batch: Batch) -> dict[str, Any]:
-        inputs, _ = few_samples(batch[0])
+    def _try_branching(self, found: Preflight, inputs: Any) -> dict[str, Any]:
         names = [layer.name for layer in found.shared]
-        trial = try_branching(unwrapped(self.model), names, found.tasks, inputs, self.mode)
+        trial = try_branching(unwrapped(self.model), names, found.tasks, few_samples(inputs)[0], self.mode)
         if trial.refusal is None:
             return {"branched": trial.layers}
         reason = message_of(trial.refusal)
@@ -207,23 +214,26 @@ class _Check:
         self.problems.append(refusal)
         return {"branched": trial.layers, "refusal": refusal}
 
-    def _count_costs(self, batch: Batch) -> dict[str, Any]:
+    def _count_costs(self, inputs: Any) -> dict[str, Any]:
         try:
-            return {"macs": costs_per_sample(self.model, fresh(batch[0])).macs}
+            return {"macs": costs_per_sample(self.model, fresh(inputs)).macs}
         except Exception as error:
             if not self.problems:  # what stands in the way of branching is the same
                 self.problems.append(f"The forward fails in evaluation mode. {message_of(error)}")
             return {}
 
-    def _time_steps(self, found: Preflight, batch: Batch) -> dict[str, Any]:
-        inputs, targets = batch
-        samples = sample_count(inputs)
+    def _time_steps(self, found: Preflight, runs: Sequence[Batch]) -> dict[str, Any]:
+        def forward() -> dict[str, Tensor]:
+            found = (task_losses(self.model, fresh(inputs), targets, self.losses) for inputs, targets in runs)
+            return {task: loss for losses in found for task, loss in losses.items()}
+
+        samples = sample_count(runs[0][0]) if len(runs) == 1 else None
         if samples == 1:
             self.warnings.append(
                 "The batch has one sample. Gradients of single samples are mostly noise, and batch norm needs two."
             )
         try:
-            seconds = step_prices(self.model, lambda: task_losses(self.model, fresh(inputs), targets, self.losses))
+            seconds = step_prices(self.model, forward)
         except torch.OutOfMemoryError:
             self.warnings.append(
                 "A profiled step on this batch runs out of memory. Use smaller batches, or memory='sketch' (--memory "
