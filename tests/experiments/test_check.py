@@ -330,7 +330,33 @@ def test_a_wrapped_model(net):
 def test_a_layer_that_no_task_reaches(net):
     net.spare = nn.Linear(2, 2)
     report = recon.check(net, batch(), LOSSES, timed=False)
-    assert report.ok and report.unreached == ("spare",) and "reaches spare" in only(report.warnings)
+    assert (
+        report.ok
+        and report.unreached == ("spare",)
+        and "no gradient from any task here: spare." in only(report.warnings)
+    )
+
+
+def test_a_model_that_is_compiled_as_one(net):
+    compiled = torch.compile(net, backend="aot_eager")
+    report = recon.check(compiled, batch(), LOSSES)
+    assert "donated_buffer = False" in only(report.problems)
+    assert "compiled as one" in report.warnings[0] and "plain module inside" in report.warnings[1]
+    assert report.branched == ("stem", "norm", "mix")
+
+
+class Engine(Net):
+    """What DeepSpeed returns looks like this."""
+
+    def backward(self, loss): ...
+
+    def step(self): ...
+
+    def save_checkpoint(self, path): ...
+
+
+def test_an_engine_that_makes_its_own_gradients():
+    assert "engine with backward() and step()" in only(recon.check(Engine(), batch(), LOSSES).problems)
 
 
 class Closure(Net):

@@ -188,10 +188,8 @@ class _Check:
                 f"The model is wrapped in {type(self.model).__name__}. It can be profiled as it is, but recon.convert "
                 "needs the plain module inside; wrap what it returns."
             )
-        if found.losses and found.unreached:
-            self.warnings.append(
-                f"No task's loss reaches {shortened(found.unreached)}: these layers learn nothing from this batch."
-            )
+        if found.unreached and not self.problems:
+            self.warnings.append(f"These layers get no gradient from any task here: {shortened(found.unreached)}.")
         shared = {layer.name: module_at(plain, layer.name) for layer in found.shared if layer.kind != "Parameter"}
         normed = [name for name, module in shared.items() if any(b.is_floating_point() for b in module.buffers())]
         if found.apart and normed:
