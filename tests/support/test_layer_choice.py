@@ -168,6 +168,14 @@ def test_layers_without_a_common_path_are_named_by_their_beginnings():
     }
 
 
+def test_what_stays_alone_is_no_unit_and_said(resnet, caplog):
+    choose_layers(resnet, units=r"layer\d+\.\d+")
+    assert not caplog.records
+    units = {layer.name: layer.members for layer in choose_layers(resnet, units=r"conv\d") if layer.members}
+    assert units["layer1.0"] == ("layer1.0.conv1", "layer1.0.conv2") and len(units) == 8
+    assert "leaves alone what it matches elsewhere: conv1." in caplog.text
+
+
 @pytest.mark.parametrize(
     ("choice", "error", "message"),
     [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from itertools import takewhile
@@ -10,6 +11,8 @@ from torch import nn
 
 from recon.errors import UnknownNameError, UsageError, shortened
 from recon.support.network.layers import Layer, find_layers, unwrapped
+
+logger = logging.getLogger(__name__)
 
 Patterns = str | Sequence[str]
 """A regular expression, or several."""
@@ -102,7 +105,8 @@ def join_names(names: Sequence[str], units: Patterns, taken: Collection[str] = (
     `layer\d+\.\d+` joins the layers of every block, in `layer1.0` and so on. If no two names belong together so, the
     pattern names the pieces, and those with the same text before the match are joined: `lora_[AB]` joins
     `query.lora_A.default` and `query.lora_B.default`, in `query`. A group `(?P<unit>...)` names the unit by its text,
-    whatever else matches. A name that several patterns match belongs to the first; one that stays alone is no unit.
+    whatever else matches. A name that several patterns match belongs to the first; one that stays alone is no unit, and
+    logged (WARNING).
 
     Args:
         names: of the layers to join.
@@ -144,12 +148,25 @@ def _units(pattern: str, names: Sequence[str]) -> dict[str, list[str]]:
         ways = [_several(to_the_end), _several(parents)]
     for units in ways:
         if units:
+            _warn_of_lone(pattern, found, units)
             return {unit or _common(members): members for unit, members in units.items()}
     raise UsageError(
         f"units={pattern!r} joins nothing: of the layers that it matches ({shortened(found)}), no two belong to the "
         r"same unit. Match what they have in common, as 'layer\d+\.\d+' does, or the pieces of one module, as "
         "'lora_[AB]' does."
     )
+
+
+def _warn_of_lone(pattern: str, found: Iterable[str], units: Mapping[str, list[str]]) -> None:
+    joined = {name for members in units.values() for name in members}
+    lone = [name for name in found if name not in joined]
+    if lone:
+        logger.warning(
+            "units=%r joins layers in %s, and leaves alone what it matches elsewhere: %s.",
+            pattern,
+            shortened(units),
+            shortened(lone),
+        )
 
 
 def _several(unit_of: Mapping[str, str]) -> dict[str, list[str]]:
