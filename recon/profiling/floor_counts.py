@@ -38,7 +38,7 @@ class FloorCounts:
         edges = torch.tensor(self._edges, dtype=cosines.dtype, device=device).view(-1, 1, 1, 1)
         seen = ((scale > 0) & finite).unsqueeze(0)
         marks = torch.cat([seen, seen & (cosines < edges)]).transpose(0, 1).to(self._counts.dtype)
-        rows = torch.tensor(list(layers), device=device).view(-1, 1, 1, 1)
+        rows = torch.tensor(list(layers), dtype=torch.int64, device=device).view(-1, 1, 1, 1)
         kinds = torch.arange(marks.shape[1], device=device).view(1, -1, 1, 1)
         numbers = torch.tensor(list(tasks), device=device)
         first, second = torch.meshgrid(numbers, numbers, indexing="ij")

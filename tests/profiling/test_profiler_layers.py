@@ -200,6 +200,41 @@ def test_a_task_that_misses_a_part_of_a_unit_counts_as_zero_there():
     assert profiler.gramians["block"].tolist() == [[1, -3], [-3, 25]]
 
 
+@pytest.mark.parametrize("memory", ["exact", "sketch"])  # which is exact in layers as small as these
+def test_the_floor_of_a_unit_is_that_of_its_gradients_put_together(memory):
+    torch.manual_seed(0)
+    model = zoo.PlainConv().double().eval()
+    profiler = Profiler(model, units=BLOCKS, exclude=r"body\.3.*", memory=memory)
+    units, steps = {"body.0": ["body.0."], "body.1": ["body.1."]}, 12
+    names = [name for name, _ in model.named_parameters()]
+    expected = {unit: dict.fromkeys(zoo.TASKS, 0) for unit in units}
+    for _ in range(steps):
+        both = []
+        for _ in ("first", "second"):
+            out = model(zoo.image(2).double())
+            both.append({task: (out[task] * torch.randn(2, 2, dtype=torch.float64)).sum() for task in zoo.TASKS})
+        for task in zoo.TASKS:
+            gradients = [
+                dict(
+                    zip(
+                        names,
+                        torch.autograd.grad(losses[task], list(model.parameters()), None, True, allow_unused=True),
+                        strict=True,
+                    )
+                )
+                for losses in both
+            ]
+            for unit, (prefix,) in units.items():
+                one, two = (torch.cat([g[n].flatten() for n in names if n.startswith(prefix)]) for g in gradients)
+                expected[unit][task] += int(one @ two / (one.norm() * two.norm()) < -0.1)
+        profiler.floor(both[1])
+        profiler.backward(both[0])
+    floor = profiler.conflict_map().floor()
+    for unit, counts in expected.items():
+        assert floor[unit] == {task: count / steps for task, count in counts.items()}
+    assert list(floor) == ["body.0", "body.1"] and sum(sum(counts.values()) for counts in expected.values())
+
+
 # What is noted, saved and refused.
 
 
