@@ -18,7 +18,7 @@ _LEAST_BLOCKS = 4  # in a stage: a variance from fewer is worth little
 _SEED = 0  # the same map always gives the same numbers
 
 
-def block_length(series: Series) -> int:
+def block_length(series: Series | Floats) -> int:
     """Length of the resampled blocks, in bins: the one that estimates the variance of a mean with least error.
 
     The optimum for circular blocks, (2 G^2 / D B)^(1/3) with G = sum |h| R(h) and D = 4/3 (sum R(h))^2 over the
@@ -27,7 +27,6 @@ def block_length(series: Series) -> int:
     1986), whose blocks do not overlap, has 2 in place of sqrt(6). One rho for all layers, from their series without
     linear trends. At least B^(1/3), for dependence that an AR(1) does not describe, and at most a quarter of B.
     """
-    _check(series)
     bins = len(series)
     time = np.arange(bins) - (bins - 1) / 2
     centred = series - series.mean(axis=0)
@@ -38,29 +37,68 @@ def block_length(series: Series) -> int:
     return min(math.ceil(factor * bins ** (1 / 3)), max(1, bins // 4))
 
 
-def resample(series: Series, draws: int = 1000) -> Series:
-    """Scores that the same training could have had: (draws, L), by a block bootstrap of the steps.
+def resample(series: Series, trials: NDArray[np.int64] | int, draws: int = 1000) -> Floats:
+    """Expected scores that fit what was seen: (draws, L), by a block bootstrap of the steps.
 
     Neighbouring steps are dependent, so that blocks of them are drawn (Künsch, Annals of Statistics 1989), wrapped
     around at the ends for every step to weigh the same (Politis and Romano 1992). All layers get the same blocks:
     their noise is shared, and ranks hang on differences. Blocks stay within their quarter of the training: what
     changes from one to the next is drift, not noise. The same series always gives the same draws. They show what other
     batches would have done to this training, not what another seed would.
+
+    `trials` are the (step, pair) observed, of each layer or all alike. They say how much a layer is known of in which
+    all or none of them conflicted, and which no bootstrap can vary: see `share_draws`.
     """
     _check(series)
-    scores = np.rint(series.sum(axis=0) + _deviations(series, draws))
-    # A layer without a conflict keeps none, and one with all of them gets no more.
-    bounds = series.min(axis=0) * len(series), series.max(axis=0) * len(series)
-    return np.clip(scores, *bounds).astype(np.int64)
+    trials = np.broadcast_to(np.asarray(trials), series.shape[1:]).astype(float)
+    shares = series.sum(axis=0) / np.maximum(trials, 1)
+    moved = deviations(series, draws) / np.maximum(trials, 1)
+    dependent = float(trials.max() / len(series))  # all that a bin holds may be one and the same event
+    effect = design_effect(shares, moved.var(axis=0), trials, dependent)
+    return share_draws(shares, moved, trials, effect, np.random.default_rng(_SEED + 2)) * trials
 
 
-def _deviations(series: Series, draws: int) -> Floats:
-    """(draws, L): what blocks drawn within each stage add to the scores; of mean zero."""
+def share_draws(shares: Floats, moved: Floats, trials: Floats, effect: float, random: np.random.Generator) -> Floats:
+    """Rates of conflict that fit what was seen: (draws, ...) from the shares (...) seen in so many trials.
+
+    A bootstrap alone sees no noise where all or none of the trials conflicted, however few they were. So a conflict and
+    a trial without one are added, each with a weight of Gamma(1/2): in the Bayesian bootstrap (Rubin, Annals of
+    Statistics 1981), which weighs each of n independent trials by Gamma(1), the rate of c conflicts then follows
+    Beta(c + 1/2, n - c + 1/2), the posterior under Jeffreys' prior. Where trials depend on each other, over time and
+    between the pairs of a step, n of them are worth n / `effect` independent ones (Kish, Survey Sampling 1965).
+
+    Args:
+        shares: what share of the trials conflicted.
+        moved: (draws, ...) what the bootstrap adds to the shares.
+        trials: how many there were; where there were none, the rate is 0.
+        effect: see `design_effect`.
+        random: where the weights come from.
+    """
+    more, less = random.standard_gamma(0.5, (2, *moved.shape))
+    worth = trials / effect
+    drawn = (worth * np.clip(shares + moved, 0, 1) + more) / (worth + more + less)
+    return np.where(trials > 0, drawn, 0.0)
+
+
+def design_effect(shares: Floats, variances: Floats, trials: Floats, most: float) -> float:
+    """How many dependent trials are worth one independent one, at least 1, for all shares alike.
+
+    The variances that the bootstrap sees, over those of independent trials; `most` where there is neither.
+    """
+    independent = float((shares * (1 - shares) / np.maximum(trials, 1)).sum())
+    return max(1.0, float(variances.sum()) / independent if independent > 0 else most)
+
+
+def deviations(series: Series | Floats, draws: int, length: int | None = None) -> Floats:
+    """(draws, L): what blocks of this length, drawn within each stage, add to the sums of (B, L); of mean zero.
+
+    Series of as many bins get the same blocks, if they are given the same length.
+    """
     bins, layers = series.shape
-    length = block_length(series)
+    length = block_length(series) if length is None else length
     stages = min(_STAGES, max(1, bins // (_LEAST_BLOCKS * length)))
     random = np.random.default_rng(_SEED)
-    deviations = np.zeros((draws, layers))
+    total = np.zeros((draws, layers))
     for stage in np.array_split(series, stages):
         size = len(stage)
         sums = np.cumsum(np.concatenate([np.zeros((1, layers)), stage, stage[: length - 1]]), axis=0)
@@ -70,43 +108,37 @@ def _deviations(series: Series, draws: int) -> Floats:
         times_drawn = np.bincount(drawn.ravel(), minlength=draws * size).reshape(draws, size)
         # The variance of blocks about their own mean is small by 1 - length / size, and count * length is not size.
         scale = math.sqrt(size / (count * length * (1 - length / size)))
-        deviations += scale * (times_drawn @ (blocks - blocks.mean(axis=0)))
-    return deviations
+        total += scale * (times_drawn @ (blocks - blocks.mean(axis=0)))
+    return total
 
 
-def intervals(series: Series, level: float = 0.9) -> Series:
-    """(L, 2): the interval of each layer's score that holds `level` of the resampled ones.
-
-    A layer without a conflict has no noise to resample: its interval is [0, 0].
-    """
+def interval(draws: Floats, level: float) -> Floats:
+    """(L, 2): what holds a share `level` of (draws, L)."""
     if not 0 < level < 1:
         raise UsageError(f"level is {level}. Choose a share between 0 and 1, such as 0.9.")
     tail = (1 - level) / 2
-    low_high = np.quantile(resample(series), [tail, 1 - tail], axis=0, method="nearest")
-    return low_high.T.astype(np.int64)
+    return np.asarray(np.quantile(draws, [tail, 1 - tail], axis=0).T)
 
 
-def top_k_probability(series: Series, k: int) -> Floats:
-    """(L,): how often each layer is among the k highest resampled scores. They add up to k.
+def top_k_share(draws: Floats, k: int) -> Floats:
+    """(L,): in what share of (draws, L) each layer is among the k highest. They add up to k.
 
     Layers that tie at the cut share its places. (`ConflictMap.ranking` breaks ties by model order, about which the data
     say nothing.)
     """
-    _check(series, k)
-    scores = resample(series)
-    cut = -np.partition(-scores, k - 1, axis=1)[:, [k - 1]]
-    above, tied = scores > cut, scores == cut
+    _check_k(k, draws.shape[1])
+    cut = -np.partition(-draws, k - 1, axis=1)[:, [k - 1]]
+    above, tied = draws > cut, draws == cut
     places = k - above.sum(axis=1, keepdims=True)
-    return (above + tied * places / tied.sum(axis=1, keepdims=True)).mean(axis=0)
+    return np.asarray((above + tied * places / tied.sum(axis=1, keepdims=True)).mean(axis=0))
 
 
-def above_mean_probability(series: Series) -> Floats:
-    """(L,): how often each layer's resampled score is above the mean of all layers' in the same draw.
+def above_mean_share(draws: Floats) -> Floats:
+    """(L,): in what share of (draws, L) each layer is above the mean of all layers in the same draw.
 
-    Noise that the layers share cancels, as it does not in `intervals`.
+    Noise that the layers share cancels, as it does not in an interval.
     """
-    scores = resample(series)
-    return (scores > scores.mean(axis=1, keepdims=True)).mean(axis=0)
+    return np.asarray((draws > draws.mean(axis=1, keepdims=True)).mean(axis=0))
 
 
 def expected_overlap(series: Series, k: int, future: float | None = None, draws: int = 500) -> float:
@@ -131,7 +163,7 @@ def expected_overlap(series: Series, k: int, future: float | None = None, draws:
         return 1.0
     first, second = series[: bins // 2], series[bins // 2 :]
     halves = future / len(second)
-    noise = math.sqrt(halves + halves**2) * _deviations(second, draws)
+    noise = math.sqrt(halves + halves**2) * deviations(second, draws)
     random = np.random.default_rng(_SEED + 1)
     drift = random.standard_normal((draws, 1)) * (second.mean(axis=0) - first.mean(axis=0)) * future
     rare = halves * random.standard_gamma(0.5, (draws, layers))
@@ -152,7 +184,9 @@ def _check(series: Series, k: int = 1, least: int = 2) -> None:
         raise UsageError(
             f"The series has {len(series)} bins of steps, but noise shows in {least} or more: profile more steps."
         )
-    if not 1 <= k <= series.shape[1]:
-        raise UsageError(
-            f"k is {k}, but there are {series.shape[1]} shared layers. Choose between 1 and {series.shape[1]}."
-        )
+    _check_k(k, series.shape[1])
+
+
+def _check_k(k: int, layers: int) -> None:
+    if not 1 <= k <= layers:
+        raise UsageError(f"k is {k}, but there are {layers} shared layers. Choose between 1 and {layers}.")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeVar, overload
 
@@ -10,8 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from recon.errors import UsageError
-from recon.maps.confidence import above_mean_probability, intervals, top_k_probability
+from recon.maps.confidence import above_mean_share, interval, top_k_share
 from recon.maps.counts import STAGES, Counts, LayerConflicts, threshold_bin
+from recon.maps.draws import PairDraws, score_draws, series
 from recon.maps.measures import By, check_by, mean_excess, mean_rate
 from recon.maps.pair_table import PairTable
 
@@ -127,18 +128,18 @@ class ScoreTable(PairTable):
         """Whether the map knows the scores over time, in enough bins to say how sure they are."""
         return all(layer.series is not None and len(layer.series) > 1 for layer in self.layers)
 
+    @property
+    def has_pair_series(self) -> bool:
+        """Whether it knows them by task pair, as scores of some tasks, by rate and by excess take it."""
+        return self.met is not None and len(self.met) > 1
+
     def series(self) -> Counts:
         """(B, layers): cosines below the map's own threshold by bin of `bin_steps` consecutive steps.
 
         Raises:
             UsageError: the map does not hold them, because it is imported, merged or of one bin.
         """
-        if not self.has_series:
-            raise UsageError(
-                "This map holds no scores over time, so nothing shows how sure its scores are: imported and "
-                "merged maps hold none, nor does the map of a single step. Profile with recon, for two steps or more."
-            )
-        return np.stack([layer.series for layer in self.layers if layer.series is not None], axis=1)
+        return series(self)
 
     def intervals(
         self, level: float = 0.9, tasks: Sequence[str] | None = None, by: By = "count"
@@ -146,32 +147,41 @@ class ScoreTable(PairTable):
         """`{layer name: (low, high)}`: what holds a share `level` of resampled scores at the map's own threshold.
 
         From a block bootstrap over the steps, see `recon.maps.confidence`: it shows what other batches would have done
-        to this training, not what another seed would.
+        to this training, not what another seed would. An interval reaches to the score itself; by count it ends at
+        whole numbers.
+
+        Raises:
+            UsageError: the map holds no scores over time, none by pair where that takes them, or no floor.
         """
-        self._only_count(tasks, by)
-        low_high = intervals(self.series(), level).tolist()
-        return {layer.name: (low, high) for layer, (low, high) in zip(self.layers, low_high, strict=True)}
+        low, high = interval(score_draws(self, tasks, by), level).T
+        scores = self.scores(tasks=tasks, by=by)
+        values = np.array(list(scores.values()))
+        low, high = np.minimum(low, values), np.maximum(high, values)
+        if by == "count":
+            low, high = np.floor(low).astype(int), np.ceil(high).astype(int)
+        return dict(zip(scores, zip(low.tolist(), high.tolist(), strict=True), strict=True))
 
     def top_k_probability(self, k: int, tasks: Sequence[str] | None = None, by: By = "count") -> dict[str, float]:
         """`{layer name: how often it is among the k highest resampled scores}`; they add up to k. See `intervals`."""
-        self._only_count(tasks, by)
-        probabilities = top_k_probability(self.series(), k).tolist()
-        return {layer.name: p for layer, p in zip(self.layers, probabilities, strict=True)}
+        return self._by_name(top_k_share(score_draws(self, tasks, by), k))
 
     def above_mean_probability(self, tasks: Sequence[str] | None = None, by: By = "count") -> dict[str, float]:
         """`{layer name: how often its resampled score is above the mean of all layers' in the same draw}`."""
-        self._only_count(tasks, by)
-        probabilities = above_mean_probability(self.series()).tolist()
-        return {layer.name: p for layer, p in zip(self.layers, probabilities, strict=True)}
+        return self._by_name(above_mean_share(score_draws(self, tasks, by)))
 
     def above_floor_probability(self, tasks: Sequence[str] | None = None) -> dict[str, float]:
-        """`{layer name: how likely some pair conflicts there more often than its noise floor}`."""
-        raise NotImplementedError
+        """`{layer name: how likely its tasks conflict there more than by noise}`; NaN where no pair has a floor.
 
-    def _only_count(self, tasks: Sequence[str] | None, by: By) -> None:
-        check_by(by)
-        if by != "count" or not self._is_all(self.pairs_among(tasks)):
-            raise NotImplementedError
+        The posterior probability that the pairs' rates of conflict lie above their floors in sum, or that of the pair
+        for which it is surest, with Bonferroni's correction for asking of so many. See `intervals`.
+
+        Raises:
+            UsageError: the map holds no noise floor, or no counts by pair over time.
+        """
+        return self._by_name(PairDraws(self, self.pairs_among(tasks)).above_floor())
+
+    def _by_name(self, values: Iterable[float]) -> dict[str, float]:
+        return {layer.name: float(value) for layer, value in zip(self.layers, values, strict=True)}
 
     def _is_all(self, chosen: Sequence[int]) -> bool:
         return len(chosen) == len(self.pairs)

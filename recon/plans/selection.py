@@ -13,7 +13,6 @@ from torch import nn
 from recon.branching import BranchPlan
 from recon.errors import PlanError, UnknownNameError
 from recon.maps import ConflictMap
-from recon.maps.confidence import above_mean_probability
 from recon.plans.budget import Budget
 from recon.support.network.layers import find_layers
 
@@ -163,7 +162,7 @@ def sure_layers(cmap: ConflictMap) -> tuple[list[str], str]:
     resampled trainings (`recon.maps.confidence`). More steps leave less noise, and the choice approaches all layers
     above the mean.
     """
-    sure = dict(zip(cmap.scores(), above_mean_probability(cmap.series()).tolist(), strict=True))
+    sure = cmap.above_mean_probability()
     scores = cmap.scores()
     chosen = [name for name in cmap.ranking() if sure[name] >= _SURE]
     mean = sum(scores.values()) / len(scores)

@@ -5,12 +5,12 @@ import pytest
 
 from recon.errors import UsageError
 from recon.maps.confidence import (
-    above_mean_probability,
+    above_mean_share,
     block_length,
     expected_overlap,
-    intervals,
+    interval,
     resample,
-    top_k_probability,
+    top_k_share,
 )
 from recon.profiling.stability import StableRanking
 
