@@ -75,8 +75,8 @@ def share_draws(shares: Floats, moved: Floats, trials: Floats, effect: float, ra
         random: where the weights come from.
     """
     more, less = random.standard_gamma(0.5, (2, *moved.shape))
-    worth = trials / effect
-    drawn = (worth * np.clip(shares + moved, 0, 1) + more) / (worth + more + less)
+    seen = random.standard_gamma(np.broadcast_to(trials / effect, moved.shape))
+    drawn = (seen * np.clip(shares + moved, 0, 1) + more) / (seen + more + less)
     return np.where(trials > 0, drawn, 0.0)
 
 

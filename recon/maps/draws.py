@@ -39,12 +39,19 @@ def score_draws(table: PairTable, tasks: Sequence[str] | None, by: By) -> Floats
     check_by(by)
     chosen = table.pairs_among(tasks)
     if by == "count" and len(chosen) == len(table.pairs):
-        seen = [0 if layer.histogram is None else int(layer.histogram.sum()) for layer in table.layers]
-        return resample(series(table), np.array(seen), _DRAWS)
+        over_time = series(table)
+        return resample(over_time, _seen(table, over_time), _DRAWS)
     pairs = PairDraws(table, chosen)
     if by == "count":
         return resample(pairs.series.sum(axis=2), pairs.observed.sum(axis=1), _DRAWS)
     return pairs.mean_rates() if by == "rate" else pairs.mean_excesses()
+
+
+def _seen(table: PairTable, over_time: Counts) -> Counts:
+    """(layers,) the cosines seen; where that is not known, as many as the fullest bin allows."""
+    fullest = over_time.max(axis=0) * len(over_time)
+    known = [None if layer.histogram is None else int(layer.histogram.sum()) for layer in table.layers]
+    return np.array([most if seen is None else seen for seen, most in zip(known, fullest.tolist(), strict=True)])
 
 
 class PairDraws:

@@ -2,6 +2,7 @@ from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from recon.errors import UsageError
 from recon.maps.confidence import (
@@ -49,6 +50,11 @@ def plain_intervals(series):
     return np.quantile(times_drawn @ series, [0.05, 0.95], axis=0).T
 
 
+def intervals(series, trials=None, level=0.9):
+    """(L, 2) of layers observed once in each bin, when not given."""
+    return interval(resample(series, len(series) if trials is None else trials), level)
+
+
 def coverage(of, shares, rho, repeats=200):
     held = []
     for seed in range(repeats):
@@ -68,15 +74,15 @@ def test_quarters_keep_drift_out_of_the_noise():
     shares = np.repeat([0.9, 0.6, 0.3, 0.1], 50)[:, None] + np.zeros((200, 3))
     series = conflicts(shares, 0, np.random.default_rng(0))
     binomial = np.sqrt((shares * (1 - shares)).sum(axis=0))
-    assert np.allclose(resample(series).std(axis=0), binomial, rtol=0.25)
-    assert (resample(series[np.random.default_rng(1).permutation(200)]).std(axis=0) > 1.2 * binomial).all()
+    assert np.allclose(resample(series, 200).std(axis=0), binomial, rtol=0.25)
+    assert (resample(series[np.random.default_rng(1).permutation(200)], 200).std(axis=0) > 1.2 * binomial).all()
 
 
 def test_resampled_scores_centre_on_the_score_and_share_the_noise_of_the_steps():
     rng = np.random.default_rng(0)
     one = conflicts(flat(300, 1), 0.3, rng)
-    scores = resample(np.hstack([one, one, conflicts(flat(300, 1), 0.3, rng)]), draws=4000)
-    assert np.array_equal(scores[:, 0], scores[:, 1])
+    scores = resample(np.hstack([one, one, conflicts(flat(300, 1), 0.3, rng)]), 300, draws=4000)
+    assert np.corrcoef(scores[:, 0], scores[:, 1])[0, 1] > 0.97  # but for what is not known of either
     assert abs(np.corrcoef(scores[:, 0], scores[:, 2])[0, 1]) < 0.35
     assert abs(scores[:, 0].mean() - one.sum()) < 0.1 * scores[:, 0].std()
 
@@ -98,7 +104,7 @@ def test_probabilities_are_calibrated():
     for seed in range(150):
         rng = np.random.default_rng(seed)
         shares = np.tile(rng.uniform(0.3, 0.6, size=16), (150, 1))
-        said.append(top_k_probability(conflicts(shares, 0.4, rng), 5))
+        said.append(top_k_share(resample(conflicts(shares, 0.4, rng), 150), 5))
         true.append(np.argsort(np.argsort(-shares[0])) < 5)
     said, true = np.concatenate(said), np.concatenate(true)
     for low, high in [(0.02, 0.2), (0.2, 0.4), (0.4, 0.6), (0.6, 0.8), (0.8, 0.98)]:
@@ -110,8 +116,61 @@ def test_layers_that_never_conflict_share_what_is_left_of_the_top():
     series = np.zeros((80, 6), dtype=np.int64)
     series[:, 4] = 1
     series[::2, 1] = 1
-    assert np.allclose(top_k_probability(series, 4), [0.5, 1, 0.5, 0.5, 1, 0.5])
-    assert np.array_equal(intervals(series)[[0, 4]], [[0, 0], [80, 80]])
+    assert np.allclose(top_k_share(resample(series, 80), 4), [0.5, 1, 0.5, 0.5, 1, 0.5], atol=0.05)
+
+
+def test_layers_that_tie_at_the_cut_share_its_places():
+    draws = np.array([[3.0, 1, 1, 1], [0, 2, 2, 1]])
+    assert np.allclose(top_k_share(draws, 2), [0.5, 2 / 3, 2 / 3, 1 / 6])
+
+
+@pytest.mark.parametrize("steps", [4, 10, 40])
+def test_a_layer_that_never_or_always_conflicted_is_known_as_well_as_its_steps_allow(steps):
+    """Of independent steps: Beta(1/2, n + 1/2), Jeffreys' posterior of a rate of which n trials show no case."""
+    series = np.zeros((steps, 40), dtype=np.int64)
+    series[:, 20:] = 1
+    posterior = stats.beta(0.5, steps + 0.5)
+    draws = resample(series, steps, 4000) / steps
+    for level in (0.1, 0.5, 0.9, 0.95):
+        assert np.mean(draws[:, :20] <= posterior.ppf(level)) == pytest.approx(level, abs=0.01)
+        assert np.mean(draws[:, 20:] >= 1 - posterior.ppf(level)) == pytest.approx(level, abs=0.01)
+
+
+def test_pairs_that_always_agree_are_one_witness_and_not_many():
+    """Ten pairs in each step: as much as one pair says if they move together, ten times as much if they do not."""
+    rng = np.random.default_rng(0)
+    together = 10 * rng.integers(2, size=(100, 8))
+    apart = rng.binomial(10, 0.5, size=(100, 8))
+    together[:, 0] = apart[:, 0] = 0
+    highest = [np.quantile(resample(series, 1000)[:, 0] / 1000, 0.9) for series in (together, apart)]
+    assert highest[0] == pytest.approx(stats.beta(0.5, 100.5).ppf(0.9), rel=0.4)
+    assert highest[1] == pytest.approx(stats.beta(0.5, 1000.5).ppf(0.9), rel=0.4)
+
+
+@pytest.mark.parametrize("rho", [0, 0.4])
+@pytest.mark.parametrize("steps", [6, 10, 20])
+def test_probabilities_are_calibrated_after_few_steps(steps, rho):
+    """As `test_probabilities_are_calibrated`; many layers conflict in nearly all or nearly none of the steps."""
+    said, true, held = [], [], []
+    for seed in range(120):
+        rng = np.random.default_rng(seed)
+        rates = rng.beta(0.5, 0.5, size=16)
+        draws = resample(conflicts(np.tile(rates, (steps, 1)), rho, rng), steps, 300)
+        said.append(top_k_share(draws, 5))
+        true.append(np.argsort(np.argsort(-rates)) < 5)
+        low, high = interval(draws, 0.9).T / steps
+        held.append((low <= rates) & (rates <= high))
+    said, true = np.concatenate(said), np.concatenate(true)
+    assert np.mean(held) == pytest.approx(0.9, abs=0.06)
+    for low, high, close in [
+        (0, 0.1, 0.03),
+        (0.1, 0.35, 0.08),
+        (0.35, 0.65, 0.12),
+        (0.65, 0.9, 0.08),
+        (0.9, 1.01, 0.05),
+    ]:
+        within = (said >= low) & (said < high)
+        assert within.sum() > 50 and true[within].mean() == pytest.approx(said[within].mean(), abs=close)
 
 
 def overlaps(make_shares, bins, future, k, repeats=100, layers=20):
@@ -226,9 +285,9 @@ def test_a_quarter_of_the_layers_by_default():
 @pytest.mark.parametrize("bins", [2, 3, 5, 8])
 def test_short_series(bins):
     series = conflicts(flat(bins, 4), 0, np.random.default_rng(1))
-    low, high = intervals(series).T
-    assert (low <= series.sum(axis=0)).all() and (series.sum(axis=0) <= high).all() and (high <= bins).all()
-    assert top_k_probability(series, 2).sum() == pytest.approx(2)
+    low, high = np.round(intervals(series), 9).T
+    assert (low >= 0).all() and (low < high).all() and (high <= bins).all()
+    assert top_k_share(resample(series, bins), 2).sum() == pytest.approx(2)
     assert block_length(series) <= max(1, bins // 4)
 
 
@@ -241,7 +300,7 @@ def test_the_same_series_gives_the_same_numbers():
 @pytest.mark.parametrize("k", [0, 5, -1])
 def test_k_out_of_range(k):
     series = np.ones((10, 4), dtype=np.int64)
-    for use in (top_k_probability, expected_overlap):
+    for use in (top_k_share, expected_overlap):
         with pytest.raises(UsageError, match=f"k is {k}, but there are 4 shared layers"):
             use(series, k)
 
@@ -258,7 +317,7 @@ def test_k_out_of_range(k):
     ],
 )
 def test_what_is_no_series(series, message):
-    for use in (intervals, block_length, resample):
+    for use in (lambda series: resample(series, 10), lambda series: expected_overlap(series, 1)):
         with pytest.raises(UsageError, match=message):
             use(series)
 
@@ -279,13 +338,13 @@ def test_other_arguments_out_of_range():
 def test_noise_that_all_layers_share_does_not_blur_which_is_above_the_mean():
     shared = np.random.default_rng(0).poisson(20, size=(120, 1))
     series = shared + np.array([[1, 0, 0, 0]])
-    low_high = intervals(series)
+    low_high = intervals(series, 120 * 60)
     assert low_high[0, 0] < low_high[1, 1]  # by their own intervals, the first could be below the others
-    assert above_mean_probability(series).tolist() == [1, 0, 0, 0]
+    assert above_mean_share(resample(series, 120 * 60)).tolist() == [1, 0, 0, 0]
 
 
 def test_a_layer_at_the_mean_is_above_it_half_of_the_time():
     rng = np.random.default_rng(0)
-    found = [above_mean_probability(rng.poisson([12, 6, 9], size=(120, 3)))[2] for _ in range(40)]
+    found = [above_mean_share(resample(rng.poisson([12, 6, 9], size=(120, 3)), 120 * 40))[2] for _ in range(40)]
     assert 0.35 < np.mean(found) < 0.65
     assert np.mean(np.array(found) >= 0.95) <= 0.15  # about one in twenty
