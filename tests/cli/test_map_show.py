@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from recon.errors import UsageError
-from recon.maps.confidence import intervals, top_k_probability
+from recon.maps.confidence import interval, resample, top_k_share
 from recon.maps.conflict_map import ConflictMap
 from recon.maps.counts import BINS, LayerConflicts
 from recon_cli.texts.map_show import ranked_layers, ranking_table, unsure_why
@@ -34,11 +34,13 @@ def without_series(cmap):
 def test_intervals_and_probabilities_go_to_their_layers(cmap):
     layers = ranked_layers(cmap, top_k=3)
     series = np.stack([layer.series for layer in cmap.layers], axis=1)
-    at = dict(zip(RATES, zip(intervals(series).tolist(), top_k_probability(series, 3), strict=True), strict=True))
+    draws = resample(series, STEPS)
+    at = dict(zip(RATES, zip(interval(draws, 0.9).tolist(), top_k_share(draws, 3), strict=True), strict=True))
     assert [layer["name"] for layer in layers] == cmap.ranking()
     for layer in layers:
-        interval, probability = at[layer["name"]]
-        assert layer["interval"] == interval and interval[0] <= layer["score"] <= interval[1]
+        ends, probability = at[layer["name"]]
+        low, high = layer["interval"]
+        assert low <= layer["score"] <= high and [low, high] == pytest.approx(ends, abs=1)
         assert layer["top_k_probability"] == pytest.approx(probability, abs=1e-3)
 
 
