@@ -39,7 +39,9 @@ class GradientSketch:
                 self._place[parameter] = number, start
                 start += width(parameter)
         draw = torch.Generator().manual_seed(_SEED)
-        self._signs = torch.randint(0, 2, (_ROWS, size), generator=draw, dtype=torch.int8).mul_(2).sub_(1).float()
+        signs = torch.randint(0, 2, (_ROWS, size), generator=draw, dtype=torch.int8).mul_(2).sub_(1).float()
+        self._in_a_row = torch.cat([signs.view(-1), signs[0]])  # where they begin again, too
+        self._signs = self._in_a_row[:-size].view(_ROWS, size)
         self._products = torch.empty(0)
 
     def __contains__(self, leaf: Tensor) -> bool:
@@ -48,7 +50,8 @@ class GradientSketch:
 
     def zeros(self, tasks: int, device: torch.device) -> Tensor:
         """(tasks, L, m): sketches of nothing, to be filled by `fold`."""
-        self._signs = self._signs.to(device)
+        self._in_a_row = self._in_a_row.to(device)
+        self._signs = self._in_a_row[: -self.size].view(_ROWS, self.size)
         return torch.zeros(tasks, self._layers, self.size, device=device)
 
     def fold(self, parameter: Tensor, gradient: Tensor, sketches: Tensor) -> None:
@@ -71,12 +74,18 @@ class GradientSketch:
             start, rest = start + count, rest[count:]
 
     def _fold_rows(self, start: int, gradient: Tensor, sketch: Tensor) -> None:
-        """Add a sparse gradient, whose parameter begins at `start`: each of its numbers where it would be without."""
+        """Add a sparse gradient, whose parameter begins at `start`: its numbers go where they would with the zeros."""
         values = as_real(gradient._values()).reshape(gradient._nnz(), -1)
-        rows = row_numbers(gradient._indices(), gradient.shape)
-        at = start + rows[:, None] * values.shape[1] + torch.arange(values.shape[1], device=values.device)
-        signs = self._signs.view(-1)[at % self._signs.numel()]
-        sketch.index_add_(0, (at % self.size).flatten(), (values * signs).flatten().to(sketch.dtype))
+        rows = start + row_numbers(gradient._indices(), gradient.shape) * values.shape[1]
+        for piece in values.split(self.size, dim=1):
+            width = piece.shape[1]
+            signs = self._in_a_row.unfold(0, width, 1).index_select(0, rows % self._signs.numel())
+            places = (rows % self.size)[:, None] + torch.arange(width, device=rows.device)
+            folded = sketch.new_zeros(self.size + width)  # a row may begin before the end, and go on behind it
+            folded.index_add_(0, places.flatten(), (piece * signs).flatten().to(sketch.dtype))
+            sketch += folded[: self.size]
+            sketch[:width] += folded[self.size :]
+            rows = rows + width
 
     def _signed_sum(self, values: Tensor, signs: Tensor) -> Tensor:
         if self._products.device != signs.device or not len(self._products):

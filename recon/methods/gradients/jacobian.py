@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from recon.methods.gradients.passes import differentiate
 from recon.methods.gradients.reach import Reach, find_reach
-from recon.methods.gradients.sparse import add, average_gradients, from_rows, put, touched_rows
+from recon.methods.gradients.sparse import add, average_gradients, from_rows, touched_rows
 from recon.support.network.tensors import as_real
 from recon.support.processes import world_size
 
@@ -155,17 +155,19 @@ def _add_tables(
     jacobian: TaskJacobian, tables: Sequence[Tensor], by_task: Sequence[Mapping[Tensor, Tensor]], workspace: Workspace
 ) -> None:
     """Give the tables their columns, from each task's `{table: gradient}`."""
-    jacobian.rows = touched_rows({table: [found[table] for found in by_task if table in found] for table in tables})
+    found = {table: {n: of[table] for n, of in enumerate(by_task) if table in of} for table in tables}
+    touched = touched_rows(found)
+    jacobian.rows = {table: of.rows for table, of in touched.items()}
     widths = list(map(jacobian.width, tables))
     start = jacobian.matrix.shape[1]
     jacobian.matrix = workspace.widened(jacobian.matrix, sum(widths))
-    for found, row in zip(by_task, jacobian.matrix, strict=True):
-        for table, place in zip(tables, row[start:].split(widths), strict=True):
-            gradient, rows = found.get(table), jacobian.rows.get(table)
+    for table, columns in zip(tables, jacobian.matrix[:, start:].split(widths, dim=1), strict=True):
+        for number, place in enumerate(columns):
+            gradient = found[table].get(number)
             if gradient is None:
                 place.zero_()
-            elif rows is not None:
-                put(gradient, place, rows, table.shape)
+            elif table in touched:
+                touched[table].put(number, gradient, place)
             else:
                 place.copy_(as_real(gradient.to_dense() if gradient.is_sparse else gradient).reshape(-1))
 
