@@ -135,6 +135,8 @@ def tensors_in(structure: Any) -> list[Tensor]:
 def assert_close(actual: Tensor, expected: Tensor, what: str, tolerance: float = 1e-9) -> None:
     """Equal up to `tolerance`, relative to the largest element."""
     assert actual.shape == expected.shape and actual.dtype == expected.dtype, what
+    assert actual.layout == expected.layout, f"{what} is {actual.layout}"
+    actual, expected = (tensor.to_dense() if tensor.is_sparse else tensor for tensor in (actual, expected))
     if not expected.is_floating_point():
         assert torch.equal(actual, expected), what
         return

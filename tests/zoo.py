@@ -693,6 +693,20 @@ class Embeddings(nn.Module):
         return self.heads(h + self.words(self.pick(h).argmax(-1)))
 
 
+@entry(tokens)
+class SparseTables(nn.Module):
+    """Their gradients hold the rows that were looked up alone; a row comes several times, and one table twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.bag = nn.Embedding(7, 4, sparse=True), nn.EmbeddingBag(7, 4, mode="sum", sparse=True)
+        self.body, self.heads = nn.Linear(4, 4), Heads(4)
+
+    def forward(self, x):
+        h = self.words(x).mean(1) + self.bag(x)
+        return self.heads(torch.tanh(self.body(h)) + self.words(x[:, 0]))
+
+
 # Statistics.
 
 
