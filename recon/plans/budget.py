@@ -17,6 +17,7 @@ from recon.errors import FanError, PlanError
 from recon.plans.costing.cost_model import CostModel, PlanCosts
 
 _ENUMERATED = 10  # layers
+_FINENESS = 10**6
 _CUTS = 50  # answers of the program that the cost model may refuse before we settle for a plan that is not the best
 
 
@@ -71,7 +72,8 @@ class Chooser:
     which HiGHS (`scipy.optimize.milp`) solves to optimality. Every answer is checked by the cost model; one that it
     refuses is excluded along with all larger ones, since more branching never costs less.
 
-    `values` are the conflicts that branching a layer parts; a layer without any is left alone. `partitions` say how
+    `values` are what branching a layer parts, conflicts or shares of them (to a millionth of the largest, since the
+    program counts in whole numbers); a layer without any is left alone. `partitions` say how
     each layer splits the tasks, in model order. `members` are the layers that a unit stands for: all of them are
     branched, so it costs what they cost together.
     """
@@ -80,18 +82,18 @@ class Chooser:
         self,
         costs: CostModel,
         partitions: Mapping[str, Partition],
-        values: Mapping[str, int],
+        values: Mapping[str, float],
         members: Mapping[str, Sequence[str]] | None = None,
     ) -> None:
-        self.costs, self.values = costs, values
+        self.costs, self.values = costs, _whole(values)
         self._plans = {
             name: dict.fromkeys((members or {}).get(name, [name]), partition) for name, partition in partitions.items()
         }
-        worthwhile = [name for name in partitions if values.get(name)]
+        worthwhile = [name for name in partitions if self.values.get(name)]
         if costs.traced:
             worthwhile = [name for name in worthwhile if self._cost([name]) is not None]
         self._candidates = {name: self._plans[name] for name in worthwhile}
-        program = _Program(costs, self._candidates, values) if costs.traced and self._candidates else None
+        program = _Program(costs, self._candidates, self.values) if costs.traced and self._candidates else None
         self._program = program if program is not None and program.holds else None
         self._enumerates = costs.traced and self._program is None and len(self._candidates) <= _ENUMERATED
 
@@ -171,6 +173,12 @@ def take(order: Sequence[str], fits: Callable[[list[str]], bool], skip: bool) ->
 
 
 _Plan = Mapping[str, Partition]  # a layer's or a unit's: what is branched for it
+
+
+def _whole(values: Mapping[str, float]) -> dict[str, int]:
+    """Whole numbers as they are; others as millionths of the largest."""
+    unit = 1 if all(value == int(value) for value in values.values()) else max(values.values()) / _FINENESS
+    return {name: round(value / unit) for name, value in values.items()}
 
 
 def _together(plans: Iterable[_Plan]) -> dict[str, Partition]:

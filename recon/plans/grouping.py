@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import combinations
 
 import networkx as nx
@@ -12,35 +12,53 @@ from scipy.cluster.hierarchy import cut_tree, linkage
 from scipy.spatial.distance import squareform
 
 from recon.branching import Partition
-from recon.errors import PlanError
-from recon.maps import ConflictMap, LayerConflicts
+from recon.errors import PlanError, shortened
+from recon.maps import ConflictMap
+from recon.maps.measures import By
 
 Groups = str | int | Sequence[str | Sequence[str]]
 """`"per-task"`, `"conflict"`, how many groups, or the groups themselves."""
 
 _ENUMERATED = 8  # tasks: 4,140 partitions in all
+_UNKNOWN = 1e-6  # how much more than usual a pair that never met is taken to conflict, as a rate
 
 Matrix = NDArray[np.float64]
 
 
-def conflict_graph(cmap: ConflictMap, tasks: Sequence[str], layers: Sequence[str] | None = None) -> nx.Graph:
+def conflict_graph(
+    cmap: ConflictMap, tasks: Sequence[str], layers: Sequence[str] | None = None, by: By = "count"
+) -> nx.Graph:
     """The tasks as a complete graph, with the conflicts of each pair at the map's own threshold on its edges.
 
-    An edge has the `weight` (conflicts), `observed` (gradient pairs seen) and `rate` (the first by the second, 0 where
-    none was seen), summed over `layers`, or over all of the map's.
+    An edge has, summed over `layers` or over all of the map's, the `observed` gradient pairs, the `rate` of conflict
+    among them, and the `weight`: the conflicts at this rate, had every pair met as often as the one that met most. By
+    excess, only what lies above the noise floor is conflict. A pair that never met may conflict or not: it gets the
+    mean rate of those that did, and a little more, so that of two equals the known one is preferred.
+
+    Raises:
+        PlanError: the map does not hold the conflicts of these pairs, or none of them ever met.
     """
-    conflicts, observed = _by_pair(cmap, tasks)
+    conflicts, observed = _by_pair(cmap, tasks, by)
     chosen = [layer.name in layers if layers is not None else True for layer in cmap.layers]
     conflicts, observed = conflicts[chosen].sum(axis=0), observed[chosen].sum(axis=0)
+    if not observed.any():
+        raise PlanError(
+            f"No two of the tasks {shortened(tasks)} ever met in a step of the profile, so nothing is known to group "
+            "them by. Profile them in joint steps (recon.joint_loader), or list the groups yourself."
+        )
+    most, usual = observed.max(), conflicts.sum() / observed.sum() + _UNKNOWN
     graph = nx.Graph()
     graph.add_nodes_from(tasks)
     for (a, first), (b, second) in combinations(enumerate(tasks), 2):
-        weight, seen = int(conflicts[a, b]), int(observed[a, b])
-        graph.add_edge(first, second, weight=weight, observed=seen, rate=weight / seen if seen else 0.0)
+        seen = observed[a, b]
+        weight, rate = (conflicts[a, b] * (most / seen), conflicts[a, b] / seen) if seen else (usual * most, usual)
+        graph.add_edge(first, second, weight=float(weight), observed=int(seen), rate=float(rate))
     return graph
 
 
-def partitions(cmap: ConflictMap, tasks: Sequence[str], groups: Groups = "per-task") -> dict[str, Partition]:
+def partitions(
+    cmap: ConflictMap, tasks: Sequence[str], groups: Groups = "per-task", by: By = "count"
+) -> dict[str, Partition]:
     """How each layer of the map splits the tasks, should it be branched.
 
     Any two of these partitions nest: one of them refines the other. So wherever values of branched layers meet, they
@@ -48,14 +66,15 @@ def partitions(cmap: ConflictMap, tasks: Sequence[str], groups: Groups = "per-ta
 
     `"per-task"` gives every task a copy (Shi et al. 2023); a number n splits all layers alike, into the n groups that
     leave the fewest conflicts within (see `fewest_conflicts`); `"conflict"` lets every layer decide how finely it
-    splits (see `by_conflict`); a list of groups is used as it is.
+    splits (see `by_conflict`); a list of groups is used as it is. What conflicts is told by how often a pair conflicts
+    where it meets, not by how often it meets: see `conflict_graph`.
     """
     if groups == "conflict":
-        return by_conflict(cmap, tasks)
-    return dict.fromkeys((layer.name for layer in cmap.layers), _for_all_layers(cmap, tasks, groups))
+        return by_conflict(cmap, tasks, by)
+    return dict.fromkeys((layer.name for layer in cmap.layers), _for_all_layers(cmap, tasks, groups, by))
 
 
-def _for_all_layers(cmap: ConflictMap, tasks: Sequence[str], groups: Groups) -> Partition:
+def _for_all_layers(cmap: ConflictMap, tasks: Sequence[str], groups: Groups, by: By) -> Partition:
     match groups:
         case "per-task":
             return Partition.per_task(tasks)
@@ -64,8 +83,9 @@ def _for_all_layers(cmap: ConflictMap, tasks: Sequence[str], groups: Groups) -> 
         case int():
             if not 2 <= groups <= len(tasks):
                 raise PlanError(f"groups is {groups}, but {len(tasks)} tasks can form 2 to {len(tasks)} groups.")
-            one_each = groups == len(tasks)
-            return Partition.per_task(tasks) if one_each else fewest_conflicts(conflict_graph(cmap, tasks), groups)
+            if groups == len(tasks):
+                return Partition.per_task(tasks)
+            return fewest_conflicts(conflict_graph(cmap, tasks, by=by), groups)
     partition = Partition.of_groups(groups, tasks)
     if len(partition.groups) < 2:
         raise PlanError(f"groups is {list(groups)}: a single group branches nothing. Give two or more.")
@@ -97,45 +117,29 @@ def hierarchy(graph: nx.Graph) -> list[Partition]:
     return [_partition(graph, labels) for labels in cuts.T[::-1]]
 
 
-def by_conflict(cmap: ConflictMap, tasks: Sequence[str]) -> dict[str, Partition]:
+def by_conflict(cmap: ConflictMap, tasks: Sequence[str], by: By = "count") -> dict[str, Partition]:
     """For each layer, the cut of one common `hierarchy` that keeps together what conflicts less than usual there.
 
-    With tau the mean conflict rate of all layers and pairs, a pair of tasks that shares a layer costs its conflicts
-    there and saves the tau that is usual; a layer gets the cut with the least sum over the pairs that share it, which
-    is correlation clustering (Bansal, Blum and Chawla, Machine Learning 2004) along the hierarchy. At least two groups:
-    a branched layer is split.
+    With tau the mean conflict rate of all layers and pairs, a pair of tasks that shares a layer costs its rate there
+    and saves the tau that is usual; a layer gets the cut with the least sum over the pairs that share it, which is
+    correlation clustering (Bansal, Blum and Chawla, Machine Learning 2004) along the hierarchy. A pair that never met
+    has the layer's mean rate. At least two groups: a branched layer is split.
     """
-    cuts = hierarchy(conflict_graph(cmap, tasks))[1:]
-    conflicts, observed = _by_pair(cmap, tasks)
-    tau = conflicts.sum() / max(1.0, observed.sum())
+    graph = conflict_graph(cmap, tasks, by=by)
+    cuts = hierarchy(graph)[1:]
+    conflicts, observed = _by_pair(cmap, tasks, by)
+    tau = conflicts.sum() / observed.sum()
+    mean = np.array([c.sum() / o.sum() if o.any() else tau for c, o in zip(conflicts, observed, strict=True)])
+    above = np.divide(conflicts, observed, out=np.full_like(conflicts, tau), where=observed > 0) - tau
+    unmet = nx.to_numpy_array(graph, weight="observed") + np.eye(len(tasks)) == 0
+    above[:, unmet] = (mean - tau + _UNKNOWN)[:, None]
     together = np.stack([np.equal.outer(cut.labels, cut.labels) for cut in cuts])
-    costs = np.einsum("lij,kij->lk", conflicts - tau * observed, together)
+    costs = np.einsum("lij,kij->lk", above, together)
     return {layer.name: cuts[k] for layer, k in zip(cmap.layers, costs.argmin(axis=1), strict=True)}
 
 
-def separated(cmap: ConflictMap, split: Mapping[str, Partition], threshold: float | None = None) -> dict[str, int]:
-    """`{layer: conflicts that branching it would part}`: its score without the conflicts within the groups.
-
-    Conflicts by pair are known at the map's own threshold; at another one, a layer's score is parted in the same
-    proportion. Where the map does not know the pairs of these tasks, nothing is left out.
-    """
-    scores = cmap.scores(threshold)
-    return {layer.name: round(scores[layer.name] * _share(cmap, layer, split[layer.name])) for layer in cmap.layers}
-
-
-def _share(cmap: ConflictMap, layer: LayerConflicts, partition: Partition) -> float:
-    known = layer.conflicts is not None and set(partition.tasks) <= set(cmap.tasks)
-    if not known or len(partition.groups) == len(partition.tasks):
-        return 1.0
-    assert layer.conflicts is not None
-    label = partition.label_of
-    by_pair = dict(zip(cmap.pairs, layer.conflicts.sum(axis=0).tolist(), strict=True))
-    ours = {(a, b): count for (a, b), count in by_pair.items() if a in label and b in label}
-    return sum(count for (a, b), count in ours.items() if label[a] != label[b]) / max(1, sum(ours.values()))
-
-
-def _by_pair(cmap: ConflictMap, tasks: Sequence[str]) -> tuple[Matrix, Matrix]:
-    """(layers, T, T) conflicts and gradient pairs seen, each symmetric."""
+def _by_pair(cmap: ConflictMap, tasks: Sequence[str], by: By) -> tuple[Matrix, Matrix]:
+    """(layers, T, T) conflicts and gradient pairs seen, each symmetric; by excess, conflicts above the noise floor."""
     unknown = [task for task in tasks if task not in cmap.tasks]
     if unknown or any(layer.conflicts is None or layer.observed is None for layer in cmap.layers):
         what = f"has no counts for the tasks {unknown}" if unknown else "does not hold the conflicts of each pair"
@@ -143,14 +147,16 @@ def _by_pair(cmap: ConflictMap, tasks: Sequence[str]) -> tuple[Matrix, Matrix]:
             f"Tasks are grouped by how often each pair of them conflicted, but the map {what}. Profile with recon, "
             "use groups='per-task', or list the groups yourself."
         )
+    seen = cmap.pair_observations()
+    conflicts = cmap.pair_conflicts()
+    if by == "excess":
+        conflicts = np.nan_to_num(np.clip(conflicts - cmap.pair_floors() * seen, 0, None))
     number = {task: i for i, task in enumerate(tasks)}
     pairs = [(i, number[a], number[b]) for i, (a, b) in enumerate(cmap.pairs) if a in number and b in number]
     column, row, other = np.array(pairs).T
     result = np.zeros((2, len(cmap.layers), len(tasks), len(tasks)))
-    for i, layer in enumerate(cmap.layers):
-        for table, counts in zip(result, (layer.conflicts, layer.observed), strict=True):
-            assert counts is not None
-            table[i, row, other] = table[i, other, row] = counts.sum(axis=0)[column]
+    for table, counts in zip(result, (conflicts, seen), strict=True):
+        table[:, row, other] = table[:, other, row] = counts[:, column]
     return result[0], result[1]
 
 

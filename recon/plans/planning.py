@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -13,51 +13,20 @@ from recon.branching import BranchPlan, Partition
 from recon.branching.plan import Mode
 from recon.errors import PlanError
 from recon.maps import ConflictMap
-from recon.plans.budget import Chooser, take
+from recon.maps.measures import By
+from recon.plans.choice import Choice
+from recon.plans.choosing import chosen_layers
 from recon.plans.costing.cost_model import CostModel
-from recon.plans.grouping import Groups, partitions, separated
+from recon.plans.evidence import check_conflict, notes
+from recon.plans.grouping import Groups, partitions
 from recon.plans.matching import Match, match
-from recon.plans.selection import Select, Selection, checked_k, holding_share, names_matching, sure_layers
-from recon.support.network.layers import find_layers
+from recon.plans.scoring import Scoring
+from recon.plans.selection import Select, Selection
+from recon.support.network.layer_choice import Patterns
 
 __all__ = ["BranchPlan", "Choice", "Mode", "choose", "plan"]
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Choice:
-    """A plan, and what led to it.
-
-    Args:
-        plan: the plan.
-        reason: how its layers were chosen.
-        scores: `{shared layer: score}`, of all that the map has, in model order.
-        parted: `{shared layer: conflicts between its groups}`, were it branched; its score with one group a task.
-        units: `{unit: the layers that it joins}`, of the shared layers that are units of the map.
-    """
-
-    plan: BranchPlan
-    reason: str
-    scores: Mapping[str, int]
-    parted: Mapping[str, int]
-    units: Mapping[str, Sequence[str]] = field(default_factory=dict)
-
-    def __str__(self) -> str:
-        chosen = self.scored
-        all_scored = set(self.plan.layers) == {m for name in chosen for m in self.units.get(name, [name])}
-        of = f" of {len(self.scores)} shared layers" if all_scored else " layers"
-        return f"{len(chosen) if all_scored else len(self.plan.layers)}{of}: {self.reason}"
-
-    @property
-    def scored(self) -> list[str]:
-        """The shared layers and units that the plan branches, a unit by all its layers."""
-        return [name for name in self.scores if set(self.units.get(name, [name])) <= set(self.plan.layers)]
-
-    @property
-    def covered(self) -> float:
-        """The conflicts that the plan parts, as a share of all; 0 if there is none."""
-        return sum(self.parted[name] for name in self.scored) / max(1, sum(self.scores.values()))
 
 
 def plan(
@@ -70,11 +39,14 @@ def plan(
     max_params: float | None = None,
     max_macs: float | None = None,
     auto: bool = False,
-    layers: Sequence[str] | str | None = None,
+    layers: Patterns | None = None,
+    exclude: Patterns | None = None,
+    units: Patterns | None = None,
     like: BranchPlan | None = None,
     select: Select = "top",
     groups: Groups = "per-task",
     threshold: float | None = None,
+    by: By | None = None,
     seed: int = 0,
     tasks: Sequence[str] | None = None,
     rename: Mapping[str, str] | None = None,
@@ -82,7 +54,10 @@ def plan(
     """Choose which layers of `model` to branch, and which tasks share a copy.
 
     One of `top_k`, `share`, the budgets `max_params` and `max_macs` (alone or together), `auto`, `like` and `layers`
-    chooses the layers. With none but `groups="per-task"` and `top_k`, this is Recon (Shi et al. 2023, algorithm 1).
+    chooses the layers; beside another one, `layers` says among which. With none but `groups="per-task"` and `top_k`,
+    this is Recon (Shi et al. 2023, algorithm 1). Scores are those of the pairs of the plan's tasks. A map of other
+    tasks is scored over all its pairs, with a warning; pairs that never or rarely met in a step of the profile are
+    named in one too.
 
     The map may come from another data set, other tasks or a variant of the architecture: those of its layers that are
     in the model are ranked, the others are left out with a warning (see `recon.plans.matching.match`). Why the layers
@@ -96,9 +71,14 @@ def plan(
         share: branch the fewest layers that hold this share of all conflict, in (0, 1].
         max_params: cover the most conflict with at most so many times the model's parameters.
         max_macs: cover the most conflict with at most so many times its forward multiply-adds.
-        auto: branch the layers that conflict more than the mean layer beyond the noise of the map
-            (`recon.plans.selection.sure_layers`).
-        layers: names the layers; or one regular expression, which must match the whole name of a shared layer.
+        auto: branch the layers that conflict above their noise floor, in a map that has one and unless `by` says
+            otherwise (`recon.plans.selection.layers_above_floor`); else those that conflict more than the mean layer
+            beyond the noise of the steps (`recon.plans.selection.sure_layers`).
+        layers: names the layers; or one regular expression, which must match the whole name of a shared layer. Beside
+            another way to choose: the shared layers to choose among, by one or more names or expressions.
+        exclude: leaves out the layers whose whole name matches one of these regular expressions.
+        units: regular expressions that join layers into units, which are branched together or not at all; see
+            `recon.Profiler`. A unit has the conflicts of all its layers. The plan names the layers.
         like: choose as many parameters as this plan adds, by `select`: a control for it.
         select: the order in which layers are taken. `top` is by score. The others are controls: `random`; the `first`
             or the `last` in model order; the `norms` by score, all of them if nothing else is said. With a budget or
@@ -107,20 +87,26 @@ def plan(
         groups: `"per-task"`, one copy a task; a number of groups, the same in every layer; `"conflict"`, tasks that
             rarely conflict in a layer share it; or a list of groups. They nest: see `recon.plans.grouping.partitions`.
         threshold: S of the scores; the map's own when not given.
+        by: what the scores are: `count`, the conflicts (Recon); `rate`, their share of the steps in which a pair met;
+            `excess`, how far that lies above the noise floor. By count when not given, but for `auto`.
         seed: of `select="random"`.
         tasks: the tasks of the model, if they are not the map's.
         rename: `{old prefix: new prefix}` of the map's layer names, where the model has others.
 
     Raises:
         MapMismatchError: none of the map's layers is in the model.
-        PlanError: no or several ways to choose, one that is out of range, a budget below 1 or one that no layer fits, a
+        PlanError: no or several ways to choose, one that is out of range, a choice by scores that are all 0 (no
+            conflict, or none above the noise), a budget below 1 or one that no layer fits, a
             budget without example inputs, groups that are no partition of the tasks, or tasks that the map does not
             name.
         UnknownNameError: a layer in `layers` does not exist, a regular expression matches none, or a rename changes
             no name.
-        UsageError: the map has no scores at this threshold, or none over time for `auto`; the forward fails.
+        UsageError: the map has no scores at this threshold or for these tasks, none over time for `auto`, or no noise
+            floor for `by="excess"`; the forward fails; a regular expression is none, or a unit joins nothing.
     """
-    selection = Selection(top_k, share, max_params, max_macs, auto, layers, like, select, seed)
+    selection = Selection(
+        top_k, share, max_params, max_macs, auto, layers, like, select, seed, exclude=exclude, units=units, by=by
+    )
     if rename and isinstance(cmap, Match):
         raise PlanError("The map was matched already. Pass rename=... to match().")
     found = cmap if isinstance(cmap, Match) else _match(cmap, model, rename)
@@ -132,6 +118,8 @@ def plan(
         raise PlanError(f"The costs in {budget} are counted on a batch of inputs. Pass it: example_inputs=...")
     costs = None if budget is None else CostModel(model, tasks, example_inputs)
     choice = choose(found, model, selection, tasks, groups=groups, threshold=threshold, costs=costs)
+    for note in choice.notes:
+        logger.warning("%s", note)
     logger.info("%s.", choice)
     return choice.plan
 
@@ -160,76 +148,36 @@ def choose(
     Raises:
         PlanError, UnknownNameError, UsageError: as `plan`.
     """
-    cmap = found.cmap
-    split = partitions(cmap, tasks, groups)
-    parted = separated(cmap, split, threshold)
-    names, reason = _names(found, model, selection, split, parted, threshold, costs)
-    names = list(BranchPlan.per_task(found.expand(names), tasks).on(model).layers)
-    by_layer = {member: partition for name, partition in split.items() for member in found.members(name)}
+    tasks, by, candidates = tuple(tasks), selection.by_of(found.cmap), selection.candidates(found)
+    scoring = Scoring(candidates.cmap, tasks, threshold, by)
+    if selection.by_score:
+        check_conflict(scoring)
+    split = partitions(candidates.cmap, tasks, groups, by)
+    chosen = chosen_layers(candidates, model, selection, scoring, split, costs)
+    names = list(BranchPlan.per_task(candidates.expand(chosen.names), tasks).on(model).layers)
+    by_layer = {member: partition for name, partition in split.items() for member in candidates.members(name)}
     of_all = _with_unscored(names, by_layer, groups)
-    chosen = BranchPlan(tuple(tasks), {name: of_all[name] for name in names})
-    return Choice(chosen, reason, cmap.scores(threshold), parted, found.units)
+    branched = {name: of_all[name] for name in names}
+    return Choice(
+        BranchPlan(tasks, branched),
+        chosen.reason,
+        {**scoring.scores, **_left_out(found, candidates, tasks, threshold, by)},
+        scoring.parted(split),
+        candidates.units,
+        by,
+        scoring.never_met,
+        chosen.sure,
+        notes(scoring, [name for name in chosen.names if name in split], branched.values(), selection.by_score),
+    )
 
 
-def _names(
-    found: Match,
-    model: nn.Module,
-    selection: Selection,
-    split: Mapping[str, Partition],
-    parted: Mapping[str, int],
-    threshold: float | None,
-    costs: CostModel | None,
-) -> tuple[list[str], str]:
-    """The chosen layers, and why those."""
-    cmap, reason = found.cmap, selection.describe()
-    if isinstance(selection.layers, str):
-        return names_matching(selection.layers, found.matched), reason
-    if selection.layers is not None:
-        return list(selection.layers), reason
-    if selection.auto:
-        if threshold not in (None, cmap.threshold):
-            raise PlanError(
-                f"auto=True resamples the conflicts at the map's own S={cmap.threshold:g}, the only ones that the map "
-                "holds over time. Leave the threshold out."
-            )
-        return sure_layers(cmap)
-    if selection.share is not None:
-        return holding_share(cmap, selection.share, threshold), reason
-    order = selection.order(cmap, model, threshold)
-    if selection.like is not None:
-        return _at_parameters_of(selection.like, order, selection.skips, split, found, model), reason
-    if selection.budget is not None:
-        assert costs is not None
-        chooser = Chooser(costs, split, parted, found.units)
-        if selection.select != "top":
-            return chooser.fill(order, selection.budget, selection.skips), reason
-        greedy = "" if chooser.is_exact else ", as far as found greedily: the model's forward could not be traced"
-        return chooser.best(selection.budget), reason + greedy
-    if selection.top_k is None:
-        return order, reason
-    what = "norms among its shared layers" if selection.select == "norms" else "shared layers"
-    return order[: checked_k(selection.top_k, order, what + " of this model" * bool(found.missing))], reason
-
-
-def _at_parameters_of(
-    like: BranchPlan, order: Sequence[str], skip: bool, split: Mapping[str, Partition], found: Match, model: nn.Module
-) -> list[str]:
-    """As many layers of `order` as add no more parameters than `like` does."""
-    sizes = {layer.name: layer.size for layer in find_layers(model)}
-
-    def added(names: Iterable[str]) -> int:
-        copied = ((sum(sizes[member] for member in found.members(name)), split[name]) for name in names)
-        return sum(size * (len(partition.groups) - 1) for size, partition in copied)
-
-    given = like.on(model).layers
-    limit = sum(sizes[name] * (len(partition.groups) - 1) for name, partition in given.items())
-    chosen = take(order, lambda names: added(names) <= limit, skip)
-    if not chosen:
-        raise PlanError(
-            f"The plan in like=... adds {limit:,} parameters, and {order[0]!r}, the first in line, alone adds "
-            f"{added(order[:1]):,}. Use another select, or top_k."
-        )
-    return chosen
+def _left_out(
+    found: Match, candidates: Match, tasks: tuple[str, ...], threshold: float | None, by: By
+) -> dict[str, float]:
+    """The scores of the map's layers that are no candidates."""
+    kept = set(candidates.expand(candidates.matched))
+    layers = [layer for layer in found.cmap.layers if not kept.issuperset(found.members(layer.name))]
+    return dict(Scoring(replace(found.cmap, layers=layers), tasks, threshold, by).scores) if layers else {}
 
 
 def _with_unscored(names: Sequence[str], split: Mapping[str, Partition], groups: Groups) -> Mapping[str, Partition]:

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import random
-import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 from torch import nn
 
 from recon.branching import BranchPlan
-from recon.errors import PlanError, UnknownNameError
+from recon.errors import PlanError
 from recon.maps import ConflictMap
+from recon.maps.measures import By, check_by
 from recon.plans.budget import Budget
+from recon.plans.matching import Match, narrowed
+from recon.plans.scoring import Scoring
+from recon.support.network.layer_choice import Patterns, choose_names
 from recon.support.network.layers import find_layers
 
 Select = Literal["top", "random", "first", "last", "norms"]
 
-_SURE = 0.95  # of conflicting more than the mean layer
+SURE = 0.95  # of conflicting more than the mean layer, or more than noise
 
 _ORDERS = {
     "top": "by score",
@@ -42,24 +45,29 @@ class Selection:
     max_params: float | None = None
     max_macs: float | None = None
     auto: bool = False
-    layers: Sequence[str] | str | None = None
+    layers: Patterns | None = None
     like: BranchPlan | None = None
     select: Select = "top"
     seed: int = 0
+    exclude: Patterns | None = None
+    units: Patterns | None = None
+    by: By | None = None
 
     def __post_init__(self) -> None:
         if self.select not in get_args(Select):
             raise PlanError(f"select is {self.select!r}. Choose {', '.join(map(repr, get_args(Select)))}.")
-        given = self._given()
-        norms_alone = self.select == "norms" and not given
-        if len(given) != 1 and not norms_alone:
+        if self.by is not None:
+            check_by(self.by)
+        ways = self._ways
+        if len(ways) > 1 or not (ways or self.layers is not None or self.select == "norms"):
             raise PlanError(
                 "Choose the layers in one way: top_k=..., share=..., max_params=... and max_macs=..., auto=True, "
-                f"like=... or layers=[...]. Given: {' and '.join(given) or 'none'}."
+                f"like=... or layers=[...]. Given: {' and '.join(ways) or 'none'}."
             )
-        if self.select != "top" and given and given[0] in ("share", "auto", "layers"):
+        if self.select != "top" and (ways[:1] in (["share"], ["auto"]) or self.is_named):
             raise PlanError(
-                f"select={self.select!r} works with top_k, max_params, max_macs and like, not with {given[0]}."
+                f"select={self.select!r} works with top_k, max_params, max_macs and like, not with "
+                f"{'layers alone' if self.is_named else ways[0]}."
             )
         if self.select == "top" and self.like is not None:
             raise PlanError(
@@ -69,11 +77,46 @@ class Selection:
             raise PlanError(
                 f"share is {self.share:g}. Give a share of all conflict, above 0 and at most 1, such as 0.5."
             )
+        if self.units is not None and self.is_named:
+            raise PlanError(
+                "units=... joins layers that are chosen by score, so it goes with top_k, say. Leave it out."
+            )
 
-    def _given(self) -> list[str]:
+    @property
+    def _ways(self) -> list[str]:
         budget = [f for f in ("max_params", "max_macs") if getattr(self, f) is not None]
-        others = [f for f in ("top_k", "share", "layers", "like") if getattr(self, f) is not None]
+        others = [f for f in ("top_k", "share", "like") if getattr(self, f) is not None]
         return others + ["auto"] * self.auto + ["/".join(budget)] * bool(budget)
+
+    @property
+    def is_named(self) -> bool:
+        """Whether `layers` names what is branched, rather than what to choose among."""
+        return self.layers is not None and not self._ways and self.select != "norms"
+
+    @property
+    def by_score(self) -> bool:
+        """Whether the scores choose: not where layers are named, nor in controls that go by something else."""
+        return not self.is_named and (self.select == "top" or (self.select == "norms" and bool(self._ways)))
+
+    def by_of(self, cmap: ConflictMap) -> By:
+        """What layers are scored by, in a map that has a noise floor or none."""
+        return self.by or ("excess" if self.auto and cmap.has_floor else "count")
+
+    @property
+    def narrows(self) -> bool:
+        """Whether fewer layers than all shared ones are there to choose among, or units of them."""
+        return not self.is_named and any(option is not None for option in (self.layers, self.exclude, self.units))
+
+    def candidates(self, found: Match) -> Match:
+        """The layers to choose among, joined into units."""
+        return narrowed(found, self.layers, self.exclude, self.units) if self.narrows else found
+
+    def names(self, found: Match) -> list[str]:
+        """The layers that `layers` names: shared ones by an expression, any of the model's by a list."""
+        assert self.layers is not None
+        by_expression = isinstance(self.layers, str)
+        known = found.matched if by_expression else self.layers
+        return choose_names(dict.fromkeys(known, ()), self.layers if by_expression else None, self.exclude)
 
     @property
     def skips(self) -> bool:
@@ -90,24 +133,23 @@ class Selection:
         limited = self.max_params is not None or self.max_macs is not None
         return Budget(self.max_params, self.max_macs) if limited else None
 
-    def order(self, cmap: ConflictMap, model: nn.Module, threshold: float | None = None) -> list[str]:
+    def order(self, scoring: Scoring, model: nn.Module) -> list[str]:
         """The shared layers in the order in which `select` takes them.
 
         Args:
-            cmap: the map of the model's layers, in model order.
+            scoring: of the map of the model's layers, in model order.
             model: the unbranched model.
-            threshold: S of the scores; the map's own when not given.
 
         Raises:
             PlanError: norms are wanted, and no shared layer is one.
-            UsageError: the map has no scores at this threshold.
         """
-        shared, ranking = [layer.name for layer in cmap.layers], cmap.ranking(threshold)
+        layers, ranking = scoring.cmap.layers, scoring.ranking
+        shared = [layer.name for layer in layers]
         if self.select == "random":
             return random.Random(self.seed).sample(shared, len(shared))
         if self.select == "norms":
             kinds = {layer.name: layer.kind.lower() for layer in find_layers(model)}
-            members = {layer.name: layer.members or (layer.name,) for layer in cmap.layers}
+            members = {layer.name: layer.members or (layer.name,) for layer in layers}
             norms = [name for name in ranking if all("norm" in kinds[member] for member in members[name])]
             if not norms:
                 raise PlanError(
@@ -119,7 +161,7 @@ class Selection:
     def describe(self) -> str:
         """How the layers are chosen, in a few words: "4 layers: ..."; of `auto`, `sure_layers` says more."""
         how = _ORDERS[self.select] + (f" (seed {self.seed})" if self.select == "random" else "")
-        if self.layers is not None:
+        if self.is_named:
             return f"named by {self.layers!r}" if isinstance(self.layers, str) else "named"
         if self.like is not None:
             return f"{how}, within the parameters that {len(self.like.layers)} given layers add"
@@ -139,54 +181,56 @@ def checked_k(k: int, available: Sequence[str], what: str = "shared layers") -> 
     return k
 
 
-def holding_share(cmap: ConflictMap, share: float, threshold: float | None = None) -> list[str]:
+def holding_share(scoring: Scoring, share: float) -> list[str]:
     """The fewest layers that together hold at least this share of all conflict: the beginning of the ranking."""
-    scores = cmap.scores(threshold)
-    total, held, chosen = sum(scores.values()), 0, []
-    if not total:
-        raise PlanError(
-            "No layer of the map has a conflict, so none has a share of it. Score the map at a higher threshold."
-        )
-    for name in cmap.ranking(threshold):
+    total, held, chosen = sum(scoring.scores.values()), 0.0, []
+    for name in scoring.ranking:
         chosen.append(name)
-        held += scores[name]
+        held += scoring.scores[name]
         if held >= share * total * (1 - 1e-12):
             return chosen
     return chosen
 
 
-def sure_layers(cmap: ConflictMap) -> tuple[list[str], str]:
+def sure_layers(scoring: Scoring) -> tuple[list[str], str]:
     """The layers that conflict more than the mean layer beyond the noise of the steps, and a sentence that says why.
 
     A layer at the mean is what a random choice of layers gets; one is chosen if it is above the mean in 95 % of
     resampled trainings (`recon.maps.confidence`). More steps leave less noise, and the choice approaches all layers
     above the mean.
     """
-    sure = cmap.above_mean_probability()
-    scores = cmap.scores()
-    chosen = [name for name in cmap.ranking() if sure[name] >= _SURE]
-    mean = sum(scores.values()) / len(scores)
-    rule = f"more than the mean layer ({mean:.1f} conflicts) in at least {100 * _SURE:g} % of resampled trainings"
+    sure = scoring.cmap.above_mean_probability(scoring.among, scoring.by)
+    mean = score_text(sum(scoring.scores.values()) / len(scoring.scores), scoring.by)
+    rule = f"more than the mean layer ({mean}) in at least {100 * SURE:g} % of resampled trainings"
+    return _those_sure(scoring, sure, rule)
+
+
+def layers_above_floor(scoring: Scoring) -> tuple[list[str], str, dict[str, float]]:
+    """The layers that conflict above their noise floor, a sentence that says why, and how likely each of all does.
+
+    One is chosen if that is 95 % likely: see `ConflictMap.above_floor_probability`. What the others show may be noise.
+    """
+    sure = scoring.cmap.above_floor_probability(scoring.among)
+    rule = f"above their noise floor with a probability of at least {100 * SURE:g} %"
+    return *_those_sure(scoring, sure, rule), sure
+
+
+def _those_sure(scoring: Scoring, sure: Mapping[str, float], rule: str) -> tuple[list[str], str]:
+    chosen = [name for name in scoring.ranking if sure[name] >= SURE]
     if not chosen:
         raise PlanError(
             f"No layer conflicts {rule}: the ranking is within noise. Profile more steps, or choose by top_k=... or a "
             "budget."
         )
-    left_out = [name for name in cmap.ranking() if sure[name] < _SURE]
+    left_out = [name for name in scoring.ranking if sure[name] < SURE]
     at_cut = [(chosen[-1], "the last is"), *[(name, "the next would be") for name in left_out[:1]]]
-    cut = "; ".join(f"{what} {name} ({scores[name]}, {100 * sure[name]:.0f} %)" for name, what in at_cut)
+    cut = "; ".join(
+        f"{what} {name} ({score_text(scoring.scores[name], scoring.by)}, {100 * sure[name]:.0f} %)"
+        for name, what in at_cut
+    )
     return chosen, f"they conflict {rule}; {cut}"
 
 
-def names_matching(pattern: str, names: Sequence[str]) -> list[str]:
-    """The names that a regular expression matches as a whole."""
-    try:
-        found = [name for name in names if re.fullmatch(pattern, name)]
-    except re.error as error:
-        raise PlanError(
-            f"layers={pattern!r} is not a regular expression: {error}. Correct it, or pass a list of names."
-        ) from error
-    if not found:
-        hint = "A pattern must match the whole name of a shared layer, as in '.*bn1'."
-        raise UnknownNameError("shared layer", pattern, names, hint)
-    return found
+def score_text(score: float, by: By) -> str:
+    """A score for a reader: a number of conflicts, or a share in per cent."""
+    return f"{score:.6g} conflicts" if by == "count" else f"{100 * score:.1f} %"

@@ -10,11 +10,14 @@ from torch import nn
 
 from recon.branching import Partition
 from recon.errors import PlanError
+from recon.maps.measures import By
+from recon.plans.choice import Choice
 from recon.plans.costing.cost_model import CostModel
 from recon.plans.grouping import Groups
 from recon.plans.matching import Match
-from recon.plans.planning import Choice, choose
+from recon.plans.planning import choose
 from recon.plans.selection import Selection
+from recon.support.network.layer_choice import Patterns
 from recon.support.tables import text_table
 
 BUDGETS = (1.05, 1.1, 1.25, 1.5, 1.75, 2.0, 3.0, 5.0, 10.0, 20.0)
@@ -62,6 +65,10 @@ def frontier(
     *,
     groups: Groups = "per-task",
     threshold: float | None = None,
+    by: By | None = None,
+    layers: Patterns | None = None,
+    exclude: Patterns | None = None,
+    units: Patterns | None = None,
     budgets: Sequence[float] = BUDGETS,
     chosen: Choice | None = None,
 ) -> list[Point]:
@@ -73,6 +80,10 @@ def frontier(
         costs: of the model.
         groups: as in `recon.plan`.
         threshold: S of the scores; the map's own when not given.
+        by: what the scores are, as in `recon.plan`.
+        layers: the shared layers to choose among, as in `recon.plan`; so are `exclude` and `units`.
+        exclude: see there.
+        units: see there.
         budgets: ratios, each taken once for the parameters and once for the multiply-adds. Left out are those that no
             K exceeds, those within which no layer can be branched, and those whose plan is there already.
         chosen: what to mark; it becomes a new point if it is not one of the others.
@@ -89,9 +100,12 @@ def frontier(
         return Point(selector, choice.plan.layers, choice.covered, cost.parameters_ratio, cost.macs_ratio)
 
     def choice(**how: Any) -> Choice:
-        return choose(found, model, Selection(**how), costs.tasks, groups=groups, threshold=threshold, costs=costs)
+        selection = Selection(**how, **among, by=by)
+        return choose(found, model, selection, costs.tasks, groups=groups, threshold=threshold, costs=costs)
 
-    points = [point(f"top_k={k}", choice(top_k=k)) for k in range(1, len(found.matched) + 1)]
+    among = {"layers": layers, "exclude": exclude, "units": units}
+    candidates = Selection(top_k=1, **among).candidates(found).matched
+    points = [point(f"top_k={k}", choice(top_k=k)) for k in range(1, len(candidates) + 1)]
     dearest = {
         "max_params": max(point.parameters_ratio for point in points),
         "max_macs": max(point.macs_ratio for point in points),

@@ -15,7 +15,6 @@ from recon.plans.grouping import (
     fewest_conflicts,
     hierarchy,
     partitions,
-    separated,
 )
 from tests.cost_double import chain
 from tests.maps.test_conflict_map import make_map, score_map
@@ -203,38 +202,6 @@ def test_forty_tasks_cost_as_many_times_the_trunk_as_there_are_groups(groups):
     costs = chain([(100, 1000)] * 6, tasks)
     assert costs.of(split).macs_ratio == pytest.approx(3, abs=0.1)
     assert costs.of(dict.fromkeys(layers, Partition.per_task(tasks))).macs_ratio > 38
-
-
-def test_conflicts_within_a_group_are_not_parted():
-    cmap = drawn_map(2, TASKS)
-    halves = Partition.of_groups([["a", "b", "c"], ["d", "e", "f"]], TASKS)
-    found = separated(cmap, dict.fromkeys(cmap.scores(), halves))
-    for layer in cmap.layers:
-        graph = conflict_graph(cmap, TASKS, [layer.name])
-        assert found[layer.name] == cmap.scores()[layer.name] - within(graph, halves)
-    per_task = dict.fromkeys(cmap.scores(), Partition.per_task(TASKS))
-    assert separated(cmap, per_task) == cmap.scores()
-
-
-def test_a_model_of_some_of_the_maps_tasks_parts_what_its_own_conflict():
-    """The score stands for all of the map's tasks; its share that is parted is that of the model's own pairs."""
-    counts = {("a", "b"): 12, ("a", "c"): 30, ("b", "c"): 18, ("c", "d"): 40}
-    cmap = pair_map({"x": counts}, tuple("abcd"))
-    split = Partition.of_groups([["a", "b"], ["c"]], ("a", "b", "c"))
-    assert separated(cmap, {"x": split}) == {"x": round(100 * 48 / 60)}
-
-
-def test_at_another_threshold_conflicts_are_parted_in_the_same_proportion():
-    cmap = make_map(tasks=("a", "b", "c"))
-    split = dict.fromkeys(cmap.scores(), Partition.of_groups([["a", "b"], ["c"]], ("a", "b", "c")))
-    own, other = separated(cmap, split), separated(cmap, split, -0.5)
-    for name, score in cmap.scores(-0.5).items():
-        assert other[name] == round(score * own[name] / cmap.scores()[name])
-
-
-def test_a_map_without_pairs_parts_everything():
-    cmap = score_map({"x": 7}, tasks=TASKS)
-    assert separated(cmap, {"x": Partition.of_groups([["a", "b", "c"], ["d", "e", "f"]], TASKS)}) == {"x": 7}
 
 
 @pytest.mark.parametrize(
