@@ -94,15 +94,13 @@ def _joined(scoring: Scoring, split: Iterable[Partition]) -> str:
 
 
 def _no_floor(scoring: Scoring) -> str:
-    layers = (
-        scoring.cmap.without_floor(scoring.tasks if scoring.knows_pairs else None) if scoring.by == "excess" else {}
-    )
+    layers = scoring.cmap.without_floor(scoring.among) if scoring.by == "excess" else {}
     if not layers:
         return ""
     pairs = dict.fromkeys(pair for found in layers.values() for pair in found)
     return (
-        f"In {len(layers)} layers ({shortened(layers)}) the noise floor of {named(pairs)} was not measured: these pairs "
-        "count as 0 there. Profile with more floor steps."
+        f"In {len(layers)} layers ({shortened(layers)}) the noise floor of {named(pairs)} was not measured: these "
+        "pairs count as 0 there. Profile with more floor steps."
     )
 
 
@@ -112,6 +110,6 @@ def _no_conflict(scoring: Scoring, chosen: Sequence[str]) -> str:
         return ""
     above = " above its noise floor" if scoring.by == "excess" else ""
     return (
-        f"Only {len(chosen) - len(quiet)} of the {len(chosen)} chosen layers have a conflict{above}; {shortened(quiet)} "
-        "came in by their order in the model. Choose fewer."
+        f"Only {len(chosen) - len(quiet)} of the {len(chosen)} chosen layers have a conflict{above}; "
+        f"{shortened(quiet)} came in by their order in the model. Choose fewer."
     )

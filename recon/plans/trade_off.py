@@ -100,12 +100,11 @@ def frontier(
         return Point(selector, choice.plan.layers, choice.covered, cost.parameters_ratio, cost.macs_ratio)
 
     def choice(**how: Any) -> Choice:
-        selection = Selection(**how, **among, by=by)
+        selection = replace(among, **how)
         return choose(found, model, selection, costs.tasks, groups=groups, threshold=threshold, costs=costs)
 
-    among = {"layers": layers, "exclude": exclude, "units": units}
-    candidates = Selection(top_k=1, **among).candidates(found).matched
-    points = [point(f"top_k={k}", choice(top_k=k)) for k in range(1, len(candidates) + 1)]
+    among = Selection(top_k=1, layers=layers, exclude=exclude, units=units, by=by)
+    points = [point(f"top_k={k}", choice(top_k=k)) for k in range(1, len(among.candidates(found).matched) + 1)]
     dearest = {
         "max_params": max(point.parameters_ratio for point in points),
         "max_macs": max(point.macs_ratio for point in points),
@@ -113,7 +112,7 @@ def frontier(
     more: list[tuple[str, Choice]] = []
     for limit, budget in ((limit, budget) for limit in dearest for budget in budgets if budget < dearest[limit]):
         try:
-            more.append((f"{limit}={budget:g}", choice(**{limit: budget})))
+            more.append((f"{limit}={budget:g}", choice(top_k=None, **{limit: budget})))
         except PlanError:  # no layer fits; any other error would have come up with the plans by K
             continue
     for selector, made in more + ([("chosen", chosen)] if chosen else []):

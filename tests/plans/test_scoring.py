@@ -1,8 +1,3 @@
-from itertools import combinations
-
-import numpy as np
-import pytest
-
 from recon.branching.partition import Partition
 from recon.plans.grouping import conflict_graph
 from recon.plans.scoring import Scoring
