@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from recon.errors import UsageError
 from recon_cli.options.outputs import check_file
-from recon_cli.options.selection import groups_of, surgery_name
+from recon_cli.options.selection import candidates_of, groups_of, surgery_name
 from recon_cli.parser import file_path
 
 if TYPE_CHECKING:
@@ -71,7 +71,18 @@ def show_pictures(
         from recon.plans.pictures.trade_off_picture import draw_frontier
         from recon.plans.trade_off import frontier_table  # late: these import torch and matplotlib
 
-        points = frontier(found, model, costs, groups=groups_of(args), threshold=args.threshold, chosen=choice)
+        points = frontier(
+            found,
+            model,
+            costs,
+            groups=groups_of(args),
+            threshold=args.threshold,
+            by=args.by,
+            layers=candidates_of(args),
+            exclude=args.exclude,
+            units=args.units,
+            chosen=choice,
+        )
         lines += ["", frontier_table(points)]
         data["frontier"] = [point.as_dict() for point in points]
         draw_frontier(points, args.frontier)

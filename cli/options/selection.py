@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from recon_cli.options.rename import add_rename_option, renames
 from recon_cli.parser import any_path, positive_integer, positive_number, share, threshold
+from recon_cli.terminal import tell
 
 if TYPE_CHECKING:
     from torch import nn
@@ -19,8 +20,10 @@ if TYPE_CHECKING:
 
 _SELECT = ("top", "random", "first", "last", "norms")
 _BUDGETS = ("max_params", "max_macs")
-_WAYS = ("top_k", "share", *_BUDGETS, "auto", "like", "layers", "matching")
-NAMES = ("map", *_WAYS, "select", "groups", "threshold", "rename", "seed")
+_BY_MAP = ("top_k", "share", *_BUDGETS, "auto", "like")
+_NAMED = ("layers", "matching")
+_AMONG = (*_NAMED, "exclude", "units")
+NAMES = ("map", *_BY_MAP, *_AMONG, "select", "by", "groups", "threshold", "rename", "seed")
 """The arguments that make the same choice with another verb."""
 
 
@@ -34,11 +37,10 @@ def add_options(parser: Parser) -> None:
         "--share", type=share, metavar="PART", help="branch the fewest layers with this part of all conflict"
     )
     which.add_argument(
-        "--auto", action="store_true", help="branch all that conflict more than the mean layer, beyond noise"
-    )
-    which.add_argument("--layers", nargs="+", metavar="NAME", help="branch these layers; needs no map")
-    which.add_argument(
-        "--matching", metavar="REGEX", help="branch all shared layers whose whole name matches; needs no map"
+        "--auto",
+        action="store_true",
+        help="branch all that conflict above their noise floor, beyond doubt; with a map that has none, all that "
+        "conflict more than the mean layer, beyond noise",
     )
     which.add_argument(
         "--like",
@@ -55,6 +57,23 @@ def add_options(parser: Parser) -> None:
     ways.add_argument(
         "--max-macs", type=positive_number, metavar="RATIO", help="the same within RATIO times the multiply-adds"
     )
+    among = parser.add_argument_group(
+        "among which layers",
+        "--layers or --matching, alone, branch what they name. Beside a choice by the map, they limit it.",
+    )
+    named = among.add_mutually_exclusive_group()
+    named.add_argument("--layers", nargs="+", metavar="NAME", help="these layers; alone, they need no map")
+    named.add_argument(
+        "--matching", metavar="REGEX", help="shared layers whose whole name matches; alone, without a map"
+    )
+    among.add_argument("--exclude", nargs="+", metavar="REGEX", help="without those whose whole name matches")
+    among.add_argument(
+        "--units",
+        nargs="+",
+        metavar="REGEX",
+        help=r"layers that are branched together or not at all: 'layer\d+\.\d+' joins every block, 'lora_[AB]' the two "
+        "matrices of every adapter",
+    )
     parser.add_argument(
         "--select",
         choices=_SELECT,
@@ -69,29 +88,46 @@ def add_options(parser: Parser) -> None:
         "layer share it; or the groups themselves, as in a+b c",
     )
     parser.add_argument("--threshold", type=threshold, metavar="S", help="score at another S (default: the map's own)")
+    add_by_option(parser)
     add_rename_option(parser, "rename the map's layers to the model's,")
+
+
+def add_by_option(parser: Parser) -> None:
+    """Add --by."""
+    parser.add_argument(
+        "--by",
+        choices=("count", "rate", "excess"),
+        help="score layers by their conflicts (the default), by their share of the steps in which a pair of tasks "
+        "met, or by how far that lies above the noise floor",
+    )
 
 
 def check(args: argparse.Namespace) -> None:
     """Check that the options go together, before anything is loaded."""
     error = args.parser.error
-    given = [name for name in _WAYS if getattr(args, name) not in (None, False)]
+    given = [name for name in _BY_MAP if getattr(args, name) not in (None, False)]
+    among = [name for name in _NAMED if getattr(args, name) is not None]
     budget = [name for name in given if name in _BUDGETS]
-    if not given and args.select != "norms":
-        error(f"one of the arguments {' '.join(map(_flag, _WAYS))} is required")
+    if not given and not among and args.select != "norms":
+        error(f"one of the arguments {' '.join(map(_flag, (*_BY_MAP, *_NAMED)))} is required")
     if budget and len(given) > len(budget):
         other = next(name for name in given if name not in _BUDGETS)
         error(f"argument {_flag(budget[0])}: not allowed with argument {_flag(other)}")
-    named = "layers" in given or "matching" in given
-    if not args.map and not named:
+    if not args.map and not _is_named(args):
         error(f"{_flag((*given, 'select')[0])} needs --map MAP: `recon profile` makes one")
     if renames(args) and not args.map:
         error("--rename goes with --map: it renames the map's layers")
-    for option in ("select", "threshold"):
-        if named and getattr(args, option) is not None:
-            error(f"{_flag(option)} goes with a choice by the map, such as --top-k, not with {_flag(given[0])}")
+    for option in ("select", "threshold", "by", "units"):
+        if _is_named(args) and getattr(args, option) is not None:
+            error(f"{_flag(option)} goes with a choice by the map, such as --top-k, not with {_flag(among[0])} alone")
     if not args.map and (args.groups == ["conflict"] or args.groups[0].isdigit()):
         error(f"--groups {args.groups[0]} needs --map MAP, which says how often tasks conflict")
+
+
+def _is_named(args: argparse.Namespace) -> bool:
+    """Whether --layers or --matching name what is branched, rather than what to choose among."""
+    by_map = any(getattr(args, name) not in (None, False) for name in _BY_MAP) or args.select == "norms"
+    return not by_map and any(getattr(args, name) is not None for name in _NAMED)
 
 
 def has_budget(args: argparse.Namespace) -> bool:
@@ -102,7 +138,7 @@ def has_budget(args: argparse.Namespace) -> bool:
 def choose(
     args: argparse.Namespace, problem: Problem, model: nn.Module, found: Match | None, costs: CostModel | None
 ) -> Choice:
-    """The plan that the options ask for.
+    """The plan that the options ask for; what to know before trusting it is said on stderr.
 
     Args:
         args: of the command line.
@@ -117,12 +153,13 @@ def choose(
     import recon.plans.planning  # late: these import torch
     from recon.branching import load_plan
     from recon.plans import Selection
-    from recon.plans.selection import names_matching
+    from recon.support.network.layer_choice import choose_names
     from recon.support.network.layers import find_layers
 
     tasks, groups = problem.task_names, groups_of(args)
     if found is None:
-        names = args.layers or names_matching(args.matching, [layer.name for layer in find_layers(model)])
+        known = {layer.name: layer.aliases for layer in find_layers(model)}
+        names = choose_names(dict.fromkeys(args.layers, ()) if args.layers else known, args.matching, args.exclude)
         plan = recon.BranchPlan.per_task(names, tasks)
         if not isinstance(groups, str | int):
             plan = recon.BranchPlan.grouped(dict.fromkeys(names, groups), tasks)
@@ -137,15 +174,26 @@ def choose(
         like=load_plan(args.like) if args.like else None,
         select=args.select or "top",
         seed=args.seed,
+        exclude=args.exclude,
+        units=args.units,
+        by=args.by,
     )
-    return recon.plans.choose(found, model, selection, tasks, groups=groups, threshold=args.threshold, costs=costs)
+    choice = recon.plans.choose(found, model, selection, tasks, groups=groups, threshold=args.threshold, costs=costs)
+    for note in choice.notes:
+        tell(f"note: {note}")
+    return choice
+
+
+def candidates_of(args: argparse.Namespace) -> Sequence[str] | None:
+    """The names or expressions of the layers to choose among; None for all, or where layers are named."""
+    return None if _is_named(args) else [args.matching] if args.matching else args.layers
 
 
 def surgery_name(args: argparse.Namespace, plan: BranchPlan) -> str:
     """The name in tables of how the layers were chosen; the same for every seed."""
     select = args.select or "top"
     budget = " ".join(f"{name}={getattr(args, name):g}" for name in _BUDGETS if getattr(args, name) is not None)
-    if args.layers or args.matching:
+    if _is_named(args):
         name = f"K={len(plan.layers)} by name"
     elif args.top_k:
         name = f"{'Recon' if select == 'top' else select} K={args.top_k}"
@@ -157,8 +205,20 @@ def surgery_name(args: argparse.Namespace, plan: BranchPlan) -> str:
         name = f"{select} like {args.like.name}"
     else:
         name = "auto" if args.auto else "all norms"
+    name += f" by {args.by}" if args.by not in (None, "count") else ""
+    limits = {"among": candidates_of(args), "without": args.exclude, "units": args.units}
+    name += "".join(f", {word} {' '.join(names)}" for word, names in limits.items() if names)
     groups = " ".join(args.groups)
     return name if groups == "per-task" else f"{name}, groups {groups}"
+
+
+def covered_line(choice: Choice) -> str:
+    """How much of the conflict the plan parts."""
+    from recon.plans.scoring import named  # late: it imports numpy
+
+    what = {"count": "", "rate": " (by rate)", "excess": " above the noise floor"}[choice.by]
+    unmeasured = f" of what was measured; never measured: {named(choice.unmeasured)}" if choice.unmeasured else ""
+    return f"Conflict{what} covered: {100 * choice.covered:.1f} %{unmeasured}."
 
 
 def groups_lines(layers: Mapping[str, Any]) -> list[str]:

@@ -186,6 +186,7 @@ def _report(
         "map": fit_data(args.map, found) if found else None,
         "reason": choice.reason,
         "covered": choice.covered if choice.scores else None,
+        "notes": choice.notes,
         "branched_layers": list(plan.layers),
         "groups": {name: partition.groups for name, partition in plan.layers.items()},
         "statistics": statistics,

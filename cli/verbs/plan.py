@@ -15,6 +15,7 @@ from recon_cli.options.problem import PROBLEM_NAMES, add_problem, problem_of
 from recon_cli.options.rename import renames
 from recon_cli.parser import Report, add_verb, command_words, seed
 from recon_cli.texts.costs import cost_table, with_ratios
+from recon_cli.texts.evidence import score_text, verdict_table, verdicts
 from recon_cli.texts.map_fit import fit_data, fit_line, match_map
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ def add_parser(verbs: Verbs) -> None:
         recon plan digits --map map.json --max-macs 1.25
         recon plan digits --map map.json --max-params 1.05 --max-macs 1.5
         recon plan digits --map map.json --auto
+        recon plan digits --map map.json --top-k 4 --by rate --exclude '.*bn\\d'
         recon plan digits --map map.json --max-macs 1.25 --frontier
         recon plan tox21.py:problem --map map.json --share 0.5 --groups 3
         """,
@@ -83,10 +85,11 @@ def _report(
         *([fit_line(args.map, found), ""] if found else []),
         textwrap.fill(f"{choice}.", 100, break_on_hyphens=False),
         "",
-        _layer_table(layers),
+        _layer_table(layers, choice),
         "",
         *selection.groups_lines(choice.plan.layers),
-        *([f"Conflict covered: {100 * choice.covered:.1f} %."] if choice.scores else []),
+        *([selection.covered_line(choice)] if choice.scores else []),
+        *(["", verdict_table(choice)] if choice.sure else []),
         "",
         cost_table(table),
         f"{len(runs)} modules run once per group. {_how(costs)}",
@@ -101,7 +104,11 @@ def _report(
         "map": fit_data(args.map, found) if found else None,
         "reason": choice.reason,
         "layers": layers,
+        "by": choice.by if choice.scores else None,
         "covered": choice.covered if choice.scores else None,
+        "never_met": choice.unmeasured,
+        "notes": choice.notes,
+        "evidence": verdicts(choice),
         "costs": table,
         "runs_per_group": {path: partition.groups for path, partition in runs.items()},
         "traced": costs.traced,
@@ -112,33 +119,37 @@ def _report(
 
 
 def _layers(choice: Choice, kinds: dict[str, str]) -> list[dict[str, Any]]:
-    total = max(1, sum(choice.scores.values()))
+    unit_of = {member: unit for unit, members in choice.units.items() for member in members}
+    scored = {name: unit_of.get(name, name) for name in choice.plan.layers}
     return [
         {
             "name": name,
             "type": kinds[name],
-            "score": choice.scores.get(name),
-            "share": choice.scores[name] / total if name in choice.scores else None,
-            "parted": choice.parted.get(name),
+            **({"unit": unit_of.get(name)} if unit_of else {}),
+            "score": choice.scores.get(scored[name]),
+            "share": choice.scores[scored[name]] / (choice.total or 1) if scored[name] in choice.scores else None,
+            "parted": choice.parted.get(scored[name]),
             "groups": partition.groups,
         }
         for name, partition in choice.plan.layers.items()
     ]
 
 
-def _layer_table(layers: list[dict[str, Any]]) -> str:
-    header = ["layer", "type", "copies", "score", "share of all"]
+def _layer_table(layers: list[dict[str, Any]], choice: Choice) -> str:
+    unit = ["unit"] if choice.units else []
+    header = ["layer", "type", *unit, "copies", choice.by if choice.by != "count" else "score", "share of all"]
     rows = [
         [
             layer["name"],
             layer["type"],
+            *([layer["unit"] or "-"] if unit else []),
             str(len(layer["groups"])),
-            "-" if layer["score"] is None else str(layer["score"]),
-            "-" if layer["share"] is None else f"{100 * layer['share']:.1f}%",
+            score_text(layer["score"], choice.by),
+            score_text(layer["share"], "rate"),
         ]
         for layer in layers
     ]
-    return text_table(header, rows, left=2)
+    return text_table(header, rows, left=2 + len(unit))
 
 
 def _costs(choice: Choice, costs: CostModel, samples: int) -> dict[str, CostsByName]:
