@@ -50,12 +50,12 @@ def resample(series: Series, trials: NDArray[np.int64] | int, draws: int = 1000)
     all or none of them conflicted, and which no bootstrap can vary: see `share_draws`.
     """
     _check(series)
-    trials = np.broadcast_to(np.asarray(trials), series.shape[1:]).astype(float)
-    shares = series.sum(axis=0) / np.maximum(trials, 1)
-    moved = deviations(series, draws) / np.maximum(trials, 1)
-    dependent = float(trials.max() / len(series))  # all that a bin holds may be one and the same event
-    effect = design_effect(shares, moved.var(axis=0), trials, dependent)
-    return share_draws(shares, moved, trials, effect, np.random.default_rng(_SEED + 2)) * trials
+    observed: Floats = np.broadcast_to(trials, series.shape[1:]).astype(np.float64)
+    shares = series.sum(axis=0) / np.maximum(observed, 1)
+    moved = deviations(series, draws) / np.maximum(observed, 1)
+    dependent = float(observed.max() / len(series))  # all that a bin holds may be one and the same event
+    effect = design_effect(shares, moved.var(axis=0), observed, dependent)
+    return share_draws(shares, moved, observed, effect, np.random.default_rng(_SEED + 2)) * observed
 
 
 def share_draws(shares: Floats, moved: Floats, trials: Floats, effect: float, random: np.random.Generator) -> Floats:

@@ -317,6 +317,7 @@ class Profiler:
         mine: dict[str, Any] = {"threshold": self.threshold, "every": self.every, "memory": self.memory}
         mine |= {"layers": [layer.name for layer in self.layers], "units": self._units}
         mine["floor_every"] = self.floor_every
+        state = {"units": {}, "floor_every": None, "next_floor": 0, **state}  # profiles from before had neither
         for name, value in mine.items():
             if name not in state:
                 raise CheckpointError(f"This is not the saved state of a profiler: it has no {name}.")

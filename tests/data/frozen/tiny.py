@@ -126,5 +126,5 @@ def train(kind: str, checkpoint: Path | None = None, *, resume: bool = False, st
         optimizer.register_step_post_hook(lambda *_: stop())
     kept = {"checkpoint": checkpoint, "resume": resume, "optimizer": optimizer, "epochs": 3}
     if kind == "profile":
-        return model, recon.profile(model, loaders(3)[0], LOSSES, **kept)
+        return model, recon.profile(model, loaders(3)[0], LOSSES, floor=None, **kept)
     return model, recon.train(model, loaders(3)[0], LOSSES, method=kind, **kept)
