@@ -167,7 +167,7 @@ def profile(
             "top_k": top_k,
             "memory": memory,
             **profiler.choice,
-            "floor": profiler.floor_every,
+            **({} if profiler.floor_every is None else {"floor": profiler.floor_every}),
             **(settings or {}),
         },
         on_checkpoint=show_map,
