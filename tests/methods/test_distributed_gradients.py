@@ -1,5 +1,6 @@
 """Task gradients of several processes: on the parts of a batch they do what one process does on the whole."""
 
+import itertools
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 
@@ -16,6 +17,7 @@ from recon.methods.gradients.reach import average_losses
 from recon.profiling.profiler import Profiler
 from recon.support.processes import average_, broadcast_model, gather
 from recon.training.batch_stream import RankBatches
+from tests.methods import test_sparse_gradients as sparse
 from tests.profiling.test_distributed import branch, loss_of, shards
 from tests.ranks import Ranks, needs_gloo
 from tests.ranks import ranks as ranks
@@ -544,3 +546,34 @@ def test_one_process_needs_no_group() -> None:
     average_(tensors)
     broadcast_model(fresh("CatAndStack"))
     assert tensors[0].tolist() == [1, 1]
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [("joint", None), ("uw", None), *itertools.product(["joint", "uw"], [{}, {"memory": "sketch"}]), ("pcgrad", {})],
+    ids=str,
+)
+def test_sparse_gradients_equal_those_of_one_process(ranks: Ranks, method: str, options: dict[str, str] | None) -> None:
+    ranks.run(_check_sparse, method, options)
+
+
+def _check_sparse(rank: int, method: str, options: dict[str, str] | None) -> None:
+    """The ranks look up other rows, and one lacks a task, and with it the table that is this task's own."""
+    model, whole = sparse.make(True), sparse.make(False)
+    made, alone = recon.methods.parse(method), recon.methods.parse(method)
+    profiler, expected = (None if options is None else Profiler(m, **options) for m in (model, whole))
+    for ids in sparse.batches(3):
+        parts = [sparse.losses_of(whole, ids[:4]), sparse.losses_of(whole, ids[4:])]
+        del parts[1]["c"]
+        model.zero_grad()
+        losses = sparse.losses_of(model, ids[4 * rank : 4 * rank + 4])
+        recon.backward({task: losses[task] for task in parts[rank]}, model, made, profiler=profiler)
+        assert sparse.sparse_ones(model) == {"words.weight", "bag.weight", "own.weight"}
+        whole.zero_grad()
+        with one_process():
+            mean = {task: sum(part[task] for part in parts if task in part) / 2 for task in TASKS}
+            recon.backward(mean, whole, alone, profiler=expected)
+        for (name, ours), theirs in zip(model.named_parameters(), whole.parameters(), strict=True):
+            torch.testing.assert_close(ours.grad.to_dense(), theirs.grad, msg=name)
+    if profiler is not None and expected is not None:
+        assert_same_map(profiler, expected)
