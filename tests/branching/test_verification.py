@@ -59,6 +59,28 @@ def test_a_branched_layer_at_fault(monkeypatch, fault, message):
         verify(model, branched, image(4))
 
 
+@pytest.mark.parametrize("kind", ["other rows", "dense", "more"])
+def test_sparse_gradients_at_fault(monkeypatch, kind):
+    entry = ZOO["SparseTables"]
+    model, inputs = entry.make(), entry.inputs(4)
+    branched = convert(model, BranchPlan.per_task(["words"], TASKS), inputs)
+
+    def at_fault(layer, ids):
+        values = [layer.branch(group)(ids) for group in layer.partition.groups]
+        weight = layer.branch(layer.partition.groups[2]).weight
+        first = torch.zeros(1, dtype=torch.long)
+        extra = {
+            "other rows": nn.functional.embedding(first, weight, sparse=True).sum(),
+            "dense": weight.sum(),
+            "more": values[2].sum(),
+        }[kind]
+        return merge(layer.partition, [*values[:2], values[2] + (extra - extra.detach())])
+
+    monkeypatch.setattr(Branched, "forward", at_fault)
+    with pytest.raises(VerificationError, match=r"for task 'c', the gradients at words\.weight differ by \d"):
+        verify(model, branched, torch.randint(1, 7, (4, 5)))
+
+
 def test_copies_that_get_another_tasks_gradient(monkeypatch):
     model = PlainConv().double()
     branched = convert(model, BranchPlan.per_task(["body.0.0"], TASKS), image(4))
