@@ -29,6 +29,7 @@ docs: $(READY_FOR_DOCS)
 
 bench: $(READY)
 	$(BIN)/python benchmarks/profile_step.py
+	$(BIN)/python benchmarks/sparse_step.py
 	$(BIN)/python benchmarks/branched_step.py
 	$(BIN)/python benchmarks/until_stable.py
 	$(BIN)/python benchmarks/method_step.py

@@ -204,9 +204,10 @@ def _is_ours(cmap: ConflictMap, args: argparse.Namespace, problem: Problem) -> b
     from recon.experiments import Recipe, optimizers
     from recon.experiments.backbones import backbone_title
     from recon.experiments.inputs import make_model, threshold_of
+    from recon.training.optimizers import as_one
 
     model = make_model(problem, args.seed)
-    group = optimizers.make_optimizer(problem, model, Recipe(lr=args.lr)).param_groups[0]
+    group = as_one(optimizers.make_optimizer(problem, model, Recipe(lr=args.lr))).param_groups[0]
     asked = {
         "problem": problem.name,
         "train_samples": args.train_samples,

@@ -22,6 +22,7 @@ from recon.support.network.forward import Batch, model_device, task_outputs
 from recon.support.network.graph import reached_leaves
 from recon.support.network.layers import find_layers
 from recon.support.network.state import state_kept
+from recon.training.optimizers import as_one
 from recon.training.stepper import task_losses
 
 logger = logging.getLogger(__name__)
@@ -78,7 +79,7 @@ class TrainingStep:
         self.method.setup(tuple(self.losses))
         self.method.to(model_device(self.model))
         self.method.attach(self.model)
-        self.optimizer = make_optimizer(problem, self.model, Recipe())
+        self.optimizer = as_one(make_optimizer(problem, self.model, Recipe()))
         self.inputs, self.targets = batch
 
     def __call__(self) -> None:

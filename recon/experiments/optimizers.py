@@ -14,6 +14,7 @@ from recon.errors import ProblemError, UsageError
 from recon.experiments.recipe import Recipe
 from recon.problems.problem import Problem
 from recon.support.network.forward import Batch
+from recon.support.network.tables import sparse_tables
 
 MakeScheduler = Callable[[Optimizer], LRScheduler]
 
@@ -26,10 +27,24 @@ _OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
 }
 
 
-def make_optimizer(problem: Problem, model: nn.Module, recipe: Recipe) -> Optimizer:
-    """The recipe's optimizer, or the problem's with the recipe's settings."""
+def make_optimizer(problem: Problem, model: nn.Module, recipe: Recipe) -> Optimizer | list[Optimizer]:
+    """The recipe's optimizer, or the problem's with the recipe's settings.
+
+    Adam and AdamW take no sparse gradients: beside them, embeddings with `sparse=True` get a SparseAdam with the same
+    learning rate, which knows no weight decay.
+    """
     make = problem.make_optimizer if recipe.optimizer is None else _OPTIMIZERS[recipe.optimizer]
-    optimizer = make(model.parameters())
+    optimizer = _set(make(model.parameters()), problem, recipe)
+    tables = set(sparse_tables(model))
+    if not tables or not isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW)):
+        return optimizer
+    rest = _set(make(p for p in model.parameters() if p not in tables), problem, recipe)
+    options = {name: rest.defaults[name] for name in ("lr", "betas", "eps")}
+    return [torch.optim.SparseAdam([p for p in model.parameters() if p in tables], **options), rest]
+
+
+def _set(optimizer: Optimizer, problem: Problem, recipe: Recipe) -> Optimizer:
+    """Give it the recipe's settings."""
     for name in ("lr", "momentum", "weight_decay"):
         value = getattr(recipe, name)
         if value is None:

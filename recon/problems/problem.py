@@ -107,7 +107,8 @@ class Problem:
         tasks: the tasks; the model's output has one entry for each.
         make_model: makes a freshly initialised model, `model(inputs) -> {task name: output}`.
         make_loaders: `seed -> (train loader, test loader)`; each yields `(inputs, {task name: target})`.
-        make_optimizer: makes the optimizer of these parameters.
+        make_optimizer: makes the optimizer of these parameters. Where it is Adam or AdamW, which take no sparse
+            gradients, embeddings with `sparse=True` are left to a SparseAdam with the same learning rate.
         make_scheduler: `(optimizer, optimizer steps of the whole training) -> scheduler`, stepped after every
             optimizer step. Without it, the learning rate stays as it is.
         epochs: how long a normal training runs, unless the user says otherwise.

@@ -22,6 +22,7 @@ from recon.experiments.optimizers import make_optimizer, make_scheduler
 from recon.experiments.recipe import Recipe
 from recon.experiments.run import Run
 from recon.experiments.training.evaluations import Evaluations
+from tests.zoo import ZOO
 
 PROBLEM = """
 import os, time
@@ -490,6 +491,17 @@ def test_optimizers():
     assert all(adamw.param_groups[0][name] == value for name, value in expected.items() if name != "params")
     own = make_optimizer(digits, model, Recipe(weight_decay=0.5))
     assert type(own) is type(digits.make_optimizer(model.parameters())) and own.param_groups[0]["weight_decay"] == 0.5
+
+
+def test_optimizers_of_sparse_tables():
+    digits = recon.problems.get("digits")
+    model = ZOO["SparseTables"].make()
+    tables, rest = make_optimizer(digits, model, Recipe(optimizer="adamw", lr=0.3))
+    assert (type(tables), type(rest)) == (torch.optim.SparseAdam, torch.optim.AdamW)
+    assert [p.shape for p in tables.param_groups[0]["params"]] == [(7, 4), (7, 4)]
+    assert tables.param_groups[0]["lr"] == rest.param_groups[0]["lr"] == 0.3
+    assert len(rest.param_groups[0]["params"]) == len(list(model.parameters())) - 2
+    assert type(make_optimizer(digits, model, Recipe(optimizer="sgd", lr=0.3))) is torch.optim.SGD
 
 
 def test_another_network(files, ask, command, tmp_path, monkeypatch):
