@@ -3,26 +3,23 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from recon.errors import CheckpointError, UsageError, shortened
+from recon.errors import CheckpointError, UsageError
 from recon.maps import ConflictMap
 from recon.maps.counts import threshold_bin
 from recon.methods.gradients.gramians import layer_gramians
 from recon.methods.gradients.jacobian import TaskJacobian, Workspace
 from recon.methods.gradients.observer import Memory
-from recon.methods.gradients.passes import differentiate
 from recon.methods.gradients.reach import Reach
-from recon.methods.gradients.sparse import add, average_gradients, entries
 from recon.methods.updates.scaled_losses import LossScaleLike
 from recon.methods.updates.step import backward, check_losses
-from recon.profiling.counted_map import counted_map
+from recon.profiling.conflict_counts import ConflictCounts
 from recon.profiling.floor import (
     Comparison,
     FloorEvery,
@@ -33,12 +30,12 @@ from recon.profiling.floor import (
     second_gradients,
 )
 from recon.profiling.sketch import GradientSketch, sketch_gramians
+from recon.profiling.sketched_step import sketched_step
 from recon.profiling.stability import StableRanking
-from recon.profiling.tally import Tally
-from recon.support.network.layer_choice import Patterns, choose_layers
+from recon.support.network.layer_choice import Patterns, choose_layers, given_patterns
 from recon.support.network.layers import find_layers, unwrapped
 from recon.support.network.trainable import Model, as_module
-from recon.support.processes import broadcast_answer, world_size
+from recon.support.processes import broadcast_answer
 
 logger = logging.getLogger(__name__)
 
@@ -67,11 +64,9 @@ class Profiler:
             into a few numbers as it is made (`recon.profiling.sketch`), which takes no more than one gradient, whatever
             T, and errs by about 0.02 in a cosine. Sketches serve joint training and other weightings of the losses.
         layers: count in these layers alone: a regular expression that matches their whole names, or a list of such
-            expressions or names. The training is the same; all layers have their gradients.
-        exclude: leave these out, in the same way.
+            expressions or names. The training is the same. `exclude` leaves some out, in the same way.
         units: expressions that join layers into one, whose gradients are compared as a whole: `layer\d+\.\d+` each
-            block, `lora_[AB]` the two matrices of each adapter (`recon.support.network.layer_choice.join_names`). The
-            trainable layers that the other two leave are joined.
+            block, `lora_[AB]` each adapter's two matrices (`recon.support.network.layer_choice.join_names`).
         floor: when `wants_floor` asks for a noise floor: in the first and then each n-th profiled step, n from 2 on, or
             in each 10th (`auto`).
 
@@ -107,11 +102,10 @@ class Profiler:
         self.threshold = threshold
         self.every = every
         self.memory = memory
-        choice = {"layers": layers, "exclude": exclude, "units": units}
-        self.layers = choose_layers(model, **choice)
-        self.choice = {name: _plain(given) for name, given in choice.items() if given is not None}
+        self.layers = choose_layers(model, layers, exclude, units)
+        self.choice = given_patterns(layers=layers, exclude=exclude, units=units)
         self.floor_every = floor_steps(floor)
-        if top_k is not None and top_k > len(self.layers):
+        if (top_k or 0) > len(self.layers):
             whose = "choice of layers" if self.choice else "model"
             raise UsageError(f"top_k is {top_k}, but the {whose} has {len(self.layers)} layers. Choose fewer.")
         # Of all layers, counted or not: methods work on the gradients of all of them. In layer order, so that each
@@ -119,13 +113,9 @@ class Profiler:
         self.parameters = [p for layer in find_layers(unwrapped(model)) for p in layer.parameters.values()]
         self.buffers = list(model.buffers())  # finding them again takes longer than looking at them
         self.workspace = Workspace()
-        self._layer_of: dict[Tensor, int] = {
-            p: i for i, layer in enumerate(self.layers) for p in layer.parameters.values()
-        }
-        self._tasks = list(tasks)
+        self._layer_of: dict[Tensor, int] = {p: i for i, of in enumerate(self.layers) for p in of.parameters.values()}
         self._calls = 0
-        self._tally: Tally | None = None
-        self._shared: set[int] = set()
+        self._counts = ConflictCounts(self.layers, threshold, tasks)
         self._sketch: tuple[list[int], GradientSketch] | None = None
         self._stable = None if until_stable is None else StableRanking(until_stable, top_k)
         self._floor = FloorPairs(self.parameters, self._count_floor)
@@ -137,13 +127,9 @@ class Profiler:
         return self.parameters[0].device
 
     @property
-    def _units(self) -> dict[str, list[str]]:
-        return {layer.name: list(layer.members) for layer in self.layers if layer.members}
-
-    @property
     def steps(self) -> int:
         """How many steps were profiled."""
-        return 0 if self._tally is None else self._tally.steps
+        return self._counts.steps
 
     def backward(self, losses: Mapping[str, Tensor], *, loss_scale: LossScaleLike | None = None) -> None:
         """Record one step, and leave `.grad` as `sum(losses).backward()` would.
@@ -210,7 +196,9 @@ class Profiler:
             jacobian: taken with respect to `self.parameters`, in their order.
         """
         layers, gramians = layer_gramians(jacobian, self._layer_of)
-        self._count(layers, jacobian.tasks, gramians, [g for own in jacobian.own.values() for g in own.values()])
+        self._counts.add(
+            layers, jacobian.tasks, gramians, [g for own in jacobian.own.values() for g in own.values()], self.device
+        )
         self._floor.observe(WholeGradients.of_step(jacobian, layers, self._layer_of))
 
     def observe_sketched(
@@ -230,25 +218,9 @@ class Profiler:
         if self._sketch is None or self._sketch[0] != layers:
             self._sketch = layers, GradientSketch([list(self.layers[i].parameters.values()) for i in layers])
         sketch = self._sketch[1]
-        sketches = sketch.zeros(len(reach.tasks), self.device)
-        total: dict[Tensor, Tensor] = {}
-
-        def receive(number: int, leaves: list[Tensor], gradients: list[Tensor]) -> None:
-            for leaf, gradient in zip(leaves, gradients, strict=True):
-                if leaf in sketch:
-                    sketch.fold(leaf, gradient, sketches[number])
-                part = gradient if weights is None else gradient * weights[reach.tasks[number]].to(gradient)
-                total[leaf] = add(total[leaf], part) if leaf in total else part.clone()
-
-        differentiate(losses, reach, self.buffers, receive)
-        if world_size() > 1:  # the same gradients, in the same order, on every rank
-            reached = {p for found in reach.parameters.values() for p in found}
-            mine: dict[Tensor, Tensor] = {
-                p: total[p] if p in total else reach.nothing(p) for p in self.parameters if p in reached
-            }
-            total.update(average_gradients(mine, beside=[sketches]))
+        sketches, total = sketched_step(losses, reach, weights, sketch, self)
         others = [gradient for leaf, gradient in total.items() if leaf not in sketch]
-        self._count(layers, reach.tasks, sketch_gramians(sketches), others)
+        self._counts.add(layers, reach.tasks, sketch_gramians(sketches), others, self.device)
         self._floor.observe(SketchedGradients(reach.tasks, layers, sketches))
         return total
 
@@ -265,47 +237,35 @@ class Profiler:
         """
         if self._stable is None:
             raise UsageError("is_stable() needs a goal: make the profiler with until_stable, such as until_stable=0.9.")
-        if self._tally is None or not self._stable.due(self.steps):
+        if not self.steps or not self._stable.due(self.steps):
             return False
-        counts, bin_steps = self._tally.series()
-        series = counts[:, sorted(self._shared)].numpy()
+        series, bin_steps = self._counts.series()
         stable = broadcast_answer(self._stable.check(series, self.steps, bin_steps=bin_steps, planned=planned))
         logger.info("After %d steps: %s", self.steps, self._stable)
         return stable
 
-    def _count(self, layers: Sequence[int], tasks: Sequence[str], gramians: Tensor, others: Sequence[Tensor]) -> None:
-        """Count one step, unless a gradient was not finite: one in the Gramians, or one of the others."""
-        others = [numbers for gradient in others if (numbers := entries(gradient)).numel()]
-        if others:
-            largest = nn.utils.get_total_norm(others, norm_type=math.inf).to(gramians)
-            gramians = gramians.where(largest.isfinite(), math.nan)
-        if self._tally is None:
-            self._tally = Tally(len(self.layers), self.threshold, self.device)
-        self._shared.update(layers)
-        self._tasks += [task for task in tasks if task not in self._tasks]
-        self._tally.add(layers, [self._tasks.index(task) for task in tasks], gramians.to(self.device))
-
     def _count_floor(self, found: Comparison) -> None:
-        assert self._tally is not None
-        numbers = [self._tasks.index(task) for task in found.tasks]
         self._next_floor = self.steps - 1 + (self.floor_every or 0)
-        self._tally.add_floor(found.layers, numbers, found.products, found.norms, found.second_norms)
+        self._counts.add_floor(found)
 
     def state_dict(self) -> dict[str, Any]:
         """What was recorded, for `load_state_dict` of a profiler of the same model and settings."""
         return {
-            "layers": [layer.name for layer in self.layers],
-            "units": self._units,
+            **self._settings(),
+            **self._counts.state_dict(),
+            "calls": self._calls,
+            "next_floor": self._next_floor,
+            "stable": None if self._stable is None else asdict(self._stable),
+        }
+
+    def _settings(self) -> dict[str, Any]:
+        return {
             "threshold": self.threshold,
             "every": self.every,
             "memory": self.memory,
+            "layers": [layer.name for layer in self.layers],
+            "units": {layer.name: list(layer.members) for layer in self.layers if layer.members},
             "floor_every": self.floor_every,
-            "next_floor": self._next_floor,
-            "calls": self._calls,
-            "tasks": list(self._tasks),
-            "shared": sorted(self._shared),
-            "tally": None if self._tally is None else self._tally.state_dict(),
-            "stable": None if self._stable is None else asdict(self._stable),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -314,11 +274,8 @@ class Profiler:
         Raises:
             CheckpointError: the state is of a profiler with other settings.
         """
-        mine: dict[str, Any] = {"threshold": self.threshold, "every": self.every, "memory": self.memory}
-        mine |= {"layers": [layer.name for layer in self.layers], "units": self._units}
-        mine["floor_every"] = self.floor_every
-        state = {"units": {}, "floor_every": None, "next_floor": 0, **state}  # profiles from before had neither
-        for name, value in mine.items():
+        state = {"units": {}, "floor_every": None, "next_floor": 0, **state}  # profiles from before had none of these
+        for name, value in self._settings().items():
             if name not in state:
                 raise CheckpointError(f"This is not the saved state of a profiler: it has no {name}.")
             if state[name] != value:
@@ -327,14 +284,9 @@ class Profiler:
                     "the interrupted run, or start over."
                 )
         self._calls, self._next_floor = state["calls"], state["next_floor"]
-        self._tasks = list(state["tasks"])
-        self._shared = set(state["shared"])
+        self._counts.load_state_dict(state, self.device)
         if self._stable is not None and state["stable"] is not None:
             self._stable.next_check = state["stable"]["next_check"]
-        self._tally = None
-        if state["tally"] is not None:
-            self._tally = Tally(len(self.layers), self.threshold, self.device)
-            self._tally.load_state_dict(state["tally"])
 
     def conflict_map(self, made_by: Mapping[str, Any] | None = None) -> ConflictMap:
         """What has been counted so far.
@@ -346,17 +298,4 @@ class Profiler:
             UsageError: nothing was recorded, or no layer is shared.
             GradientError: no step had finite gradients.
         """
-        if self._tally is None:
-            raise UsageError("Nothing was profiled yet: call profiler.backward(losses) in the training loop first.")
-        shared = {number: self.layers[number] for number in sorted(self._shared)}
-        if self.choice and not shared:
-            names = shortened(layer.name for layer in self.layers)
-            raise UsageError(
-                f"None of the {len(self.layers)} layers that were chosen ({names}) is shared: in none of {self.steps} "
-                "steps did the losses of two tasks depend on one of them. Choose layers of the common backbone."
-            )
-        return counted_map(self._tally, shared, self._tasks, {**self.choice, **(made_by or {})})
-
-
-def _plain(patterns: Patterns) -> str | list[str]:
-    return patterns if isinstance(patterns, str) else list(patterns)
+        return self._counts.conflict_map({**self.choice, **(made_by or {})}, chosen=bool(self.choice))

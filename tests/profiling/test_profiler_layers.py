@@ -94,11 +94,17 @@ def unit_gramians(model, losses, units):
 
 
 class Recorded(Profiler):
-    """Keeps what it is about to count."""
+    """Keeps the Gramians of its last step."""
 
-    def _count(self, layers, tasks, gramians, others):
-        self.gramians = dict(zip([self.layers[i].name for i in layers], gramians.clone(), strict=True))
-        super()._count(layers, tasks, gramians, others)
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        count = self._counts.add
+
+        def add(layers, tasks, gramians, *others):
+            self.gramians = dict(zip([self.layers[i].name for i in layers], gramians.clone(), strict=True))
+            count(layers, tasks, gramians, *others)
+
+        self._counts.add = add
 
 
 class WithHeads(nn.Module):

@@ -55,6 +55,11 @@ def choose_layers(
     return list({layer.name: layer for layer in (unit_of.get(name, by_name[name]) for name in names)}.values())
 
 
+def given_patterns(**choice: Patterns | None) -> dict[str, str | list[str]]:
+    """Those of `layers`, `exclude` and `units` that are given, as plain values to be noted."""
+    return {name: p if isinstance(p, str) else list(p) for name, p in choice.items() if p is not None}
+
+
 def joined_layer(name: str, members: Iterable[Layer]) -> Layer:
     """Several layers as one; its parameters are named from the unit on, or by their whole paths if outside of it."""
     members = list(members)

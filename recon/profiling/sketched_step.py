@@ -1,0 +1,50 @@
+"""A step's backward passes that fold every gradient into a sketch as it comes, and keep none."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from recon.methods.gradients.observer import StepObserver
+from recon.methods.gradients.passes import differentiate
+from recon.methods.gradients.reach import Reach
+from recon.methods.gradients.sparse import add, average_gradients
+from recon.profiling.sketch import GradientSketch
+from recon.support.processes import world_size
+
+
+def sketched_step(
+    losses: Mapping[str, Tensor],
+    reach: Reach,
+    weights: Mapping[str, Tensor] | None,
+    sketch: GradientSketch,
+    observer: StepObserver,
+) -> tuple[Tensor, dict[Tensor, Tensor]]:
+    """The sketches (T, L, m) of the T tasks' gradients, and the sum of these gradients: means over the ranks.
+
+    Args:
+        losses: `{task: scalar loss}`; their graph is freed.
+        reach: of the losses.
+        weights: of the tasks in the sum; 1 if not given.
+        sketch: of L layers.
+        observer: whose parameters are differentiated for.
+    """
+    sketches = sketch.zeros(len(reach.tasks), observer.device)
+    total: dict[Tensor, Tensor] = {}
+
+    def receive(number: int, leaves: list[Tensor], gradients: list[Tensor]) -> None:
+        for leaf, gradient in zip(leaves, gradients, strict=True):
+            if leaf in sketch:
+                sketch.fold(leaf, gradient, sketches[number])
+            part = gradient if weights is None else gradient * weights[reach.tasks[number]].to(gradient)
+            total[leaf] = add(total[leaf], part) if leaf in total else part.clone()
+
+    differentiate(losses, reach, observer.buffers, receive)
+    if world_size() > 1:  # the same gradients, in the same order, on every rank
+        reached = {p for found in reach.parameters.values() for p in found}
+        mine: dict[Tensor, Tensor] = {
+            p: total[p] if p in total else reach.nothing(p) for p in observer.parameters if p in reached
+        }
+        total.update(average_gradients(mine, beside=[sketches]))
+    return sketches, total
