@@ -10,6 +10,7 @@ import numpy as np
 from scipy import stats
 
 from recon.errors import MapMismatchError, UsageError, shortened
+from recon.maps.measures import By
 from recon.maps.names import rename_hint, renamed
 from recon.maps.score_table import ScoreTable
 
@@ -21,13 +22,13 @@ class LayerRanks:
     Args:
         ranks: in either map among the layers that both have, 1 the highest score; layers with equal scores share the
             mean of their ranks.
-        scores: its S-conflict score in either map.
+        scores: its score in either map: by count a whole number, by rate and by excess a share.
         shares: its score in either map as a share of what was seen there; NaN where that is unknown.
     """
 
     name: str
     ranks: tuple[float, float]
-    scores: tuple[int, int]
+    scores: tuple[float, float]
     shares: tuple[float, float]
 
     @property
@@ -73,11 +74,13 @@ def compare(
     threshold: float | None = None,
     top_k: int | None = None,
     rename: Mapping[str, str] | None = None,
+    tasks: Sequence[str] | None = None,
+    by: By = "count",
 ) -> MapComparison:
     """See `ConflictMap.compare`."""
     second = renamed(second, rename)
-    scores = [cmap.scores(threshold) for cmap in (first, second)]
-    shares = [cmap.shares(threshold) for cmap in (first, second)]
+    scores = [cmap.scores(threshold, tasks, by) for cmap in (first, second)]
+    shares = [cmap.shares(threshold, tasks, by) for cmap in (first, second)]
     common = [name for name in scores[0] if name in scores[1]]
     if not common:
         raise _nothing_in_common(list(scores[0]), list(scores[1]))
@@ -95,7 +98,7 @@ def compare(
         LayerRanks(
             name=common[i],
             ranks=(float(ranks[0][i]), float(ranks[1][i])),
-            scores=(int(values[0][i]), int(values[1][i])),
+            scores=(scores[0][common[i]], scores[1][common[i]]),
             shares=(shares[0][common[i]], shares[1][common[i]]),
         )
         for i in orders[0]

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from recon.maps.file import read, write
+from recon.maps.measures import By
 from recon.maps.merge import merge
 from recon.maps.score_table import ScoreTable
 
@@ -27,6 +28,8 @@ class ConflictMap(ScoreTable):
         threshold: float | None = None,
         top_k: int | None = None,
         rename: Mapping[str, str] | None = None,
+        tasks: Sequence[str] | None = None,
+        by: By = "count",
     ) -> MapComparison:
         """How similarly another map ranks the layers, over the layers that both have.
 
@@ -37,15 +40,17 @@ class ConflictMap(ScoreTable):
             threshold: S for both; either map's own when not given.
             top_k: at which K to compare what would be branched; a quarter of the common layers when not given.
             rename: `{old prefix: new prefix}` of the other map's layer names.
+            tasks: whose pairs count, in both maps; all of either map when not given.
+            by: `count`, `rate` or `excess`, see `scores`; by rate, maps of different lengths have like scores.
 
         Raises:
             MapMismatchError: the maps have no layer in common.
-            UsageError: `top_k` is out of range, or a map has no scores at this threshold.
-            UnknownNameError: a rename changes no name.
+            UsageError: `top_k` is out of range, or a map has no such scores.
+            UnknownNameError: a rename changes no name, or a map lacks one of the tasks.
         """
         from recon.maps.comparison import compare  # late: it imports scipy, which is slow
 
-        return compare(self, other, threshold=threshold, top_k=top_k, rename=rename)
+        return compare(self, other, threshold=threshold, top_k=top_k, rename=rename, tasks=tasks, by=by)
 
     @staticmethod
     def merge(maps: Sequence[ConflictMap], names: Sequence[str] = ()) -> ConflictMap:

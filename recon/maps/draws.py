@@ -75,8 +75,10 @@ class PairDraws:
         # How often each bin saw a pair in a layer: as often as it met, in the layer's share of all.
         seen = met[:, None] * rates(self.observed, met.sum(axis=0))
         self.residuals = rates(self.series - seen * self.rates, self.observed)
-        self.length = block_length(self.residuals.mean(axis=2))
         self.draws = min(_DRAWS, max(_LEAST_DRAWS, _MOST_NUMBERS // max(1, self.observed.size)))
+        length = block_length(self.residuals.mean(axis=2))
+        # They are linear in the series: those of the identity give those of any.
+        self._deviations = deviations(np.eye(len(met)), self.draws, length)
 
     def mean_rates(self) -> Floats:
         """(draws, layers): the mean over the pairs; one that never met has rate 0."""
@@ -86,7 +88,7 @@ class PairDraws:
         # Of a mean of rates, Kish's effective number of trials.
         trials = met.sum(axis=1) ** 2 / np.where(share_met > 0, (met / np.maximum(self.observed, 1)).sum(axis=1), 1.0)
         shares = self.rates.mean(axis=1) / scale
-        moved = deviations(self.residuals.mean(axis=2), self.draws, self.length) / scale
+        moved = self._deviations @ self.residuals.mean(axis=2) / scale
         effect = design_effect(shares, moved.var(axis=0), trials, most=len(self.chosen))
         return share_draws(shares, moved, trials, effect, np.random.default_rng(_SEED)) * share_met
 
@@ -123,7 +125,7 @@ class PairDraws:
             yield drawn - np.maximum(own[:, i], own[:, j])
 
     def _moved(self, number: int) -> Floats:
-        return deviations(self.residuals[:, number], self.draws, self.length)
+        return np.asarray(self._deviations @ self.residuals[:, number])
 
 
 def _above_zero(excess: Floats) -> float:

@@ -3,8 +3,11 @@ import math
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from recon.errors import MapMismatchError, UnknownNameError, UsageError
+from recon.maps.names import renamed
+from tests.maps.from_cosines import map_of, random_cosines
 from tests.maps.test_conflict_map import make_map, score_map
 
 
@@ -152,3 +155,24 @@ def test_no_common_layer_suggests_a_rename_or_names_the_nearest():
         one.compare(make_map(layers=("conv1", "tail")))
     with pytest.raises(MapMismatchError, match="different architectures"):
         one.compare(make_map(layers=("x", "y")))
+
+
+def test_maps_compare_by_rate_and_over_chosen_tasks():
+    names = [f"l{n}" for n in range(9)]
+    one, other = (map_of(random_cosines(names, ("a", "b", "c"), 40, seed), ("a", "b", "c")) for seed in (0, 1))
+    found = one.compare(other, tasks=("b", "c"), by="rate", top_k=3)
+    rates = [cmap.scores(tasks=("b", "c"), by="rate") for cmap in (one, other)]
+    expected = stats.spearmanr(*([of[name] for name in names] for of in rates)).statistic
+    assert found.spearman == pytest.approx(expected)
+    assert all(layer.scores == layer.shares == tuple(of[layer.name] for of in rates) for layer in found.layers)
+    tops = [set(cmap.ranking(None, ("b", "c"), "rate")[:3]) for cmap in (one, other)]
+    assert set(found.overlap) == tops[0] & tops[1]
+    with pytest.raises(UnknownNameError, match="no task in this map named 'z'"):
+        one.compare(other, tasks=("b", "z"))
+
+
+def test_a_rename_renames_the_members_of_a_unit():
+    cmap = make_map(layers=("net.conv", "net.norm"))
+    cmap.layers[0].members = ("net.conv.down", "other.up")
+    found = renamed(cmap, {"net": "backbone"})
+    assert found.layers[0].name == "backbone.conv" and found.layers[0].members == ("backbone.conv.down", "other.up")

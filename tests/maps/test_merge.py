@@ -6,6 +6,7 @@ import pytest
 
 from recon.errors import MapMismatchError, UsageError
 from recon.maps.conflict_map import ConflictMap
+from tests.maps.from_cosines import THRESHOLDS, map_of, random_cosines, random_floors
 from tests.maps.test_conflict_map import make_map, score_map, with_series
 
 TASKS = ("a", "b", "c")
@@ -79,6 +80,74 @@ def test_a_merged_map_can_be_saved_and_has_no_series(tmp_path):
     merged.save(tmp_path / "map.json")
     loaded = ConflictMap.load(tmp_path / "map.json")
     assert loaded.scores() == merged.scores() and loaded.made_by == merged.made_by
+
+
+def pair_maps(orders=(TASKS, TASKS), thresholds=(THRESHOLDS, THRESHOLDS), with_floors=(True, True)):
+    """Two maps of the same layers from random cosines, with the cosines and floors that they were made of."""
+    found = []
+    for seed, (order, kept, with_floor) in enumerate(zip(orders, thresholds, with_floors, strict=True)):
+        cosines = random_cosines(("conv", "fc"), order, 24, seed=seed)
+        floors = random_floors(("conv", "fc"), order, 7, seed=10 + seed, thresholds=kept) if with_floor else None
+        found.append(map_of(cosines, order, thresholds=kept, floors=floors))
+    return found
+
+
+def of_pair(counts, cmap, pair):
+    """The column of a pair, in whatever order its map has."""
+    pairs = [frozenset(of) for of in cmap.pairs]
+    return counts[..., pairs.index(frozenset(pair))]
+
+
+def test_counts_by_pair_and_floors_add_up_whatever_the_order_of_the_tasks(tmp_path):
+    one, other = pair_maps(orders=(TASKS, ("c", "a", "b")))
+    merged = ConflictMap.merge([one, other])
+    assert (merged.thresholds, merged.met, merged.pair_bin_steps) == (THRESHOLDS, None, 0)
+    for number, layer in enumerate(merged.layers):
+        parts = one.layers[number], other.layers[number]
+        for pair in merged.pairs:
+            for get in (
+                lambda of: of.below,
+                lambda of: of.observed,
+                lambda of: of.floor.across_observed,
+                lambda of: of.floor.across_conflicts,
+            ):
+                expected = sum(of_pair(get(of), cmap, pair) for of, cmap in zip(parts, (one, other), strict=True))
+                assert np.array_equal(of_pair(get(layer), merged, pair), expected)
+        for task in TASKS:
+            own = [of.floor.conflicts[:, cmap.tasks.index(task)] for of, cmap in zip(parts, (one, other), strict=True)]
+            assert np.array_equal(layer.floor.conflicts[:, TASKS.index(task)], sum(own))
+            assert layer.floor.observed[TASKS.index(task)] == 14
+        assert layer.pair_series is None
+    merged.save(tmp_path / "map.json")
+    assert ConflictMap.load(tmp_path / "map.json").scores(by="excess") == merged.scores(by="excess")
+
+
+def test_the_thresholds_of_both_are_kept():
+    one, other = pair_maps(thresholds=((-0.3, -0.1, 0.0), (-0.2, -0.1, 0.0)))
+    merged = ConflictMap.merge([one, other])
+    assert merged.thresholds == (-0.1, 0.0)
+    for layer, *parts in zip(merged.layers, one.layers, other.layers, strict=True):
+        assert np.array_equal(layer.below, sum(of.below[1:] for of in parts))
+        assert np.array_equal(layer.floor.conflicts, sum(of.floor.conflicts[1:] for of in parts))
+    older = make_map(layers=("conv", "fc"), tasks=TASKS, seed=5)
+    merged = ConflictMap.merge([one, older])
+    assert merged.thresholds == (-0.1,)
+    assert np.array_equal(merged.layers[0].below[0], merged.layers[0].conflicts.sum(axis=0))
+    assert merged.scores(tasks=("a", "b"), by="rate") == ConflictMap.merge([older, one]).scores(
+        tasks=("a", "b"), by="rate"
+    )
+
+
+def test_the_floor_is_that_of_the_runs_that_took_one():
+    one, other = pair_maps(with_floors=(True, False))
+    assert ConflictMap.merge([one, other]).floor() == ConflictMap.merge([other, one]).floor() == one.floor()
+
+
+def test_units_of_other_layers_do_not_add_up():
+    one, other = pair_maps()
+    other.layers[0].members = ("conv.down", "conv.up")
+    with pytest.raises(MapMismatchError, match="conv join other layers"):
+        ConflictMap.merge([one, other])
 
 
 def test_made_by_keeps_what_is_common_and_names_the_sources():

@@ -156,6 +156,10 @@ def test_a_log_gives_the_map_that_its_cosines_make(log, threshold):
                 assert layer.observed[q, pair] == len(values)
                 assert layer.conflicts[q, pair] == sum(value < np.float32(threshold) for value in values)
         assert layer.series.tolist() == [int((row < np.float32(threshold)).sum()) for row in rows]
+        assert np.array_equal(layer.below, [(rows < np.float32(s)).sum(axis=0) for s in cmap.thresholds])
+        assert np.array_equal(layer.pair_series, rows < np.float32(threshold))
+    met = np.isfinite(list(cosines.values())).any(axis=0)
+    assert threshold in cmap.thresholds and cmap.pair_bin_steps == 1 and np.array_equal(cmap.met, met)
     for s in (-0.99, -0.75, -0.1, -0.01, 0.0):
         assert cmap.scores(s) == {name: int((rows < np.float32(s)).sum()) for name, rows in cosines.items()}
 
@@ -177,18 +181,24 @@ def test_logs_of_other_precisions(log, dtype):
 @pytest.mark.parametrize("steps, bin_steps", [(1, 1), (511, 1), (512, 1), (513, 2), (1024, 2), (1025, 4), (3000, 8)])
 def test_a_long_log_is_binned(log, steps, bin_steps):
     cosines = random_cosines(steps=steps, pairs=1, layers=("conv",))
-    cmap = read_published(log(as_log(cosines)), -0.1)
+    cmap = read_published(log(as_log(cosines)), -0.1, ("a", "b"))
     series = cmap.layers[0].series
     assert cmap.bin_steps == bin_steps and len(series) == -(-steps // bin_steps) <= 512
     below = (cosines["conv"] < np.float32(-0.1)).ravel()
     assert series.tolist() == [below[i : i + bin_steps].sum() for i in range(0, steps, bin_steps)]
+    width, by_pair = cmap.pair_bin_steps, cmap.layers[0].pair_series
+    assert len(by_pair) == -(-steps // width) <= 64 and (steps <= 64 or len(by_pair) > 31)
+    assert by_pair.ravel().tolist() == [below[i : i + width].sum() for i in range(0, steps, width)]
 
 
 def test_a_log_without_tasks_is_not_split_by_pair(log):
     cosines = random_cosines()
     known, unknown = (read_published(log(as_log(cosines)), -0.1, tasks) for tasks in (TASKS, ()))
     assert unknown.scores() == known.scores() and unknown.scores(-0.3) == known.scores(-0.3)
-    assert all(layer.conflicts is layer.observed is None for layer in unknown.layers)
+    assert all(
+        layer.conflicts is layer.observed is layer.below is layer.pair_series is None for layer in unknown.layers
+    )
+    assert (unknown.thresholds, unknown.pair_bin_steps, unknown.met) == ((), 0, None)
     assert (unknown.tasks, unknown.pairs, unknown.steps) == ((), [], 50)
 
 
