@@ -13,7 +13,7 @@ from recon.maps.measures import By, Floats, check_by, rates
 from recon.maps.pair_table import PairTable
 
 _DRAWS, _LEAST_DRAWS = 1000, 200
-_MOST_NUMBERS = 2**25  # to draw for all pairs of all layers: some seconds
+_MOST_NUMBERS = 2**23  # to draw for all pairs of all layers: a second
 _SEED = 7
 
 _NOTHING_OVER_TIME = (
