@@ -98,10 +98,8 @@ class Profiler:
             raise UsageError(f"every is {every!r}. Profile each n-th step, n a whole number of at least 1.")
         if memory not in get_args(Memory):
             raise UsageError(f"memory is {memory!r}. Choose {' or '.join(map(repr, get_args(Memory)))}.")
-        self.model = model
-        self.threshold = threshold
-        self.every = every
-        self.memory = memory
+        self.model, self.threshold = model, threshold
+        self.every, self.memory = every, memory
         self.layers = choose_layers(model, layers, exclude, units)
         self.choice = given_patterns(layers=layers, exclude=exclude, units=units)
         self.floor_every = floor_steps(floor)
