@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from recon.branching import BranchPlan, Verification, convert, extract_task, load, lower, save, verify
     from recon.experiments import CheckReport, check
     from recon.maps import ConflictMap
-    from recon.methods import backward
+    from recon.methods import Window, backward
     from recon.plans import Costs, costs, plan
     from recon.problems import Metric, Problem, Search, Task
     from recon.profiling import Profiler, profile
@@ -35,6 +35,7 @@ __all__ = [
     "Search",
     "Task",
     "Verification",
+    "Window",
     "backward",
     "branching",
     "check",
@@ -79,6 +80,7 @@ if not TYPE_CHECKING:  # the type checker must not take every name for a public 
             "Search": "problems",
             "Task": "problems",
             "Verification": "branching",
+            "Window": "methods",
             "backward": "methods",
             "branching": "branching",
             "check": "experiments",

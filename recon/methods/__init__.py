@@ -31,6 +31,7 @@ from recon.methods.aggregators.excess_mtl import ExcessMTL
 from recon.methods.aggregators.pe_ltr import PELTR
 from recon.methods.rotograd import RotoGrad
 from recon.methods.updates.step import backward
+from recon.methods.window import Window
 # isort: on
 
 __all__ = [
@@ -68,6 +69,7 @@ __all__ = [
     "SDMGrad",
     "UPGrad",
     "Weighting",
+    "Window",
     "backward",
     "entry",
     "get",

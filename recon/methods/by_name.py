@@ -25,11 +25,17 @@ def method_by_name(text: str, model: nn.Module, tasks: Sequence[str]) -> Method:
     method = made.get(key)
     if method is None or not set(tasks) <= set(method.tasks):
         known = () if method is None else method.tasks
-        method = parse(text)
-        if not method.memoryless:
-            raise UsageError(_remembers(text))
+        method = memoryless(text)
         method.setup(tuple(dict.fromkeys([*known, *tasks])))
         made[key] = method
+    return method
+
+
+def memoryless(text: str) -> Method:
+    """A new method of this name, if it keeps nothing from step to step."""
+    method = parse(text)
+    if not method.memoryless:
+        raise UsageError(_remembers(text))
     return method
 
 

@@ -18,7 +18,7 @@ from recon.methods.gradients.jacobian import TaskJacobian, Workspace
 from recon.methods.gradients.observer import Memory
 from recon.methods.gradients.reach import Reach
 from recon.methods.updates.scaled_losses import LossScaleLike
-from recon.methods.updates.step import backward, check_losses
+from recon.methods.updates.step import backward, check_losses, present
 from recon.profiling.conflict_counts import ConflictCounts
 from recon.profiling.floor import (
     Comparison,
@@ -29,7 +29,7 @@ from recon.profiling.floor import (
     floor_steps,
     second_gradients,
 )
-from recon.profiling.sketch import GradientSketch, sketch_gramians
+from recon.profiling.sketch import GradientSketch, TaskSketches, sketch_gramians
 from recon.profiling.sketched_step import sketched_step
 from recon.profiling.stability import StableRanking
 from recon.support.network.layer_choice import Patterns, choose_layers, given_patterns
@@ -129,7 +129,7 @@ class Profiler:
         """How many steps were profiled."""
         return self._counts.steps
 
-    def backward(self, losses: Mapping[str, Tensor], *, loss_scale: LossScaleLike | None = None) -> None:
+    def backward(self, losses: Mapping[str, Tensor | None], *, loss_scale: LossScaleLike | None = None) -> None:
         """Record one step, and leave `.grad` as `sum(losses).backward()` would.
 
         Args:
@@ -141,7 +141,7 @@ class Profiler:
         """
         backward(losses, self.model, profiler=self, loss_scale=loss_scale)
 
-    def floor(self, losses: Mapping[str, Tensor]) -> None:
+    def floor(self, losses: Mapping[str, Tensor | None]) -> None:
         """Compare the step's gradients with those of a second batch at the same weights: each task with itself too.
 
         How often a task conflicts with itself is its noise floor, which the map carries: `ConflictMap.floor`, and
@@ -164,7 +164,7 @@ class Profiler:
                 next step begins, if the step that it was called for never came.
             GradientError: a task's loss depends on no trainable parameter.
         """
-        self._take_floor(losses)
+        self._take_floor(present(losses))
 
     def wants_floor(self) -> bool:
         """Whether a floor is due in the step to come; `recon.train` asks before each."""
@@ -221,6 +221,23 @@ class Profiler:
         self._counts.add(layers, reach.tasks, sketch_gramians(sketches), others, self.device)
         self._floor.observe(SketchedGradients(reach.tasks, layers, sketches))
         return total
+
+    def sketches_by_task(self) -> TaskSketches | None:
+        """Begin a step that goes task by task, whose gradients are folded into sketches; None if it is not recorded."""
+        if not self.begin_step():
+            return None
+        numbers = list(range(len(self.layers)))
+        if self._sketch is None or self._sketch[0] != numbers:
+            self._sketch = numbers, GradientSketch([list(layer.parameters.values()) for layer in self.layers])
+        return TaskSketches(self._sketch[1], self.device)
+
+    def observe_by_task(self, sketches: TaskSketches, reach: Reach, others: Sequence[Tensor]) -> None:
+        """Record the step that `sketches_by_task` began; `others` are gradients that no layer's sketch has."""
+        layers = reach.shared_layers(self._layer_of)
+        of_all = sketches.of(reach.tasks)
+        shared = of_all[:, layers]
+        self._counts.add(layers, reach.tasks, sketch_gramians(shared), [*others, of_all], self.device)
+        self._floor.observe(SketchedGradients(reach.tasks, layers, shared))
 
     def is_stable(self, planned: int | None = None) -> bool:
         """Whether the ranking is settled, by `until_stable`; ask after each step, and stop when it is.

@@ -93,6 +93,25 @@ class GradientSketch:
         return torch.mul(values, signs, out=self._products[: len(values)]).sum(dim=0)
 
 
+class TaskSketches:
+    """The sketches of one step that goes task by task, of all layers: which of them are shared shows at its end."""
+
+    def __init__(self, sketch: GradientSketch, device: torch.device) -> None:
+        self._sketch, self._device = sketch, device
+        self._of_task: dict[str, Tensor] = {}
+
+    def fold(self, task: str, leaf: Tensor, gradient: Tensor) -> None:
+        """Add a task's gradient at one leaf; a leaf of none of the layers is left out."""
+        if task not in self._of_task:
+            self._of_task[task] = self._sketch.zeros(1, self._device)[0]
+        if leaf in self._sketch:
+            self._sketch.fold(leaf, gradient, self._of_task[task])
+
+    def of(self, tasks: Sequence[str]) -> Tensor:
+        """(T, L, m): the sketches of these tasks."""
+        return torch.stack([self._of_task[task] for task in tasks])
+
+
 def sketch_gramians(sketches: Tensor) -> Tensor:
     """The Gramians of the L layers from sketches (T, L, m): (L, T, T), in float64 where there is one."""
     wide = torch.float32 if sketches.device.type == "mps" else torch.float64

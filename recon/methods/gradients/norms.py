@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from recon.errors import NonFiniteError, UsageError
 from recon.methods.bases.method import WHAT_TO_LOOK_AT
+from recon.methods.gradients.held import held
 from recon.methods.gradients.passes import several_passes
 from recon.methods.gradients.reach import Reach, find_reach
 from recon.methods.gradients.sparse import average_gradients, entries
@@ -71,7 +72,7 @@ def _last_shared(
             f"No layer is shared by all of the tasks {list(reached)}, so there is none to compare them in. Use a "
             "weighting that needs the losses alone."
         )
-    uses, at_once = last_uses(list(losses.values())), used_at_once(list(losses.values()))
+    uses, at_once = _order_of_use(losses.values())
     mine = [
         (max(uses.get(p, -1) for p in layer.parameters.values()), not at_once.isdisjoint(layer.parameters.values()))
         for layer in shared
@@ -87,9 +88,24 @@ def _last_shared(
     return shared[last[-1]]  # of layers that one operation uses, the last in model order
 
 
+def _order_of_use(losses: Iterable[Tensor]) -> tuple[dict[Tensor, int], set[Tensor]]:
+    """When the leaves were used last, and those that a compiled part uses."""
+    losses = list(losses)
+    known = [found for loss in losses if (found := held(loss)) is not None]
+    if not known:
+        return last_uses(losses), used_at_once(losses)
+    uses: dict[Tensor, int] = {}
+    for found in known:
+        uses = {leaf: max(uses.get(leaf, -1), found.uses.get(leaf, -1)) for leaf in (uses | found.uses)}
+    return uses, set().union(*(found.at_once for found in known))
+
+
 def _norm(loss: Tensor | None, parameters: Sequence[nn.Parameter], reach: Reach) -> Tensor:
     found: Sequence[Tensor | None] = [None] * len(parameters)
-    if loss is not None:
+    known = None if loss is None else held(loss)
+    if known is not None:
+        found = [known.gradients.get(p) for p in parameters]
+    elif loss is not None:
         with several_passes():
             found = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
     gradients = {p: g for p, g in zip(parameters, found, strict=True) if g is not None}

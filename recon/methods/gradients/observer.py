@@ -15,6 +15,13 @@ Memory = Literal["exact", "sketch"]
 """What is kept of a step's task gradients: themselves, or a few numbers for each."""
 
 
+class SketchesByTask(Protocol):
+    """Reads the gradients of a step task by task."""
+
+    def fold(self, task: str, leaf: Tensor, gradient: Tensor) -> None:
+        """Add a task's gradient at one leaf."""
+
+
 class StepObserver(Protocol):
     """Sees the task gradients of a training's steps; `recon.Profiler` is one."""
 
@@ -48,6 +55,12 @@ class StepObserver(Protocol):
         self, losses: Mapping[str, Tensor], reach: Reach, weights: Mapping[str, Tensor] | None
     ) -> dict[Tensor, Tensor]:
         """Differentiate the losses, record them, and return the weighted sum of their gradients."""
+
+    def sketches_by_task(self) -> SketchesByTask | None:
+        """Begin a step that goes task by task, where it needs no whole gradients; None if it does not record it."""
+
+    def observe_by_task(self, sketches: Any, reach: Reach, others: Sequence[Tensor]) -> None:
+        """Record the step that `sketches_by_task` began; `others` are gradients that no sketch has."""
 
     def wants_floor(self) -> bool:
         """Whether the step to come is one for a noise floor."""

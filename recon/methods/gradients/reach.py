@@ -10,12 +10,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node
 
 from recon.errors import GradientError, UsageError
+from recon.methods.gradients.held import held
 from recon.methods.gradients.sparse import no_rows
 from recon.support.network.graph import graph_behind, leaves_among
 from recon.support.network.opaque_nodes import Edge, edges_behind, how_hidden, is_compiled
@@ -66,6 +68,35 @@ class Reach:
         return sorted(layer for layer, tasks in tasks_of.items() if tasks > 1)
 
 
+class LossReach(NamedTuple):
+    """What one loss depends on: all leaves, those of which it only looks rows up, and the opaque nodes it has met."""
+
+    leaves: Sequence[Tensor]
+    tables: set[Tensor]
+    opaque: set[Edge]
+
+    @classmethod
+    def of(cls, loss: Tensor) -> LossReach:
+        """Read it off the loss's graph."""
+        known = held(loss)
+        if known is not None:
+            return cls(list(known.leaves), known.tables, set())
+        nodes, opaque = graph_behind([loss])
+        _refuse_reentrant_checkpoints(nodes)
+        return cls(leaves_among([loss], nodes), lookup_tables(nodes), opaque)
+
+    def refuse_hidden(self) -> None:
+        """Refuse a loss that depends on parameters in a way that autograd hides, where no other loss is there to
+        compare it with.
+
+        Raises:
+            UsageError: it uses one of several outputs of a part that torch cannot look into.
+        """
+        for node, output in self.opaque:
+            if node is not None and edges_behind(node, output) is None:
+                raise UsageError(_hidden_reach(node))
+
+
 def find_reach(losses: Mapping[str, Tensor], parameters: Iterable[nn.Parameter]) -> Reach:
     """What the losses of one step depend on, on any of the ranks; a loss that depends on nothing is refused.
 
@@ -79,15 +110,12 @@ def find_reach(losses: Mapping[str, Tensor], parameters: Iterable[nn.Parameter])
     looked_up: set[nn.Parameter] = set()
     whole: set[nn.Parameter] = set()  # what some task does more with than to look rows up
     for task, loss in losses.items():
-        nodes, opaque = graph_behind([loss])
-        met.append(opaque)
-        _refuse_reentrant_checkpoints(nodes)
-        leaves = leaves_among([loss], nodes)
-        reached[task] = {leaf for leaf in leaves if isinstance(leaf, nn.Parameter) and leaf in trainable}
-        outside[task] = [leaf for leaf in leaves if leaf not in trainable]
-        tables = lookup_tables(nodes)
-        looked_up |= reached[task] & tables
-        whole |= reached[task] - tables
+        of_loss = LossReach.of(loss)
+        met.append(of_loss.opaque)
+        reached[task] = {leaf for leaf in of_loss.leaves if isinstance(leaf, nn.Parameter) and leaf in trainable}
+        outside[task] = [leaf for leaf in of_loss.leaves if leaf not in trainable]
+        looked_up |= reached[task] & of_loss.tables
+        whole |= reached[task] - of_loss.tables
         if not reached[task]:
             raise GradientError(no_gradient(task))
     parting = _parting(met)
@@ -152,7 +180,7 @@ def average_losses(losses: Mapping[str, Tensor], tasks: Sequence[str], device: t
 
 def compiled_as_one(losses: Mapping[str, Tensor]) -> bool:
     """Whether what two tasks do not share, their heads say, is computed by one compiled part of the model."""
-    return any(map(is_compiled, _parting([graph_behind([loss])[1] for loss in losses.values()])))
+    return any(map(is_compiled, _parting([LossReach.of(loss).opaque for loss in losses.values()])))
 
 
 def _parting(met: Iterable[set[Edge]]) -> list[Node]:

@@ -15,6 +15,7 @@ from torch.amp import GradScaler
 
 from recon.errors import UsageError
 from recon.methods.bases.method import Method
+from recon.methods.gradients.held import held
 from recon.methods.gradients.sparse import from_rows
 from recon.support.network.hooks import hooked
 from recon.support.network.tables import sparse_tables
@@ -53,7 +54,13 @@ def read_scale(loss_scale: LossScaleLike | None, losses: Mapping[str, Tensor]) -
 
 def without_scale(losses: Mapping[str, Tensor], scale: Tensor) -> dict[str, Tensor]:
     """The losses' own values; on the way back, the gradients stay as large as the scale makes them."""
-    return {task: (loss.detach() / scale).to(loss.dtype) + (loss - loss.detach()) for task, loss in losses.items()}
+    known = {task: held(loss) for task, loss in losses.items()}
+    return {
+        task: (loss.detach() / scale).to(loss.dtype) + (loss - loss.detach())
+        if (found := known[task]) is None
+        else found.as_loss((loss.detach() / scale).to(loss.dtype))
+        for task, loss in losses.items()
+    }
 
 
 def unscaled(tensor: Tensor, scale: Tensor | None, power: int = 1) -> Tensor:

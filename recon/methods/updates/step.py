@@ -23,8 +23,9 @@ from recon.methods.gradients.reach import average_losses, compiled_as_one, no_gr
 from recon.methods.torchjd_adapter import wrap
 from recon.methods.updates import scaled_losses
 from recon.methods.updates.aggregated import apply_aggregator, apply_composition
+from recon.methods.updates.one_task_steps import warn_of_one_task_steps
 from recon.methods.updates.scaled_losses import LossScaleLike
-from recon.methods.updates.weighted import averaged_weighting, recorded_weighting
+from recon.methods.updates.weighted import any_held, averaged_weighting, held_weighting, recorded_weighting
 from recon.methods.weightings.gradnorm import NormWeighting
 from recon.methods.weightings.joint import Joint
 from recon.support.network.forward import model_device
@@ -35,7 +36,7 @@ _workspaces: WeakKeyDictionary[Method, Workspace] = WeakKeyDictionary()  # no pa
 
 
 def backward(
-    losses: Mapping[str, Tensor],
+    losses: Mapping[str, Tensor | None],
     model: Model,
     method: str | Method | None = None,
     *,
@@ -52,7 +53,7 @@ def backward(
     does; the model may be wrapped in it or not.
 
     Args:
-        losses: `{task name: scalar loss}` of this step; a task whose target is missing is left out.
+        losses: `{task name: scalar loss}` of this step; a task whose target is missing is left out, or None.
         model: plain or branched, or a list of the modules that make it up, `[encoder, decoder]`. It may be compiled.
         method: from `recon.methods.get`, or one of TorchJD's (see `recon.methods.wrap`); joint training (the sum of the
             losses) when not given. A name (`"cagrad"`, `"cagrad:c=0.5"`) is enough for a method that keeps nothing from
@@ -75,13 +76,32 @@ def backward(
             `recon.methods.Method`, the name of one that may keep something from step to step, or a method that works
             from task gradients while the profiler keeps none.
     """
+    losses = present(losses)
     check_losses(losses)
     parts, model = model, as_module(model)
     if isinstance(method, str):
         # Of several modules, the one around them is another in every step.
         method = method_by_name(method, parts if isinstance(parts, nn.Module) else parts[0], _all_tasks(losses))
-    method = Joint() if method is None else wrap(method)
-    _check_profiler(profiler, method)
+    return update(losses, model, Joint() if method is None else wrap(method), profiler, loss_scale)
+
+
+def present(losses: Mapping[str, Tensor | None]) -> Mapping[str, Tensor]:
+    """The losses without those that are None: their tasks are absent in this step."""
+    if not isinstance(losses, Mapping):
+        raise UsageError(f"losses is a {type(losses).__name__}. Pass a dict: {{task name: scalar loss}}.")
+    return {task: loss for task, loss in losses.items() if loss is not None}
+
+
+def update(
+    losses: Mapping[str, Tensor],
+    model: nn.Module,
+    method: Method,
+    profiler: StepObserver | None,
+    loss_scale: LossScaleLike | None,
+) -> dict[str, Tensor]:
+    """See `backward`, of losses that have their graphs or of held ones."""
+    check_profiler(profiler, method)
+    warn_of_one_task_steps(method, tuple(losses))
     if not method.tasks:
         method.setup(_all_tasks(losses))
     scale = scaled_losses.read_scale(loss_scale, losses)
@@ -126,6 +146,9 @@ def _backward(
         if recorder is not None:
             with _full_precision(recorder.device):
                 return recorded_weighting(method, losses, recorder)
+        if any_held(losses) and world_size() == 1:
+            with _full_precision(device):
+                return held_weighting(method, losses, device)
         # DistributedDataParallel would average, too, but it needs a single forward a step, which uses every parameter.
         if world_size() > 1:
             return averaged_weighting(method, losses, parameters)
@@ -157,9 +180,7 @@ def _all_tasks(losses: Mapping[str, Tensor]) -> tuple[str, ...]:
 
 
 def check_losses(losses: Mapping[str, Tensor]) -> None:
-    """Refuse what is not `{task name: scalar loss}`, and a loss without a gradient."""
-    if not isinstance(losses, Mapping):
-        raise UsageError(f"losses is a {type(losses).__name__}. Pass a dict: {{task name: scalar loss}}.")
+    """Refuse losses that are no scalars with a gradient, or have no names."""
     if not losses and world_size() == 1:
         raise UsageError("losses is empty: every task's target was missing. Skip such a batch.")
     odd = [task for task in losses if not isinstance(task, str)]
@@ -175,7 +196,7 @@ def check_losses(losses: Mapping[str, Tensor]) -> None:
             raise GradientError(no_gradient(task))
 
 
-def _check_profiler(profiler: StepObserver | None, method: Method) -> None:
+def check_profiler(profiler: StepObserver | None, method: Method) -> None:
     """Refuse a method whose task gradients the profiler cannot see, or does not keep."""
     if profiler is None:
         return

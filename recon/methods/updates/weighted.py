@@ -8,14 +8,15 @@ import torch
 from torch import Tensor, nn
 
 from recon.methods.bases.weighting import Weighting
+from recon.methods.gradients.held import held
 from recon.methods.gradients.jacobian import add_gradient, task_jacobian, write_combination, write_own
 from recon.methods.gradients.observer import StepObserver
-from recon.methods.gradients.reach import average_losses, find_reach
-from recon.methods.gradients.sparse import average_gradients
+from recon.methods.gradients.reach import LossReach, average_losses, find_reach
+from recon.methods.gradients.sparse import add, average_gradients
 from recon.methods.weightings.joint import Joint
 
 
-def _adds_up(method: Weighting) -> bool:
+def adds_up(method: Weighting) -> bool:
     """Whether the update is the plain sum of the gradients: no need to multiply each by 1."""
     return isinstance(method, Joint) and method.static is None
 
@@ -27,7 +28,7 @@ def recorded_weighting(method: Weighting, losses: Mapping[str, Tensor], profiler
     jacobian = task_jacobian(losses, profiler.parameters, profiler.workspace, profiler.buffers)
     profiler.observe(jacobian)
     weights = weigh(method, losses, jacobian.tasks, profiler.device)
-    if _adds_up(method) or not weights:
+    if adds_up(method) or not weights:
         write_combination(jacobian)
         write_own(jacobian)
     else:
@@ -46,7 +47,7 @@ def in_order(weights: Mapping[str, Tensor], tasks: Sequence[str]) -> Tensor:
 def _sketched_weighting(method: Weighting, losses: Mapping[str, Tensor], profiler: StepObserver) -> dict[str, Tensor]:
     reach = find_reach(losses, profiler.parameters)
     weights = weigh(method, losses, reach.tasks, profiler.device)
-    plain = _adds_up(method) or not weights
+    plain = adds_up(method) or not weights
     ordered = None if plain else dict(zip(reach.tasks, in_order(weights, reach.tasks), strict=True))
     total = profiler.observe_sketched(losses, reach, ordered)
     for parameter, gradient in total.items():
@@ -57,19 +58,54 @@ def _sketched_weighting(method: Weighting, losses: Mapping[str, Tensor], profile
 def averaged_weighting(
     method: Weighting, losses: Mapping[str, Tensor], parameters: Sequence[nn.Parameter]
 ) -> dict[str, Tensor]:
-    """One backward pass on every rank, and its gradient averaged."""
+    """One backward pass on every rank, and its gradient averaged; none for gradients that are held already."""
     reach = find_reach(losses, parameters)
     weights = weigh(method, losses, reach.tasks, parameters[0].device)
     anywhere = {p for reached in reach.parameters.values() for p in reached}
     reached = [p for p in parameters if p in anywhere]
     found: Sequence[Tensor | None] = [None] * len(reached)
-    if losses:
+    if any_held(losses):
+        found = _weighted_sums(losses, weights, reached)
+    elif losses:
         total = torch.stack([loss * weights.get(task, 0.0) for task, loss in losses.items()]).sum()
         found = torch.autograd.grad(total, reached, allow_unused=True)
     own = {p: reach.nothing(p) if g is None else g.clone() for p, g in zip(reached, found, strict=True)}
     for parameter, gradient in average_gradients(own).items():
         add_gradient(parameter, gradient)
     return weights
+
+
+def held_weighting(method: Weighting, losses: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """The weighted sum of gradients that are held already, what is outside of the model included."""
+    weights = weigh(method, losses, tuple(losses), device)
+    leaves = dict.fromkeys(leaf for loss in losses.values() for leaf in LossReach.of(loss).leaves)
+    for leaf, gradient in zip(leaves, _weighted_sums(losses, weights, list(leaves)), strict=True):
+        if gradient is not None:
+            add_gradient(leaf, gradient)
+    return weights
+
+
+def any_held(losses: Mapping[str, Tensor]) -> bool:
+    """Whether these are held losses: a step has only such or none."""
+    return any(held(loss) is not None for loss in losses.values())
+
+
+def _weighted_sums(
+    losses: Mapping[str, Tensor], weights: Mapping[str, Tensor], leaves: Sequence[Tensor]
+) -> list[Tensor | None]:
+    """The weighted sum of the held gradients at each leaf; plain where there are no weights."""
+    sums: dict[Tensor, Tensor] = {}
+    for task, loss in losses.items():
+        known = held(loss)
+        assert known is not None
+        for leaf in leaves:
+            gradient = known.gradients.get(leaf)
+            if gradient is None:
+                continue
+            part = gradient * weights[task].to(gradient) if task in weights else gradient.clone()
+            if not weights or task in weights:
+                sums[leaf] = add(sums[leaf], part) if leaf in sums else part
+    return [sums.get(leaf) for leaf in leaves]
 
 
 def weigh(

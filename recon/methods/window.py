@@ -1,0 +1,214 @@
+"""Window: one joint step, task by task, for tasks that come in batches of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from recon.errors import GradientError, UnknownNameError, UsageError, shortened
+from recon.methods.bases.feature_method import FeatureMethod
+from recon.methods.bases.method import Method
+from recon.methods.bases.weighting import Weighting
+from recon.methods.by_name import memoryless, method_by_name
+from recon.methods.gradients.held import HeldGradients
+from recon.methods.gradients.jacobian import add_gradient
+from recon.methods.gradients.observer import SketchesByTask, StepObserver
+from recon.methods.gradients.passes import differentiate
+from recon.methods.gradients.reach import LossReach, Reach, no_gradient
+from recon.methods.gradients.sparse import add
+from recon.methods.torchjd_adapter import wrap
+from recon.methods.updates.scaled_losses import LossScaleLike
+from recon.methods.updates.step import check_losses, check_profiler, update
+from recon.methods.updates.weighted import adds_up, weigh
+from recon.methods.weightings.gradnorm import NormWeighting
+from recon.methods.weightings.joint import Joint
+from recon.support.network.graph import last_uses, used_at_once
+from recon.support.network.trainable import Model, as_module
+from recon.support.processes import world_size
+
+
+class Window:
+    """One joint step in a loop of your own, where each task has batches of its own.
+
+        window = recon.Window(model, method="pcgrad", tasks=("ner", "cls"))
+        for (x, tags), (z, label) in zip(ner_loader, cls_loader):
+            optimizer.zero_grad()
+            window.add("ner", ner_loss(model(x)["ner"], tags))
+            window.add("cls", cls_loss(model(z)["cls"], label))
+            window.step()
+            optimizer.step()
+
+    Each `add` runs the loss's backward pass and frees its graph; `step` gives the profiler and the method the tasks'
+    gradients, as `recon.backward` does with losses of one forward. With the same samples, scores and updates are the
+    same; running statistics of norms that the tasks share see the tasks' batches one after the other, as in any such
+    training.
+
+    Held until `step` are the gradients of each task, T times the parameters it reaches. Joint training without a
+    profiler, or with one that keeps sketches, holds their sum alone.
+
+    Args:
+        model: as in `recon.backward`.
+        method: as in `recon.backward`.
+        profiler: records the steps' conflicts.
+        tasks: the tasks that every step must have; whatever was added when not given.
+        loss_scale: what every loss is multiplied by, as in `recon.backward`.
+
+    Raises:
+        UsageError: the model is none, or the method cannot work task by task, as RotoGrad, which compares what the
+            tasks want of the same samples.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        method: str | Method | None = None,
+        *,
+        profiler: StepObserver | None = None,
+        tasks: Sequence[str] = (),
+        loss_scale: LossScaleLike | None = None,
+    ) -> None:
+        if isinstance(tasks, str) or not all(isinstance(task, str) for task in tasks):
+            raise UsageError(f"tasks is {tasks!r}. Pass the tasks' names, tasks=('seg', 'depth') say.")
+        self.model = as_module(model)
+        self.tasks = tuple(tasks)
+        self.profiler = profiler
+        self.loss_scale = loss_scale
+        self._by_name = method if isinstance(method, str) else None
+        self._named_for = model if isinstance(model, nn.Module) else model[0]
+        if isinstance(method, str):
+            method = memoryless(method)
+        self.method = Joint() if method is None else wrap(method)
+        if isinstance(self.method, FeatureMethod):
+            raise UsageError(
+                f"Method {self.method.name!r} compares what the tasks want of the same samples at the features, so it "
+                "cannot take one task's batch after the other. Give it batches with targets of all tasks."
+            )
+        check_profiler(profiler, self.method)
+        self._parameters = list(self.model.parameters()) if profiler is None else list(profiler.parameters)
+        self._buffers = list(self.model.buffers())
+        self.discard()
+
+    @property
+    def added(self) -> tuple[str, ...]:
+        """The tasks that were added since the last step."""
+        return tuple(self._values)
+
+    def discard(self) -> None:
+        """Forget what was added since the last step; `.grad` is as it was."""
+        self._values: dict[str, Tensor] = {}
+        self._held: dict[str, HeldGradients] = {}
+        self._sum = HeldGradients()
+        self._reached: dict[str, set[nn.Parameter]] = {}
+        self._begun = False
+        self._sketches: SketchesByTask | None = None
+
+    def add(self, task: str, loss: Tensor | None) -> None:
+        """Take a task's loss: its backward pass runs now, and its graph is freed. Losses of the same task add up.
+
+        Args:
+            task: the task's name.
+            loss: a scalar; None where the task is absent.
+
+        Raises:
+            GradientError: the loss depends on no trainable parameter. The window is as it was, as with all errors.
+            UsageError: the loss is no scalar, or a compiled part of the model hides what it depends on.
+            UnknownNameError: the window has no such task.
+        """
+        known = self.tasks or (self.method.tasks if self._by_name is None else ())
+        if known and task not in known:
+            raise UnknownNameError("task", task, known)
+        if loss is None:
+            return
+        check_losses({task: loss})
+        if self._sums_up and self.profiler is not None and not self._begun:
+            self._sketches, self._begun = self.profiler.sketches_by_task(), True
+        found = self._differentiate(task, loss)
+        value = loss.detach()
+        if self._sums_up:
+            self._sum.add(found)
+        elif task in self._held:
+            self._held[task].add(found)
+        else:
+            self._held[task] = found
+        self._values[task] = self._values[task] + value if task in self._values else value
+
+    def step(self) -> dict[str, Tensor]:
+        """Close the step: the profiler records it, and the method's update is accumulated into `.grad`.
+
+        Returns:
+            `{task: weight}`, as `recon.backward`.
+
+        Raises:
+            UsageError: nothing was added, or not all of the window's tasks; what was added stays, so that the rest can
+                follow.
+            NonFiniteError: a gradient that the method needs is not finite.
+        """
+        missing = [task for task in self.tasks if task not in self._values]
+        if missing and world_size() == 1:
+            raise UsageError(
+                f"The step lacks the tasks {shortened(missing)}; added are {shortened(self._values) or 'none'}. Call "
+                "window.add(task, loss) for each task before window.step(), or leave out tasks=... if a step may lack "
+                "some."
+            )
+        if not self._values and world_size() == 1:
+            raise UsageError("Nothing was added to this step. Call window.add(task, loss) before window.step().")
+        try:
+            return self._step()
+        finally:
+            self.discard()
+
+    def _step(self) -> dict[str, Tensor]:
+        if self._sums_up:
+            self._record_sketches()
+            for leaf, gradient in self._sum.gradients.items():
+                add_gradient(leaf, gradient)
+            return weigh(self.method, self._values, tuple(self._values), self._parameters[0].device)  # type: ignore[arg-type]
+        order = self.tasks or self.method.tasks
+        tasks = [task for task in order if task in self._held]
+        tasks += [task for task in self._held if task not in tasks]
+        losses = {task: self._held[task].as_loss(self._values[task]) for task in tasks}
+        if self._by_name is not None:
+            self.method = method_by_name(self._by_name, self._named_for, tasks)
+        return update(losses, self.model, self.method, self.profiler, self.loss_scale)
+
+    @property
+    def _sums_up(self) -> bool:
+        """Whether nobody needs the whole gradients of each task."""
+        plain = isinstance(self.method, Weighting) and adds_up(self.method)
+        whole = self.profiler is not None and self.profiler.memory == "exact"
+        return plain and not whole and world_size() == 1
+
+    def _record_sketches(self) -> None:
+        if self.profiler is None or self._sketches is None:
+            return
+        reach = Reach.of_tasks(self._reached, self._parameters, {})
+        inside = set(self._parameters)
+        others = [gradient for leaf, gradient in self._sum.gradients.items() if leaf not in inside]
+        self.profiler.observe_by_task(self._sketches, reach, others)
+
+    def _differentiate(self, task: str, loss: Tensor) -> HeldGradients:
+        of_loss = LossReach.of(loss)
+        of_loss.refuse_hidden()
+        leaves = dict.fromkeys(of_loss.leaves)
+        mine = [p for p in self._parameters if p in leaves and p.requires_grad]
+        if not mine:
+            raise GradientError(no_gradient(task))
+        inside = set(mine)
+        self._reached[task] = self._reached.get(task, set()) | inside
+        found = HeldGradients(leaves, set(of_loss.tables))
+        if isinstance(getattr(self.method, "weighting", self.method), NormWeighting):
+            found.uses, found.at_once = last_uses([loss]), used_at_once([loss])
+
+        def receive(_: int, leaves: list[Tensor], gradients: list[Tensor]) -> None:
+            for leaf, gradient in zip(leaves, gradients, strict=True):
+                if self._sketches is not None:
+                    self._sketches.fold(task, leaf, gradient)
+                if self._sums_up and leaf in self._sum.gradients:
+                    self._sum.gradients[leaf] = add(self._sum.gradients[leaf], gradient)
+                else:
+                    found.gradients[leaf] = gradient.clone()
+
+        outside = [leaf for leaf in leaves if leaf not in inside]
+        differentiate({task: loss}, Reach({task: mine}, [], {task: outside}), self._buffers, receive)
+        return found
