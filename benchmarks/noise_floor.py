@@ -94,9 +94,9 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {  # of digits, the problem's own
     "nyuv2": lambda: SegNet({"segmentation": 13, "depth": 1, "normals": 3}, width=8),
 }
 STUDIES = {
-    "digits": Study("digits", None, None, 128, 3e-3, profile_epochs=4, epochs=12),
-    "multi-fashion-mnist": Study("multi-fashion-mnist", 8192, 4000, 128, 3e-3, profile_epochs=2, epochs=4),
-    "nyuv2": Study("nyuv2", 400, 160, 8, 1e-3, profile_epochs=3, epochs=6),
+    "digits": Study("digits", None, None, 128, 3e-3, profile_epochs=4, epochs=6),
+    "multi-fashion-mnist": Study("multi-fashion-mnist", 6144, 4000, 128, 3e-3, profile_epochs=3, epochs=4),
+    "nyuv2": Study("nyuv2", 240, 160, 8, 1e-3, profile_epochs=4, epochs=6),
 }
 QUICK = {"train_samples": 256, "test_samples": 64, "profile_epochs": 1, "epochs": 1}
 

@@ -170,6 +170,13 @@ def share(text: str) -> float:
     return _number(text, float, lambda value: 0 < value <= 1, "a number above 0 and at most 1")
 
 
+def floor(text: str) -> int | str | None:
+    """Profiled steps from one noise floor to the next; `auto`, or None for off."""
+    if text in ("off", "auto"):
+        return None if text == "off" else text
+    return _number(text, int, lambda value: value >= 2, "a whole number of at least 2, auto or off")
+
+
 def threshold(text: str) -> float:
     """A conflict threshold S on the 0.01 grid."""
     from recon.maps.counts import threshold_bin  # late: it imports numpy

@@ -24,6 +24,7 @@ from recon_cli.parser import (
     add_verb,
     command_words,
     file_path,
+    floor,
     positive_integer,
     share,
     threshold,
@@ -55,6 +56,7 @@ def add_parser(verbs: Verbs) -> None:
         recon profile digits --until-stable 0.9 --top-k 8 --out map.json
         recon profile digits --backbone ResNet18 --out resnet.json
         recon profile digits --backbone ResNet18 --exclude '.*bn\\d' --units 'layer\\d+\\.\\d+' --out blocks.json
+        recon profile digits --floor 4 --out map.json
         recon profile digits --out map.json --resume
         torchrun --nproc-per-node 2 -m recon_cli profile digits --out map.json
         """,
@@ -93,6 +95,14 @@ def add_parser(verbs: Verbs) -> None:
         default="exact",
         help="exact: hold the gradients of all tasks at once; sketch: one gradient's memory for any number of tasks, "
         "cosines to about 0.02 (default: exact)",
+    )
+    parser.add_argument(
+        "--floor",
+        type=floor,
+        default="auto",
+        metavar="N",
+        help="take the noise floor at every N-th profiled step, N of at least 2, where each task is compared with "
+        "itself on two batches; or off (default: every 10th, which makes a profile up to 15 %% dearer)",
     )
     layers.add_layer_options(parser.add_argument_group("which layers are counted; all of them train"))
     parser.add_argument("--out", type=file_path, required=True, metavar="MAP", help="the conflict map, a JSON file")
@@ -177,6 +187,7 @@ def _profile(args: argparse.Namespace, problem: Problem, device: torch.device, c
         until_stable=args.until_stable,
         top_k=args.top_k,
         memory=args.memory,
+        floor=args.floor,
         layers=args.layers,
         exclude=args.exclude,
         units=args.units,
@@ -204,6 +215,7 @@ def _is_ours(cmap: ConflictMap, args: argparse.Namespace, problem: Problem) -> b
     from recon.experiments import Recipe, optimizers
     from recon.experiments.backbones import backbone_title
     from recon.experiments.inputs import make_model, threshold_of
+    from recon.profiling.floor import floor_steps
     from recon.training.optimizers import as_one
 
     model = make_model(problem, args.seed)
@@ -215,6 +227,7 @@ def _is_ours(cmap: ConflictMap, args: argparse.Namespace, problem: Problem) -> b
         "learning_rate": group.get("initial_lr", group.get("lr")),
         "memory": args.memory if args.memory != "exact" else None,
         "every": args.every if args.every != 1 else None,
+        "floor_every": floor_steps(args.floor),
         "processes": launch.count() if launch.count() > 1 else None,
         **{name: getattr(args, name) for name in ("seed", "method", "epochs", "until_stable", *layers.NAMES)},
     }
