@@ -20,6 +20,7 @@ import random
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 from statistics import fmean
@@ -98,7 +99,7 @@ STUDIES = {
     "multi-fashion-mnist": Study("multi-fashion-mnist", 6144, 4000, 128, 3e-3, profile_epochs=3, epochs=4),
     "nyuv2": Study("nyuv2", 240, 160, 8, 1e-3, profile_epochs=4, epochs=6),
 }
-QUICK = {"train_samples": 256, "test_samples": 64, "profile_epochs": 1, "epochs": 1}
+QUICK: dict[str, Any] = {"train_samples": 256, "test_samples": 64, "profile_epochs": 1, "epochs": 1}
 
 
 @dataclass(frozen=True)
@@ -174,7 +175,10 @@ class Bench:
     def plans(self, seed: int, cmap: ConflictMap) -> dict[str, Job]:
         """What is trained, by what the table calls it."""
         names, k = [layer.name for layer in cmap.layers], quarter(cmap)
-        chosen: dict[str, Sequence[str]] = {f"by {by}": cmap.ranking(by=by)[:k] for by in RANKINGS}
+        model = make_model(self.problem, seed)
+        chosen: dict[str, Sequence[str]] = {
+            f"by {by}": list(recon.plan(cmap, model, top_k=k, by=by).layers) for by in RANKINGS
+        }
         chosen |= {"random": random.Random(seed).sample(names, k), "first": names[:k], JOINT: ()}
         return {label: self._job(seed, tuple(layers)) for label, layers in chosen.items()}
 
@@ -244,7 +248,7 @@ def own_noise(cmap: ConflictMap) -> dict[str, float]:
 
 
 SCORES: dict[str, Callable[[ConflictMap], Mapping[str, float]]] = {
-    **{f"by {by}": lambda cmap, by=by: cmap.scores(by=by) for by in RANKINGS},
+    **{f"by {by}": partial(ConflictMap.scores, by=by) for by in RANKINGS},
     "own noise": own_noise,
 }
 
