@@ -197,3 +197,11 @@ def _number(text: str, kind: type, accept: Callable[[Any], bool], expected: str)
     if value is None or not accept(value):
         raise argparse.ArgumentTypeError(f"{text!r} is not {expected}")
     return value
+
+
+def two_tasks(text: str) -> tuple[str, ...]:
+    """Two or more task names, as in `left,right`."""
+    tasks = tuple(part.strip() for part in text.split(","))
+    if len(tasks) < 2 or len(set(tasks)) < len(tasks) or not all(tasks):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of two or more different tasks, as in left,right")
+    return tasks

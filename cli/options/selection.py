@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from recon import BranchPlan, Problem
+    from recon.maps.measures import By
     from recon.plans import Choice, CostModel, Match
     from recon.plans.grouping import Groups
     from recon_cli.parser import Parser
@@ -92,11 +93,12 @@ def add_options(parser: Parser) -> None:
     add_rename_option(parser, "rename the map's layers to the model's,")
 
 
-def add_by_option(parser: Parser) -> None:
+def add_by_option(parser: Parser, default: By | None = None) -> None:
     """Add --by."""
     parser.add_argument(
         "--by",
         choices=("count", "rate", "excess"),
+        default=default,
         help="score layers by their conflicts (the default), by their share of the steps in which a pair of tasks "
         "met, or by how far that lies above the noise floor",
     )

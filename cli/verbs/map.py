@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import recon
 from recon.errors import UsageError
 from recon_cli.options.outputs import check_file
 from recon_cli.options.rename import add_rename_option, renames
-from recon_cli.parser import Parser, Report, add_verb, any_path, file_path, positive_integer, threshold
+from recon_cli.options.selection import add_by_option
+from recon_cli.parser import Parser, Report, add_verb, any_path, file_path, positive_integer, threshold, two_tasks
 from recon_cli.terminal import tell
 from recon_cli.texts.map_compare import comparison_data, comparison_text
-from recon_cli.texts.map_show import header_text, ranked_layers, ranking_table, unsure_why
+from recon_cli.texts.map_pairs import pairs_data, pairs_text
+from recon_cli.texts.map_show import FLOOR, header_text, met_text, ranked_layers, ranking_table, unsure_why
 
 if TYPE_CHECKING:
     from recon import ConflictMap
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
 
 _MARK = b'"recon conflict map"'
 _TOP = 10
+_ALL = ""  # layers, of --pairs
 
 
 def add_parser(verbs: Verbs) -> None:
@@ -53,8 +56,10 @@ def _add_show(actions: Verbs) -> Parser:
         """
         recon map show map.json
         recon map show map.json --top-k 8
-        recon map show map.json --threshold -0.05 --top 10
+        recon map show map.json --threshold -0.05 --top 10 --by rate --tasks seg,depth
         recon map show map.json --plot map.png
+        recon map show map.json --pairs
+        recon map show map.json --pairs layer4.1.conv2 --picture pairs.png
         """,
         "The interval holds the scores of 90 % of resampled trainings, by a block bootstrap over the steps: it "
         "shows what other batches would have done, not what another seed would.",
@@ -69,9 +74,19 @@ def _add_show(actions: Verbs) -> Parser:
         help="draw the line under the layers that K would branch, and name those within noise of it (default: a "
         "quarter of the layers)",
     )
-    _add_threshold(parser)
+    _add_scoring(parser)
     _add_top(parser)
     parser.add_argument("--plot", type=file_path, metavar="FILE.png", help="draw layers x quarters of the training")
+    parser.add_argument(
+        "--pairs",
+        nargs="?",
+        const=_ALL,
+        metavar="LAYER",
+        help="show how often each pair of tasks conflicted, over all layers or in one",
+    )
+    parser.add_argument(
+        "--picture", type=file_path, metavar="FILE.png", help="draw --pairs: tasks x tasks, over all layers and in each"
+    )
     return parser
 
 
@@ -99,7 +114,7 @@ def _add_compare(actions: Verbs) -> Parser:
         help="compare the layers that K would branch (default: a quarter of the common layers)",
     )
     add_rename_option(parser, "rename the layers of B to those of A,")
-    _add_threshold(parser)
+    _add_scoring(parser)
     _add_top(parser)
     return parser
 
@@ -142,39 +157,67 @@ def _add_import(actions: Verbs) -> Parser:
         metavar="S",
         help="the S that a .json file was scored at; any for a .pt file",
     )
-    parser.add_argument("--tasks", type=_tasks, default=(), metavar="A,B", help="the tasks, in the order of that run")
+    parser.add_argument(
+        "--tasks", type=two_tasks, default=(), metavar="A,B", help="the tasks, in the order of that run"
+    )
     _add_out(parser)
     return parser
 
 
 def show(args: argparse.Namespace) -> Report:
     """Load the map and show it."""
-    if args.plot:
-        check_file(args.plot, b"PNG")
+    if args.picture and args.pairs is None:
+        args.parser.error("--picture goes with --pairs, which it draws; --plot draws the layers")
+    for picture in filter(None, (args.plot, args.picture)):
+        check_file(picture, b"PNG")
     cmap = recon.ConflictMap.load(args.map)
     if args.plot:
         _plot(cmap, args)
+    return _show_ranking(cmap, args) if args.pairs is None else _show_pairs(cmap, args)
+
+
+def _show_ranking(cmap: ConflictMap, args: argparse.Namespace) -> Report:
     top_k = args.top_k or max(1, len(cmap.layers) // 4)
-    layers = ranked_layers(cmap, args.threshold, top_k=top_k)
+    tasks, by = args.tasks, args.by
+    layers = ranked_layers(cmap, args.threshold, top_k=top_k, tasks=tasks, by=by)
     own = args.threshold is None or args.threshold == cmap.threshold
-    text = [header_text(cmap), "", ranking_table(layers, args.top, quarters=True, top_k=top_k), ""]
-    text += [why] if (why := unsure_why(cmap, args.threshold)) else []
+    text = [header_text(cmap), "", ranking_table(layers, args.top, quarters=True, top_k=top_k, by=by), ""]
+    text += [why] if (why := unsure_why(cmap, args.threshold, tasks, by)) else []
     text.append(f"q1-q4: the share in each quarter of the training{'' if own else f', at {cmap.threshold:g}'}.")
+    text += [met_text(cmap, tasks)] if met_text(cmap, tasks) else []
+    text += [FLOOR] if cmap.has_floor else []
     if args.plot:
         text.append(f"Saved {args.plot}.")
-    data = {
+    data = {**_of_map(cmap, args), "quarters_threshold": cmap.threshold, "top_k": top_k}
+    return Report("\n".join(text), {**data, "by": by, "layers": layers[: args.top]})
+
+
+def _show_pairs(cmap: ConflictMap, args: argparse.Namespace) -> Report:
+    from recon.maps.pair_rates import pair_rates  # late: it imports numpy
+
+    layer = None if args.pairs == _ALL else args.pairs
+    found = pair_rates(cmap, None if layer is None else [layer], args.tasks, args.threshold)
+    text = [header_text(cmap), f"layer:     {layer or 'all'}", "", pairs_text(found, args.top)]
+    if args.picture:
+        from recon.maps.pair_picture import draw_pairs  # late: it imports matplotlib
+
+        draw_pairs(cmap, args.picture, layer, args.tasks, args.threshold)
+        text.append(f"Saved {args.picture}.")
+    shown = {"layer": layer, "pairs": pairs_data(found), "own": found.own}
+    return Report("\n".join(text), {**_of_map(cmap, args), **shown})
+
+
+def _of_map(cmap: ConflictMap, args: argparse.Namespace) -> dict[str, Any]:
+    return {
         "map": str(args.map),
         "plot": str(args.plot) if args.plot else None,
-        "tasks": cmap.tasks,
+        "picture": str(args.picture) if args.picture else None,
+        "tasks": args.tasks or cmap.tasks,
         "threshold": cmap.threshold if args.threshold is None else args.threshold,
-        "quarters_threshold": cmap.threshold,
-        "top_k": top_k,
         "steps": cmap.steps,
         "skipped": cmap.skipped,
         "made_by": cmap.made_by,
-        "layers": layers[: args.top],
     }
-    return Report("\n".join(text), data)
 
 
 def compare(args: argparse.Namespace) -> Report:
@@ -182,9 +225,10 @@ def compare(args: argparse.Namespace) -> Report:
     rename = renames(args)
     files = args.first, args.second
     first, second = (recon.ConflictMap.load(path) for path in files)
-    found = first.compare(second, threshold=args.threshold, top_k=args.top_k, rename=rename)
+    scoring = {"threshold": args.threshold, "tasks": args.tasks, "by": args.by}
+    found = first.compare(second, **scoring, top_k=args.top_k, rename=rename)
     text = comparison_text(files, (first, second), found, args.threshold, args.top)
-    return Report(text, comparison_data(files, (first, second), found, args.threshold, args.top))
+    return Report(text, comparison_data(files, (first, second), found, args.threshold, args.top) | {"by": args.by})
 
 
 def merge(args: argparse.Namespace) -> Report:
@@ -240,8 +284,12 @@ def _plot(cmap: ConflictMap, args: argparse.Namespace) -> None:
     heatmap(cmap, args.plot)
 
 
-def _add_threshold(parser: Parser) -> None:
+def _add_scoring(parser: Parser) -> None:
     parser.add_argument("--threshold", type=threshold, metavar="S", help="score at another S (default: the map's own)")
+    parser.add_argument(
+        "--tasks", type=two_tasks, metavar="A,B", help="count only the conflicts between these tasks (default: all)"
+    )
+    add_by_option(parser, "count")
 
 
 def _add_top(parser: Parser) -> None:
@@ -250,10 +298,3 @@ def _add_top(parser: Parser) -> None:
 
 def _add_out(parser: Parser) -> None:
     parser.add_argument("--out", type=file_path, required=True, metavar="MAP", help="the new conflict map, a JSON file")
-
-
-def _tasks(text: str) -> tuple[str, ...]:
-    tasks = tuple(part.strip() for part in text.split(","))
-    if len(tasks) < 2 or len(set(tasks)) < len(tasks) or not all(tasks):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a list of two or more different tasks, as in left,right")
-    return tasks

@@ -31,7 +31,7 @@ from recon_cli.parser import (
 )
 from recon_cli.progress import shows_progress
 from recon_cli.terminal import tell
-from recon_cli.texts.map_show import ranked_layers, ranking_table, unsure_why
+from recon_cli.texts.map_show import FLOOR, met_text, ranked_layers, ranking_table, unsure_why
 
 if TYPE_CHECKING:
     import torch
@@ -239,6 +239,7 @@ def _report(args: argparse.Namespace, problem: Problem, cmap: ConflictMap) -> Re
     unsure = unsure_why(cmap)
     top_k = min(args.top_k or max(1, len(cmap.layers) // 4), len(cmap.layers))
     ranked = ranked_layers(cmap, top_k=top_k)
+    conflicts = any(layer["score"] for layer in ranked)
     next_command = ["recon", "convert", *command_words(args, PROBLEM_NAMES), "--map", str(args.out)]
     next_command += ["--top-k", str(top_k), "--out", "branched"]
     text = [
@@ -247,9 +248,10 @@ def _report(args: argparse.Namespace, problem: Problem, cmap: ConflictMap) -> Re
         "",
         ranking_table(ranked, max(_TOP, top_k + 2), top_k=top_k),
         *([unsure] if unsure else []),
+        *([met_text(cmap)] if met_text(cmap) else []),
+        *([FLOOR] if cmap.has_floor else []),
         "",
-        f"Saved {args.out}. Next, branch the worst layers:",
-        f"  {shlex.join(next_command)}",
+        *(_next(args, shlex.join(next_command)) if conflicts else [_nothing(args, cmap)]),
     ]
     data = {
         "map": str(args.out),
@@ -259,6 +261,18 @@ def _report(args: argparse.Namespace, problem: Problem, cmap: ConflictMap) -> Re
         "steps": cmap.steps,
         "skipped": cmap.skipped,
         "top_k": top_k,
+        "conflict": conflicts,
         "layers": ranked,
     }
     return Report("\n".join(text), data)
+
+
+def _next(args: argparse.Namespace, command: str) -> list[str]:
+    return [f"Saved {args.out}. Next, branch the worst layers:", f"  {command}"]
+
+
+def _nothing(args: argparse.Namespace, cmap: ConflictMap) -> str:
+    return (
+        f"Saved {args.out}. There is nothing to branch: no two tasks had a cosine below {cmap.threshold:g} in any "
+        "shared layer. Train the model as it is."
+    )

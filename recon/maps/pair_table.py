@@ -186,8 +186,8 @@ class PairTable:
         """The place of a threshold among the map's `thresholds`, of a map with a floor."""
         if not self.has_floor:
             raise UsageError(
-                "This map has no noise floor, so nobody knows how much of its conflict is noise. Profile with floor "
-                "steps, or score by 'count' or 'rate'."
+                "This map has no noise floor, so nobody knows how much of its conflict is noise. `recon profile` makes "
+                "one by default: profile anew, or score by 'count' or 'rate'."
             )
         return self._kept(threshold_bin(self.threshold if threshold is None else threshold))
 
