@@ -313,7 +313,8 @@ def test_killed_at_any_moment_it_goes_on(files, ask, tmp_path):
     whole = ask("train tiny.py:problem --method pcgrad --out killed-whole")
     line = ["train", "tiny.py:problem", "--method", "pcgrad", "--out", "killed", "--resume"]
     code = (
-        "import sys, functools, torch, recon; torch.set_num_threads(1);"
+        # As many threads as here: sums in another order round otherwise.
+        f"import sys, functools, torch, recon; torch.set_num_threads({torch.get_num_threads()});"
         "recon.training.train = functools.partial(recon.training.train, checkpoint_seconds=0.0);"
         "from recon_cli.main import main; sys.exit(main(sys.argv[1:]))"
     )

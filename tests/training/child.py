@@ -31,7 +31,7 @@ def in_child(line: str, limit: int | None = None, pause: float = 0.0) -> BasePro
 def _run(line: str, folder: Path, limit: int | None, pause: float) -> None:
     os.chdir(folder)
     os.environ["PAUSE"] = str(pause)
-    torch.set_num_threads(1)
+    torch.set_num_threads(int(os.environ.get("RECON_TEST_THREADS", "1")))
     recon.profile = partial(recon.profile, checkpoint_seconds=0.0)
     if limit is not None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
