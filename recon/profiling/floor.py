@@ -196,6 +196,7 @@ class FloorPairs:
         self._first: Gradients | None = None
         self._waiting: Gradients | None = None
         self._open = False  # whether the last step can still get a floor
+        self._recorded = False  # whether it is one to record
 
     def begin_step(self, recorded: bool) -> None:
         """A step begins, to be recorded or not: the floor of one that is not is dropped.
@@ -204,7 +205,7 @@ class FloorPairs:
             UsageError: a floor was waiting that was taken at other weights.
         """
         waiting, taken_at, self._first = self._waiting, self._weights, None
-        self._weights, self._open = self._versions(), True
+        self._weights, self._open, self._recorded = self._versions(), True, recorded
         if not recorded:
             self._waiting = None
         if waiting is not None and _moved(taken_at, self._weights):
@@ -227,8 +228,8 @@ class FloorPairs:
         """
         now, first = self._versions(), self._first
         after = not before and self._open and not _moved(self._weights, now)
-        if after and first is None:
-            return  # that step is not recorded
+        if after and not self._recorded:
+            return
         if after and first is not None and first.unchanged():
             self._first, self._open = None, False
             self._found(compare(first, gradients()))

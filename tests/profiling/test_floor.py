@@ -257,6 +257,34 @@ def test_a_floor_of_a_step_that_is_not_profiled_is_left_out(model, counted, orde
     assert (profiler.steps, len(counted)) == (2, 2)
 
 
+@pytest.mark.parametrize("memory", ["exact", "sketch"])
+def test_a_window_takes_floors_before_amid_and_after_its_tasks(model, counted, memory):
+    for when in ("before", "amid", "after", "in backward"):
+        profiler = Profiler(model, tasks=TASKS, memory=memory)
+        window = recon.Window(model, profiler=profiler, tasks=TASKS)
+        for step in range(2):
+            model.zero_grad()
+            second = {task: losses(model, 100 + step)[task] for task in TASKS}  # a graph for each
+            if when in ("before", "in backward"):
+                profiler.floor(second)
+            if when == "in backward":
+                profiler.backward(losses(model, step))
+                continue
+            for task in TASKS:
+                if when == "amid" and task == "b":
+                    profiler.floor(second)
+                window.add(task, losses(model, step)[task])
+            window.step()
+            if when == "after":
+                profiler.floor(second)
+    assert len(counted) == 8
+    for others in (counted[:2], counted[2:4], counted[4:6]):
+        for one, other in zip(others, counted[6:], strict=True):
+            assert one[:2] == other[:2]
+            for left, right in zip(one[2:], other[2:], strict=True):
+                torch.testing.assert_close(left, right, rtol=0, atol=1e-6 if memory == "sketch" else 1e-12)
+
+
 def test_bad_losses_are_refused(model):
     profiler = Profiler(model)
     with pytest.raises(UsageError, match="must be a scalar tensor"):
