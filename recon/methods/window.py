@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 from torch import Tensor, nn
 
@@ -12,14 +13,14 @@ from recon.methods.bases.method import Method
 from recon.methods.bases.weighting import Weighting
 from recon.methods.by_name import memoryless, method_by_name
 from recon.methods.gradients.held import HeldGradients
-from recon.methods.gradients.jacobian import add_gradient
+from recon.methods.gradients.jacobian import Workspace, add_gradient
 from recon.methods.gradients.observer import SketchesByTask, StepObserver
 from recon.methods.gradients.passes import differentiate
 from recon.methods.gradients.reach import LossReach, Reach, no_gradient
 from recon.methods.gradients.sparse import add
 from recon.methods.torchjd_adapter import wrap
 from recon.methods.updates.scaled_losses import LossScaleLike
-from recon.methods.updates.step import check_losses, check_profiler, update
+from recon.methods.updates.step import check_losses, check_profiler, update, workspace_of_next
 from recon.methods.updates.weighted import adds_up, weigh
 from recon.methods.weightings.gradnorm import NormWeighting
 from recon.methods.weightings.joint import Joint
@@ -77,7 +78,7 @@ class Window:
         self._by_name = method if isinstance(method, str) else None
         self._named_for = model if isinstance(model, nn.Module) else model[0]
         if isinstance(method, str):
-            method = memoryless(method)
+            method = method_by_name(method, self._named_for, self.tasks) if self.tasks else memoryless(method)
         self.method = Joint() if method is None else wrap(method)
         if isinstance(self.method, FeatureMethod):
             raise UsageError(
@@ -87,6 +88,7 @@ class Window:
         check_profiler(profiler, self.method)
         self._parameters = list(self.model.parameters()) if profiler is None else list(profiler.parameters)
         self._buffers = list(self.model.buffers())
+        self._row_of: dict[str, int] = {}  # in the last step's Jacobian
         self.discard()
 
     @property
@@ -100,8 +102,8 @@ class Window:
         self._held: dict[str, HeldGradients] = {}
         self._sum = HeldGradients()
         self._reached: dict[str, set[nn.Parameter]] = {}
-        self._begun = False
         self._sketches: SketchesByTask | None = None
+        self._broken = ""  # the task whose backward pass failed when a part of its gradients was in the sum
 
     def add(self, task: str, loss: Tensor | None) -> None:
         """Take a task's loss: its backward pass runs now, and its graph is freed. Losses of the same task add up.
@@ -121,8 +123,9 @@ class Window:
         if loss is None:
             return
         check_losses({task: loss})
-        if self._sums_up and self.profiler is not None and not self._begun:
-            self._sketches, self._begun = self.profiler.sketches_by_task(), True
+        self._refuse_broken()
+        if self._sums_up and self.profiler is not None and not self._values and self.profiler.records_next():
+            self._sketches = self.profiler.sketches_by_task()
         found = self._differentiate(task, loss)
         value = loss.detach()
         if self._sums_up:
@@ -144,6 +147,7 @@ class Window:
                 follow.
             NonFiniteError: a gradient that the method needs is not finite.
         """
+        self._refuse_broken()
         missing = [task for task in self.tasks if task not in self._values]
         if missing and world_size() == 1:
             raise UsageError(
@@ -170,6 +174,7 @@ class Window:
         losses = {task: self._held[task].as_loss(self._values[task]) for task in tasks}
         if self._by_name is not None:
             self.method = method_by_name(self._by_name, self._named_for, tasks)
+        self._row_of = {task: row for row, task in enumerate(tasks)}
         return update(losses, self.model, self.method, self.profiler, self.loss_scale)
 
     @property
@@ -179,13 +184,43 @@ class Window:
         whole = self.profiler is not None and self.profiler.memory == "exact"
         return plain and not whole and world_size() == 1
 
+    def _refuse_broken(self) -> None:
+        if self._broken:
+            raise UsageError(
+                f"The backward pass of task {self._broken!r} failed half-way, when a part of its gradients was in the "
+                "step's sum already. Call window.discard(), and add the tasks of this step again."
+            )
+
     def _record_sketches(self) -> None:
-        if self.profiler is None or self._sketches is None:
+        if self.profiler is None or not self.profiler.begin_step() or self._sketches is None:
             return
         reach = Reach.of_tasks(self._reached, self._parameters, {})
         inside = set(self._parameters)
         others = [gradient for leaf, gradient in self._sum.gradients.items() if leaf not in inside]
         self.profiler.observe_by_task(self._sketches, reach, others)
+
+    def _places(self, task: str, found: HeldGradients) -> Mapping[Tensor, Tensor]:
+        """Where the step will want the task's gradients, if it is like the last one: no other copy of them is held."""
+        workspace = workspace_of_next(self.method, self.profiler)
+        if workspace is None or task in self._held:
+            return {}
+        if not self._row_of and len(self._held) == 1:
+            self._foresee(workspace, task, found)
+        return workspace.lend(self._row_of[task], found) if task in self._row_of else {}
+
+    def _foresee(self, workspace: Workspace, task: str, found: HeldGradients) -> None:
+        """Of the first step: make room for all tasks' gradients where the first two meet, and put the first's there."""
+        ((first, held),) = self._held.items()
+        order = self.tasks or self.method.tasks
+        if not {first, task} <= set(order):
+            return  # how many there will be is not known
+        shared = [p for p in self._parameters if p in held.leaves and p in found.leaves and p.requires_grad]
+        tables = [p for p in shared if p in held.tables & found.tables]
+        workspace.matrix([p for p in shared if p not in tables], len(order), tables)
+        self._row_of = {task: row for row, task in enumerate(order)}
+        for leaf, place in workspace.lend(self._row_of[first], held).items():
+            if leaf in held.gradients:
+                held.keep(leaf, held.gradients[leaf], place)
 
     def _differentiate(self, task: str, loss: Tensor) -> HeldGradients:
         of_loss = LossReach.of(loss)
@@ -195,20 +230,44 @@ class Window:
         if not mine:
             raise GradientError(no_gradient(task))
         inside = set(mine)
-        self._reached[task] = self._reached.get(task, set()) | inside
         found = HeldGradients(leaves, set(of_loss.tables))
         if isinstance(getattr(self.method, "weighting", self.method), NormWeighting):
             found.uses, found.at_once = last_uses([loss]), used_at_once([loss])
 
+        places = {} if self._sums_up else self._places(task, found)
+        received = False
+
         def receive(_: int, leaves: list[Tensor], gradients: list[Tensor]) -> None:
+            nonlocal received
+            received = True
             for leaf, gradient in zip(leaves, gradients, strict=True):
                 if self._sketches is not None:
                     self._sketches.fold(task, leaf, gradient)
                 if self._sums_up and leaf in self._sum.gradients:
                     self._sum.gradients[leaf] = add(self._sum.gradients[leaf], gradient)
                 else:
-                    found.gradients[leaf] = gradient.clone()
+                    found.keep(leaf, gradient, places.get(leaf))
 
         outside = [leaf for leaf in leaves if leaf not in inside]
-        differentiate({task: loss}, Reach({task: mine}, [], {task: outside}), self._buffers, receive)
+        try:
+            with _whole_graph(task):
+                differentiate({task: loss}, Reach({task: mine}, [], {task: outside}), self._buffers, receive)
+        except BaseException:
+            self._broken = task if received and self._sums_up else ""
+            raise
+        self._reached[task] = self._reached.get(task, set()) | inside
         return found
+
+
+@contextmanager
+def _whole_graph(task: str) -> Iterator[None]:
+    """Around a backward pass; a clear error if another task's has freed a part of the graph."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "second time" not in str(error):
+            raise
+        raise UsageError(
+            f"The loss of task {task!r} comes from a forward pass whose graph was freed when another loss was added. "
+            "Run a forward pass for each window.add, or give all losses of one forward to recon.backward."
+        ) from error

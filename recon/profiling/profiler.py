@@ -168,8 +168,7 @@ class Profiler:
 
     def wants_floor(self) -> bool:
         """Whether a floor is due in the step to come; `recon.train` asks before each."""
-        profiled = self._calls % self.every == 0
-        return self.floor_every is not None and profiled and self.steps >= self._next_floor
+        return self.floor_every is not None and self.records_next() and self.steps >= self._next_floor
 
     def floor_of_next_step(self, losses: Mapping[str, Tensor]) -> None:
         """`floor`, where the step is known to be the one to come."""
@@ -179,9 +178,13 @@ class Profiler:
         check_losses(losses)
         self._floor.take(lambda: second_gradients(losses, self, self.layers, self._layer_of), before=before)
 
+    def records_next(self) -> bool:
+        """Whether the step to come is one to profile."""
+        return self._calls % self.every == 0
+
     def begin_step(self) -> bool:
         """Whether the step that begins is one to profile."""
-        recorded = self._calls % self.every == 0
+        recorded = self.records_next()
         self._floor.begin_step(recorded)
         self._calls += 1
         return recorded
@@ -222,17 +225,15 @@ class Profiler:
         self._floor.observe(SketchedGradients(reach.tasks, layers, sketches))
         return total
 
-    def sketches_by_task(self) -> TaskSketches | None:
-        """Begin a step that goes task by task, whose gradients are folded into sketches; None if it is not recorded."""
-        if not self.begin_step():
-            return None
+    def sketches_by_task(self) -> TaskSketches:
+        """For the gradients of the step to come, where it goes task by task and needs no whole gradients."""
         numbers = list(range(len(self.layers)))
         if self._sketch is None or self._sketch[0] != numbers:
             self._sketch = numbers, GradientSketch([list(layer.parameters.values()) for layer in self.layers])
         return TaskSketches(self._sketch[1], self.device)
 
     def observe_by_task(self, sketches: TaskSketches, reach: Reach, others: Sequence[Tensor]) -> None:
-        """Record the step that `sketches_by_task` began; `others` are gradients that no layer's sketch has."""
+        """Record a step that went task by task; `others` are gradients that no layer's sketch has."""
         layers = reach.shared_layers(self._layer_of)
         of_all = sketches.of(reach.tasks)
         shared = of_all[:, layers]

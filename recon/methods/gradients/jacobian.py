@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
 
+from recon.methods.gradients.held import HeldGradients, held
 from recon.methods.gradients.passes import differentiate
 from recon.methods.gradients.reach import Reach, find_reach
 from recon.methods.gradients.sparse import add, average_gradients, from_rows, touched_rows
@@ -45,23 +47,45 @@ class TaskJacobian:
 
 
 class Workspace:
-    """Memory for a step's Jacobian that the next step uses again: new pages cost as much as the statistics."""
+    """Memory for a step's Jacobian that the next step uses again: new pages cost as much as the statistics.
+
+    A step that goes task by task may write each task's gradients to where the last step had them (`lend`). Where they
+    turn out to belong elsewhere, they are moved.
+    """
 
     def __init__(self) -> None:
+        self._lent: WeakValueDictionary[int, HeldGradients] = WeakValueDictionary()  # by row
         self._memory = torch.empty(0)
         self._layout: tuple[int, ...] = ()
         self._rows: list[dict[Tensor, Tensor]] = []
         self._room = 0  # columns for what is touched of tables: other ones in every step
 
+    def lend(self, row: int, found: HeldGradients) -> Mapping[Tensor, Tensor]:
+        """Where a task's gradients of the next step would lie, `{parameter: its part, shaped}`; `found` gets them."""
+        if row in self._lent or row >= len(self._rows):
+            return {}
+        self._lent[row] = found
+        return self._rows[row]
+
     def matrix(
-        self, shared: Sequence[nn.Parameter], tasks: int, tables: Sequence[nn.Parameter] = ()
+        self,
+        shared: Sequence[nn.Parameter],
+        tasks: int,
+        tables: Sequence[nn.Parameter] = (),
+        rows: Sequence[HeldGradients | None] = (),
     ) -> tuple[Tensor, list[dict[Tensor, Tensor]]]:
         """A (T, P) matrix with whatever the last step left in it, and each row as `{parameter: its part, shaped}`.
 
         The tables have no columns in it: `widened` adds those of their rows that were touched, once they are known.
+        `rows` are the held gradients that will be written to the rows.
         """
         layout = (tasks, *map(id, shared), 0, *map(id, tables))
         widths = list(map(width, shared))
+        belong = dict(enumerate(rows)) if layout == self._layout else {}
+        for row, found in self._lent.items():
+            if belong.get(row) is not found:
+                found.move_out()
+        self._lent.clear()
         if layout != self._layout:
             matrix = self._resize([*shared, *tables], tasks, sum(widths))
             shapes = [as_real(p).shape for p in shared]
@@ -120,7 +144,8 @@ def task_jacobian(
 def _fill(losses: Mapping[str, Tensor], reach: Reach, workspace: Workspace, buffers: Iterable[Tensor]) -> TaskJacobian:
     plain = [p for p in reach.shared if p not in reach.tables]
     tables = [p for p in reach.shared if p in reach.tables]
-    matrix, rows = workspace.matrix(plain, len(reach.tasks), tables)
+    by_row = [None if task not in losses else held(losses[task]) for task in reach.tasks]
+    matrix, rows = workspace.matrix(plain, len(reach.tasks), tables, by_row)
     unreached = [dict(row) for row in rows]
     own: list[dict[Tensor, Tensor]] = [{} for _ in rows]
 
@@ -132,7 +157,7 @@ def _fill(losses: Mapping[str, Tensor], reach: Reach, workspace: Workspace, buff
                 own[number][leaf] = gradient.clone()
             elif gradient.is_sparse:
                 place.copy_(as_real(gradient.to_dense()))
-            else:
+            elif gradient.data_ptr() != place.data_ptr():
                 places.append(place)
                 parts.append(as_real(gradient))
         if places:

@@ -110,7 +110,7 @@ def _norm(loss: Tensor | None, parameters: Sequence[nn.Parameter], reach: Reach)
             found = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
     gradients = {p: g for p, g in zip(parameters, found, strict=True) if g is not None}
     if world_size() > 1:
-        own = {p: gradients[p].clone() if p in gradients else reach.nothing(p) for p in parameters}
+        own = {p: gradients[p].to(p.dtype, copy=True) if p in gradients else reach.nothing(p) for p in parameters}
         gradients = average_gradients(own)
     # Squared norms of float32 gradients leave float32 at norms of 1e-23 and 1e19.
     dtype = torch.float32 if parameters[0].device.type == "mps" else torch.float64

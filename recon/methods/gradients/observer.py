@@ -56,11 +56,14 @@ class StepObserver(Protocol):
     ) -> dict[Tensor, Tensor]:
         """Differentiate the losses, record them, and return the weighted sum of their gradients."""
 
-    def sketches_by_task(self) -> SketchesByTask | None:
-        """Begin a step that goes task by task, where it needs no whole gradients; None if it does not record it."""
+    def records_next(self) -> bool:
+        """Whether the step to come is one to record."""
+
+    def sketches_by_task(self) -> SketchesByTask:
+        """For the gradients of the step to come, where it goes task by task and needs no whole gradients."""
 
     def observe_by_task(self, sketches: Any, reach: Reach, others: Sequence[Tensor]) -> None:
-        """Record the step that `sketches_by_task` began; `others` are gradients that no sketch has."""
+        """Record a step that went task by task, which has begun; `others` are gradients that no sketch has."""
 
     def wants_floor(self) -> bool:
         """Whether the step to come is one for a noise floor."""

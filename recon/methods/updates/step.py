@@ -118,6 +118,17 @@ def update(
         return {}
 
 
+def workspace_of_next(method: Method, profiler: StepObserver | None) -> Workspace | None:
+    """Where the task gradients of the step to come will lie; None if it makes no Jacobian of them."""
+    if profiler is not None and profiler.memory == "exact" and profiler.records_next():
+        return profiler.workspace
+    return _workspace_of(method) if isinstance(method, Aggregator) else None
+
+
+def _workspace_of(method: Aggregator) -> Workspace:
+    return _workspaces.setdefault(method, Workspace())
+
+
 def _backward(
     losses: Mapping[str, Tensor],
     model: nn.Module,
@@ -157,7 +168,7 @@ def _backward(
         return weights
     assert isinstance(method, Aggregator)
     with _full_precision(device):
-        workspace = recorder.workspace if recorder else _workspaces.setdefault(method, Workspace())
+        workspace = recorder.workspace if recorder else _workspace_of(method)
         jacobian = task_jacobian(losses, parameters, workspace, model.buffers())
         if recorder is not None:
             recorder.observe(jacobian)

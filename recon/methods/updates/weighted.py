@@ -65,7 +65,7 @@ def averaged_weighting(
     reached = [p for p in parameters if p in anywhere]
     found: Sequence[Tensor | None] = [None] * len(reached)
     if any_held(losses):
-        found = _weighted_sums(losses, weights, reached)
+        found = [_weighted_sum(losses, weights, p) for p in reached]
     elif losses:
         total = torch.stack([loss * weights.get(task, 0.0) for task, loss in losses.items()]).sum()
         found = torch.autograd.grad(total, reached, allow_unused=True)
@@ -79,7 +79,8 @@ def held_weighting(method: Weighting, losses: Mapping[str, Tensor], device: torc
     """The weighted sum of gradients that are held already, what is outside of the model included."""
     weights = weigh(method, losses, tuple(losses), device)
     leaves = dict.fromkeys(leaf for loss in losses.values() for leaf in LossReach.of(loss).leaves)
-    for leaf, gradient in zip(leaves, _weighted_sums(losses, weights, list(leaves)), strict=True):
+    for leaf in leaves:
+        gradient = _weighted_sum(losses, weights, leaf)
         if gradient is not None:
             add_gradient(leaf, gradient)
     return weights
@@ -90,22 +91,16 @@ def any_held(losses: Mapping[str, Tensor]) -> bool:
     return any(held(loss) is not None for loss in losses.values())
 
 
-def _weighted_sums(
-    losses: Mapping[str, Tensor], weights: Mapping[str, Tensor], leaves: Sequence[Tensor]
-) -> list[Tensor | None]:
-    """The weighted sum of the held gradients at each leaf; plain where there are no weights."""
-    sums: dict[Tensor, Tensor] = {}
+def _weighted_sum(losses: Mapping[str, Tensor], weights: Mapping[str, Tensor], leaf: Tensor) -> Tensor | None:
+    """The weighted sum of the held gradients at a leaf, which are held no longer; plain where there are no weights."""
+    total = None
     for task, loss in losses.items():
         known = held(loss)
-        assert known is not None
-        for leaf in leaves:
-            gradient = known.gradients.get(leaf)
-            if gradient is None:
-                continue
-            part = gradient * weights[task].to(gradient) if task in weights else gradient.clone()
-            if not weights or task in weights:
-                sums[leaf] = add(sums[leaf], part) if leaf in sums else part
-    return [sums.get(leaf) for leaf in leaves]
+        gradient = None if known is None else known.take(leaf)
+        if gradient is not None and (task in weights or not weights):
+            part = gradient.mul_(weights[task].to(gradient)) if weights else gradient
+            total = part if total is None else add(total, part)
+    return total
 
 
 def weigh(
