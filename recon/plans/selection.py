@@ -211,7 +211,7 @@ def layers_above_floor(scoring: Scoring) -> tuple[list[str], str, dict[str, floa
     One is chosen if that is 95 % likely: see `ConflictMap.above_floor_probability`. What the others show may be noise.
     """
     sure = scoring.cmap.above_floor_probability(scoring.among)
-    rule = f"above their noise floor with a probability of at least {100 * SURE:g} %"
+    rule = f"above the noise floor with a probability of at least {100 * SURE:g} %"
     return *_those_sure(scoring, sure, rule), sure
 
 
