@@ -302,9 +302,7 @@ BY_SCORE = {
 
 @pytest.mark.parametrize("way", BY_SCORE)
 def test_a_map_without_a_conflict_chooses_nothing(way):
-    with pytest.raises(
-        PlanError, match=r"No layer of the map has a conflict at S=-0\.1, so there is nothing to branch"
-    ):
+    with pytest.raises(PlanError, match=r"No layer of the map has a conflict at S=-0\.1, so there is nothing"):
         chosen(QUIET, **BY_SCORE[way])
 
 
