@@ -42,7 +42,7 @@ class TaskJacobian:
 
     def width(self, parameter: Tensor) -> int:
         """The columns that a shared parameter takes."""
-        rows = self.rows.get(parameter)
+        rows = self.rows.get(parameter) if self.rows else None
         return width(parameter) if rows is None else rows.shape[1] * math.prod(as_real(parameter).shape[len(rows) :])
 
 
@@ -148,13 +148,14 @@ def _fill(losses: Mapping[str, Tensor], reach: Reach, workspace: Workspace, buff
     matrix, rows = workspace.matrix(plain, len(reach.tasks), tables, by_row)
     unreached = [dict(row) for row in rows]
     own: list[dict[Tensor, Tensor]] = [{} for _ in rows]
+    copied_below = set(tables)
 
     def receive(number: int, leaves: list[Tensor], gradients: list[Tensor]) -> None:
         left, places, parts = unreached[number], [], []
         for leaf, gradient in zip(leaves, gradients, strict=True):
             place = left.pop(leaf, None)
             if place is None:
-                own[number][leaf] = gradient.clone()
+                own[number][leaf] = gradient if leaf in copied_below else gradient.clone()
             elif gradient.is_sparse:
                 place.copy_(as_real(gradient.to_dense()))
             elif gradient.data_ptr() != place.data_ptr():
