@@ -13,6 +13,7 @@ The click log is made up: users and items have hidden vectors, one pair for clic
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -50,7 +51,7 @@ class ESMM(nn.Module):
         return {"click": click, "click and conversion": click * conversion}
 
 
-def click_log(impressions: int, seed: int) -> DataLoader[Batch]:
+def click_log(impressions: int, seed: int) -> DataLoader[Any]:
     """Batches of `(ids, {task: 0 or 1})`; conversions follow clicks."""
     hidden = torch.Generator().manual_seed(0)
     draw = torch.Generator().manual_seed(1 + seed)
@@ -62,7 +63,7 @@ def click_log(impressions: int, seed: int) -> DataLoader[Batch]:
     click, conversion = (torch.rand(impressions, generator=draw) < p for p in likely)
     data = TensorDataset(ids, click.float(), (click & conversion).float())
 
-    def by_task(batch: tuple[Tensor, ...]) -> Batch:
+    def by_task(batch: Any) -> Batch:
         ids, click, both = batch
         return ids, {"click": click, "click and conversion": both}
 
@@ -77,7 +78,7 @@ def optimizers(model: nn.Module) -> list[Optimizer]:
     return [SparseAdam([p for p in model.parameters() if p in tables], lr=0.02), Adam(others, lr=0.005)]
 
 
-def areas(model: nn.Module, loader: DataLoader[Batch]) -> dict[str, float]:
+def areas(model: nn.Module, loader: DataLoader[Any]) -> dict[str, float]:
     """The area under the ROC curve by task."""
     model.eval()
     with torch.no_grad():
