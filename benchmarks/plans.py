@@ -229,7 +229,7 @@ def fit(job: Job, model: nn.Module, tasks: Sequence[str]) -> dict[str, Any]:
     recon.train(
         model,
         loader,
-        {task: loss for task, loss in problem.losses.items() if task in tasks},
+        problem.losses_of(tasks),
         optimizer=make_optimizer(problem, model, settings.recipe),
         scheduler=make_scheduler(problem, loader, settings.epochs),
         epochs=settings.epochs,

@@ -104,7 +104,7 @@ def _run(args: argparse.Namespace) -> Report:
     found = match_map(cmap, problem, plain, renames(args)) if cmap else None
     loader, _ = make_loaders(problem, args.seed)
     batch = first_batch(problem, loader, device)
-    example = few_samples(batch[0])[0]
+    example = few_samples(batch[0].inputs)[0]
     costs = CostModel(plain, problem.task_names, example) if selection.has_budget(args) else None
     choice = selection.choose(args, problem, plain, found, costs)
     init = problem.make_model if args.init == "scratch" else args.init

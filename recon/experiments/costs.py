@@ -18,12 +18,12 @@ from recon.experiments.optimizers import make_optimizer
 from recon.experiments.recipe import Recipe
 from recon.plans import Costs
 from recon.problems.problem import Problem
-from recon.support.network.forward import Batch, model_device, task_outputs
+from recon.support.network.forward import Part, model_device, task_outputs
 from recon.support.network.graph import reached_leaves
 from recon.support.network.layers import find_layers
 from recon.support.network.state import state_kept
+from recon.training.forward_pass import make_update
 from recon.training.optimizers import as_one
-from recon.training.stepper import task_losses
 
 logger = logging.getLogger(__name__)
 
@@ -71,19 +71,24 @@ class TrainingStep:
     """Takes training steps of some tasks, all if not given, on a copy of the model and one batch, to be timed."""
 
     def __init__(
-        self, problem: Problem, model: nn.Module, batch: Batch, method: str = "joint", tasks: Sequence[str] = ()
+        self,
+        problem: Problem,
+        model: nn.Module,
+        batch: Sequence[Part],
+        method: str = "joint",
+        tasks: Sequence[str] = (),
     ) -> None:
         self.model = copy_model(model).train()
-        self.losses = {task: loss for task, loss in problem.losses.items() if not tasks or task in tasks}
+        self.losses = problem.losses_of(tasks or problem.task_names)
         self.method = methods.parse(method)
-        self.method.setup(tuple(self.losses))
+        self.method.setup(self.losses.tasks)
         self.method.to(model_device(self.model))
         self.method.attach(self.model)
         self.optimizer = as_one(make_optimizer(problem, self.model, Recipe()))
-        self.inputs, self.targets = batch
+        self.parts = [part for part in batch if self.losses.present(part)]
 
     def __call__(self) -> None:
         """Take a step."""
         self.optimizer.zero_grad()
-        methods.backward(task_losses(self.model, self.inputs, self.targets, self.losses), self.model, self.method)
+        make_update(self.model, self.parts, self.losses, self.method)
         self.optimizer.step()

@@ -16,7 +16,7 @@ from recon.errors import ProblemError, UsageError, type_name
 from recon.problems.loading import prepare
 from recon.problems.problem import Problem
 from recon.support import launch
-from recon.support.network.forward import Batch, to_device, unpack
+from recon.support.network.forward import Batch, Part, batch_parts, to_device
 
 _SAMPLES = 8  # enough for batch norm, little enough to be quick
 
@@ -82,19 +82,27 @@ def threshold_of(problem: Problem, asked: float | None) -> float:
     return problem.search.threshold if problem.search else -0.1
 
 
-def first_batch(problem: Problem, loader: Iterable[Batch], device: torch.device) -> Batch:
-    """The train loader's first batch; an error if there is none, or it is no `(inputs, {task name: target})`."""
+def first_batch(problem: Problem, loader: Iterable[Batch], device: torch.device) -> list[Part]:
+    """The train loader's first batch, as the parts that run through the model at once.
+
+    Raises:
+        ProblemError: there is none, or it is no batch.
+    """
     for batch in loader:
-        return to_device(unpack(batch), device)
+        if parts := batch_parts(batch):
+            return to_device(parts, device)
     raise ProblemError(f"The train loader of {problem.name!r} gave no batch. Check that its data set is not empty.")
 
 
 def example_inputs(problem: Problem, seed: int) -> Any:
-    """Inputs on the CPU to count costs on: the problem's own examples, or a few samples of its first batch."""
+    """Inputs on the CPU to count costs on: the problem's own examples, or a few samples of its first batch.
+
+    Of a batch `{task name: (inputs, target)}`, those of its first task.
+    """
     if problem.example_inputs is not None:
         return problem.example_inputs()
     loader, _ = make_loaders(problem, seed)
-    return few_samples(first_batch(problem, loader, torch.device("cpu"))[0])[0]
+    return few_samples(first_batch(problem, loader, torch.device("cpu"))[0].inputs)[0]
 
 
 def few_samples(inputs: Any) -> tuple[Any, int]:

@@ -105,12 +105,13 @@ class Window:
         self._sketches: SketchesByTask | None = None
         self._broken = ""  # the task whose backward pass failed when a part of its gradients was in the sum
 
-    def add(self, task: str, loss: Tensor | None) -> None:
+    def add(self, task: str, loss: Tensor | None, *, retain_graph: bool = False) -> None:
         """Take a task's loss: its backward pass runs now, and its graph is freed. Losses of the same task add up.
 
         Args:
             task: the task's name.
             loss: a scalar; None where the task is absent.
+            retain_graph: keep the graph, which another task's loss of the same forward needs.
 
         Raises:
             GradientError: the loss depends on no trainable parameter. The window is as it was, as with all errors.
@@ -126,7 +127,7 @@ class Window:
         self._refuse_broken()
         if self._sums_up and self.profiler is not None and not self._values and self.profiler.records_next():
             self._sketches = self.profiler.sketches_by_task()
-        found = self._differentiate(task, loss)
+        found = self._differentiate(task, loss, retain_graph)
         value = loss.detach()
         if self._sums_up:
             self._sum.add(found)
@@ -222,7 +223,7 @@ class Window:
             if leaf in held.gradients:
                 held.keep(leaf, held.gradients[leaf], place)
 
-    def _differentiate(self, task: str, loss: Tensor) -> HeldGradients:
+    def _differentiate(self, task: str, loss: Tensor, retain_graph: bool) -> HeldGradients:
         of_loss = LossReach.of(loss)
         of_loss.refuse_hidden()
         leaves = dict.fromkeys(of_loss.leaves)
@@ -251,7 +252,8 @@ class Window:
         outside = [leaf for leaf in leaves if leaf not in inside]
         try:
             with _whole_graph(task):
-                differentiate({task: loss}, Reach({task: mine}, [], {task: outside}), self._buffers, receive)
+                reach = Reach({task: mine}, [], {task: outside})
+                differentiate({task: loss}, reach, self._buffers, receive, retain_graph)
         except BaseException:
             self._broken = task if received and self._sums_up else ""
             raise
@@ -269,5 +271,6 @@ def _whole_graph(task: str) -> Iterator[None]:
             raise
         raise UsageError(
             f"The loss of task {task!r} comes from a forward pass whose graph was freed when another loss was added. "
-            "Run a forward pass for each window.add, or give all losses of one forward to recon.backward."
+            "Run a forward pass for each window.add, add all but the last loss of one forward with retain_graph=True, "
+            "or give all of them to recon.backward."
         ) from error

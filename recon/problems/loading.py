@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, Sampler, SequentialSampler
 
 from recon.errors import ProblemError
+from recon.support.loaders import all_inner_loaders
 
 RESIDENT = 1 / 4
 """The part of a GPU's free memory that a data set may fill."""
@@ -103,8 +104,15 @@ def prepare(loader: object, device: torch.device) -> None:
     """Make a data loader feed a GPU without waiting for copies; the order of its batches stays.
 
     `TensorBatches` that fit (`RESIDENT`) move there for good. Others, and whatever workers load, come in pinned memory.
-    Loaders of another kind stay as they are, and so do all of them on other devices than GPUs.
+    Of a loader that draws from others, those are prepared. Loaders of another kind stay as they are, and so do all of
+    them on other devices than GPUs.
     """
+    for inner in all_inner_loaders(loader).values():
+        _prepare_one(inner, device)
+    _prepare_one(loader, device)
+
+
+def _prepare_one(loader: object, device: torch.device) -> None:
     free = free_memory(device)
     if free is None or not isinstance(loader, DataLoader):
         return

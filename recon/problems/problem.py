@@ -7,18 +7,17 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from recon.errors import ProblemError
+from recon.problems.losses import BatchLoss, Loss, LossOfBatch, LossOfEach, TaskLosses
 from recon.support.network.forward import Batch
+from recon.support.network.outputs import check_names, name_outputs
 
 if TYPE_CHECKING:  # importing torchmetrics takes longer than importing torch
     from torchmetrics import Metric as MetricState
-
-Loss = Callable[[Any, Any], Tensor]
-"""`(output, target) -> scalar`."""
 
 
 @dataclass(frozen=True)
@@ -38,10 +37,14 @@ class Metric:
 
 @dataclass(frozen=True)
 class Task:
-    """A task: its name, its loss `(output, target) -> scalar`, and its metrics."""
+    """A task: its name, its loss `(output, target) -> scalar`, and its metrics.
+
+    The loss may be None in a batch from which the task is absent. In a problem with `batch_loss`, a task has no loss of
+    its own, but metrics.
+    """
 
     name: str
-    loss: Loss
+    loss: Loss | None = None
     metrics: Sequence[Metric] = ()
 
     def __post_init__(self) -> None:
@@ -50,7 +53,7 @@ class Task:
                 f"Task name {self.name!r} cannot be used: names become parts of parameter names, so they "
                 "must not be empty nor contain '.' or '+'. Rename the task, for example with '_'."
             )
-        if not callable(self.loss):
+        if self.loss is not None and not callable(self.loss):
             raise ProblemError(
                 f"The loss of task {self.name!r} is {self.loss!r}, which cannot be called. Pass a function (output, "
                 "target) -> scalar, such as torch.nn.functional.mse_loss."
@@ -106,7 +109,8 @@ class Problem:
         name: what the command line and the result files call it.
         tasks: the tasks; the model's output has one entry for each.
         make_model: makes a freshly initialised model, `model(inputs) -> {task name: output}`.
-        make_loaders: `seed -> (train loader, test loader)`; each yields `(inputs, {task name: target})`.
+        make_loaders: `seed -> (train loader, test loader)`; each yields `(inputs, {task name: target})`, or
+            `{task name: (inputs, target)}`. Tasks that have loaders of their own are joined by `recon.joint_loader`.
         make_optimizer: makes the optimizer of these parameters. Where it is Adam or AdamW, which take no sparse
             gradients, embeddings with `sparse=True` are left to a SparseAdam with the same learning rate.
         make_scheduler: `(optimizer, optimizer steps of the whole training) -> scheduler`, stepped after every
@@ -115,6 +119,11 @@ class Problem:
         description: one line for `recon problems`.
         example_inputs: makes a few inputs, of any values, without reading the data: costs are counted on them. Without
             it, costs are counted on the first batch of the train loader.
+        batch_loss: `(outputs, batch) -> {task name: scalar}`, in place of the tasks' own losses: one function of all
+            that the model returns and of the whole batch, `(inputs, targets)`; see `recon.train`. Each task needs a
+            metric then.
+        output_names: for a model that returns a tuple or a list: the names of what is in there, in order. Those of the
+            tasks must be among them.
         search: which layers Recon's authors branch, and how they find them; None where they do not say.
         backbone: the name of the network, if it is not the one that the problem comes with.
         quick: how long `recon bench --preset quick` trains.
@@ -135,6 +144,8 @@ class Problem:
     backbone: str = ""
     quick: ReducedRun = field(default_factory=ReducedRun)
     cagrad_c: float | None = None
+    batch_loss: BatchLoss | None = None
+    output_names: Sequence[str] | None = None
 
     def __post_init__(self) -> None:
         odd = [task for task in self.tasks if not isinstance(task, Task)]
@@ -148,12 +159,68 @@ class Problem:
                 f"Problem {self.name!r} needs at least two tasks, with different names, but has {names}."
             )
 
+        self._check_losses()
+        if self.output_names is not None:
+            self._name_outputs(self.output_names)
+
+    def _check_losses(self) -> None:
+        if self.batch_loss is None:
+            without = [task.name for task in self.tasks if task.loss is None]
+            if without:
+                raise ProblemError(
+                    f"Task {without[0]!r} of problem {self.name!r} has no loss. Give it one, or the problem a "
+                    "batch_loss."
+                )
+            return
+        if not callable(self.batch_loss):
+            raise ProblemError(
+                f"batch_loss of problem {self.name!r} is {self.batch_loss!r}, which cannot be called. Pass a function "
+                "(outputs, batch) -> {task name: scalar}."
+            )
+        for task in self.tasks:
+            if task.loss is not None or not task.metrics:
+                wrong = "has no metric" if task.loss is None else "has a loss of its own, too"
+                raise ProblemError(
+                    f"Problem {self.name!r} has a batch_loss, but its task {task.name!r} {wrong}. Pass "
+                    "recon.Task(name, metrics=[...]): the loss comes from batch_loss, the results from the metrics."
+                )
+
+    def _name_outputs(self, names: Sequence[str]) -> None:
+        check_names(names)
+        missing = [name for name in self.task_names if name not in names]
+        if missing:
+            raise ProblemError(
+                f"output_names of problem {self.name!r} is {tuple(names)}, without the task {missing[0]!r}. Name what "
+                "the model returns, in order; an output that is a task's has the task's name."
+            )
+        if not isinstance(self.make_model, _NamingFactory):
+            object.__setattr__(self, "make_model", _NamingFactory(self.make_model, tuple(names)))
+
     @property
     def task_names(self) -> tuple[str, ...]:
         """The tasks' names, in order."""
         return tuple(task.name for task in self.tasks)
 
     @property
-    def losses(self) -> dict[str, Loss]:
-        """`{task name: loss}`, as `recon.profile` and `recon.train` need it."""
-        return {task.name: task.loss for task in self.tasks}
+    def losses(self) -> dict[str, Loss] | TaskLosses:
+        """`{task name: loss}`, or the loss of the whole batch: as `recon.profile` and `recon.train` need it."""
+        if self.batch_loss is not None:
+            return LossOfBatch(self.batch_loss, self.task_names, self.task_names)
+        return {task.name: task.loss for task in self.tasks if task.loss is not None}
+
+    def losses_of(self, tasks: Iterable[str]) -> TaskLosses:
+        """The losses of these tasks alone."""
+        losses = self.losses
+        return (losses if isinstance(losses, TaskLosses) else LossOfEach(losses)).only(tasks)
+
+
+@dataclass(frozen=True)
+class _NamingFactory:
+    """Makes models whose outputs have names."""
+
+    make_model: Callable[[], nn.Module]
+    names: tuple[str, ...]
+
+    def __call__(self) -> nn.Module:
+        model = self.make_model()
+        return name_outputs(model, self.names) if isinstance(model, nn.Module) else model

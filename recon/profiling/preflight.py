@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from itertools import combinations
@@ -22,21 +22,23 @@ from recon.errors import (
     UsageError,
     reason_of,
     shortened,
-    type_name,
 )
 from recon.methods.gradients.reach import compiled_as_one, find_reach
-from recon.problems.problem import Loss
-from recon.support.network.forward import Batch, call, check_outputs, fresh, model_device, to_device, unpack
+from recon.methods.updates.one_task_steps import WHAT_TO_DO
+from recon.problems.losses import Losses, LossOfEach, TaskLosses, as_losses
+from recon.support.network.forward import Batch, Part, batch_parts, call, check_outputs, fresh, model_device, to_device
 from recon.support.network.graph import graph_behind
 from recon.support.network.layers import Layer, find_layers, unwrapped
 from recon.support.network.state import state_kept
 from recon.support.network.trainable import refuse_untrainable
 from recon.support.random_states import global_states_kept
+from recon.training.accumulation import Accumulate, updates_of
 from recon.training.first_look import first_batches
+from recon.training.meetings import FIRST
 
 logger = logging.getLogger(__name__)
 
-LOOKED_AT = 20
+LOOKED_AT = FIRST
 """How many batches of a loader are looked at, unless all tasks meet in the first."""
 
 Pair = tuple[str, str]
@@ -110,7 +112,9 @@ class Preflight:
             logger.warning("%s", warning)
 
 
-def refuse_unprofilable(model: nn.Module, loader: Iterable[Batch], losses: Mapping[str, Loss]) -> None:
+def refuse_unprofilable(
+    model: nn.Module, loader: Iterable[Batch], losses: Losses | TaskLosses, accumulate: Accumulate = 1
+) -> None:
     """Raise now what a profile would raise sooner or later; a training that follows does not notice the look.
 
     A loader that raises is left to the training, which says so when it gets there; one that is an iterator, which gives
@@ -121,22 +125,43 @@ def refuse_unprofilable(model: nn.Module, loader: Iterable[Batch], losses: Mappi
         GradientError: a loss is not finite, or depends on no parameter.
         UsageError: no two tasks meet in the first batches, or no layer is shared.
     """
+    losses = as_losses(losses)
     with suppress(LoaderError):
-        if batches := telling_batches(loader, tuple(losses)):
-            inspect_batches(model, batches, losses).refuse()
+        if batches := telling_batches(loader, losses):
+            inspect_batches(model, batches, losses, accumulate).refuse()
 
 
-def telling_batches(loader: Iterable[Batch], tasks: Collection[str]) -> list[Batch]:
+def refuse_lonely(loader: Iterable[Batch], losses: Losses | TaskLosses, accumulate: Accumulate = 1) -> None:
+    """Refuse to train by a method that acts between tasks if no two of them meet in the loader's first batches.
+
+    Raises:
+        UsageError: none do.
+    """
+    losses = as_losses(losses)
+    found = Preflight(losses.tasks)
+    with suppress(LoaderError, ProblemError):  # the training says so when it gets there
+        updates = [update.parts for update in updates_of(telling_batches(loader, losses), accumulate, losses)]
+        found.batches = len(updates)
+        _meet(found, updates, losses)
+        if found.seen and not found.met and len(found.tasks) > 1:
+            raise UsageError(_nobody_meets(found, _where(found)))
+
+
+def telling_batches(loader: Iterable[Batch], losses: TaskLosses) -> list[Batch]:
     """The loader's first batch, if all tasks meet in it, or else its first 20; none of an iterator."""
     first = first_batches(loader, 1) or []
     try:
-        enough = not first or tasks_of(first[0]).issuperset(tasks)
+        enough = not first or {t for part in batch_parts(first[0]) for t in losses.present(part)}.issuperset(
+            losses.tasks
+        )
     except ProblemError:  # to be told of when it is inspected
         enough = True
     return first if enough else first_batches(loader, LOOKED_AT) or []
 
 
-def inspect_batches(model: nn.Module, batches: Sequence[Batch], losses: Mapping[str, Loss]) -> Preflight:
+def inspect_batches(
+    model: nn.Module, batches: Sequence[Batch], losses: TaskLosses, accumulate: Accumulate = 1
+) -> Preflight:
     """Run the model forward on the first batch of each task, and follow what the losses depend on.
 
     Nothing is computed backward, and nothing is changed: modes, parameters, buffers, random states stay as they were.
@@ -144,31 +169,33 @@ def inspect_batches(model: nn.Module, batches: Sequence[Batch], losses: Mapping[
     Args:
         model: as `recon.profile` takes it.
         batches: the first of a loader, see `telling_batches`.
-        losses: `{task name: (output, target) -> scalar}`.
+        losses: of the tasks.
+        accumulate: which of the batches make one step, see `recon.train`.
     """
-    found = Preflight(tuple(losses), len(batches))
+    found = Preflight(losses.tasks, len(batches))
     try:
         refuse_untrainable(model)
         found.layers = find_layers(unwrapped(model))
-        parts = [part for batch in batches for part in runs_of(batch)]
+        updates = [update.parts for update in updates_of(batches, accumulate, losses)]
     except ReconError as error:
         found.problems.append(error)
         return found
-    _meet(found, batches)
+    found.batches = len(updates)
+    _meet(found, updates, losses)
     with nothing_changed(model, losses):
-        for part in parts:
-            if any(task not in found.losses and part[1].get(task) is not None for task in losses):
-                _Look(found, model, losses).at(*to_device(part, model_device(model)))
+        for part in (part for parts in updates for part in parts):
+            if any(task not in found.losses for task in losses.present(part)):
+                _Look(found, model, losses).at(to_device(part, model_device(model)))
             if found.problems:
                 break
     _judge(found)
     return found
 
 
-def nothing_changed(model: nn.Module, losses: Mapping[str, Loss]) -> ExitStack:
+def nothing_changed(model: nn.Module, losses: TaskLosses) -> ExitStack:
     """A block in which the model may run as in training; afterwards everything is as before."""
     block = ExitStack()
-    for module in [model, *(loss for loss in losses.values() if isinstance(loss, nn.Module))]:
+    for module in [model, *losses.modules]:
         block.enter_context(state_kept(module))
     block.enter_context(global_states_kept())
     block.enter_context(torch.enable_grad())
@@ -176,29 +203,11 @@ def nothing_changed(model: nn.Module, losses: Mapping[str, Loss]) -> ExitStack:
     return block
 
 
-def runs_of(batch: Any) -> list[Batch]:
-    """What of a batch runs through the model at once: all of it, or each task's own inputs."""
-    if not isinstance(batch, Mapping):
-        return [unpack(batch)]
-    for task, own in batch.items():
-        if not isinstance(own, (tuple, list)) or len(own) != 2:
-            raise ProblemError(
-                f"A batch of single tasks must be {{task name: (inputs, target)}}, but has {type_name(own)} for "
-                f"{task!r}. A batch of all tasks is a tuple, (inputs, {{task name: target}})."
-            )
-    return [(inputs, {task: target}) for task, (inputs, target) in batch.items()]
-
-
-def tasks_of(batch: Batch) -> set[str]:
-    """The tasks that have a target in a batch."""
-    return {task for _, targets in runs_of(batch) for task, target in targets.items() if target is not None}
-
-
-def _meet(found: Preflight, batches: Sequence[Batch]) -> None:
-    for batch in batches:
-        here = tasks_of(batch)
+def _meet(found: Preflight, updates: Sequence[Sequence[Part]], losses: TaskLosses) -> None:
+    for parts in updates:
+        here = {task for part in parts for task in losses.present(part)}
         present = [task for task in found.tasks if task in here]
-        found.apart |= len(runs_of(batch)) > 1
+        found.apart |= len(parts) > 1
         for task in present:
             found.seen[task] = found.seen.get(task, 0) + 1
         for pair in combinations(present, 2):
@@ -211,46 +220,44 @@ class _Look:
 
     found: Preflight
     model: nn.Module
-    losses: Mapping[str, Loss]
+    losses: TaskLosses
 
-    def at(self, inputs: Any, targets: Mapping[str, Any]) -> None:
+    def at(self, part: Part) -> None:
         """Note the losses, and which layers they reach."""
-        present = [task for task in self.losses if targets.get(task) is not None]
         try:
-            outputs = check_outputs(call(self.model, fresh(inputs)), present)
+            outputs = check_outputs(call(self.model, fresh(part.inputs)), self.losses.needed(part) or ())
         except Exception as error:
             self.found.problems.append(error)
             return
-        self.found.unused = tuple(str(name) for name in outputs if name not in self.losses)
-        for task, others in _reads({task: outputs[task] for task in present}).items():
+        present = self.losses.present(part)
+        self.found.unused = tuple(str(name) for name in outputs if name not in self.losses.tasks)
+        for task, others in _reads({task: outputs[task] for task in present if task in outputs}).items():
             self.found.reads[task] = tuple(dict.fromkeys((*self.found.reads.get(task, ()), *others)))
-        values = {task: self._loss(task, outputs[task], targets[task]) for task in present}
-        found = {task: loss for task, loss in values.items() if loss is not None}
+        before = len(self.found.problems)
+        found = self._losses(outputs, part, present)
         self.found.losses |= {task: float(loss.detach()) for task, loss in found.items()}
-        if len(found) == len(present):
+        if len(self.found.problems) == before:
             self._follow(found)
 
-    def _loss(self, task: str, output: Any, target: Any) -> Tensor | None:
-        try:
-            loss = self.losses[task](output, target)
-        except Exception as error:
-            self.found.problems.append(error)
-            return None
-        if not isinstance(loss, Tensor) or loss.ndim:
-            got = f"has shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"is a {type(loss).__name__}"
-            self.found.problems.append(
-                ProblemError(f"The loss of task {task!r} must be a scalar tensor, but {got}. Reduce it, e.g. mean().")
+    def _losses(self, outputs: Mapping[str, Any], part: Part, present: Sequence[str]) -> dict[str, Tensor]:
+        """Those that can be computed; of a function for each task, one that fails does not hide the others."""
+        each = isinstance(self.losses, LossOfEach)
+        found: dict[str, Tensor] = {}
+        for losses in [self.losses.only([task]) for task in present] if each else [self.losses]:
+            try:
+                found |= losses.of(outputs, part)
+            except Exception as error:
+                self.found.problems.append(error)
+        self.found.problems += [
+            GradientError(
+                f"The loss of task {task!r} is {float(loss.detach())} before anything is trained. Look at that "
+                "task's outputs and targets in the first batch: values that are not finite, a logarithm or "
+                "division of zero, an empty mask."
             )
-            return None
-        if not loss.isfinite():
-            self.found.problems.append(
-                GradientError(
-                    f"The loss of task {task!r} is {float(loss.detach())} before anything is trained. Look at that "
-                    "task's outputs and targets in the first batch: values that are not finite, a logarithm or "
-                    "division of zero, an empty mask."
-                )
-            )
-        return loss
+            for task, loss in found.items()
+            if not loss.isfinite()
+        ]
+        return found
 
     def _follow(self, losses: Mapping[str, Tensor]) -> None:
         layers = self.found.layers
@@ -288,7 +295,7 @@ def _reads(outputs: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
 
 
 def _judge(found: Preflight) -> None:
-    where = "in the batch" if found.batches == 1 else f"in the first {found.batches} batches"
+    where = _where(found)
     absent = [task for task in found.tasks if task not in found.seen]
     all_ran = not found.problems and not absent
     if absent:
@@ -300,7 +307,7 @@ def _judge(found: Preflight) -> None:
     elif not absent and found.never_met:
         found.warnings.append(
             f"These pairs of tasks never meet {where}: {_pairs(found.never_met)}. Nothing will be known of their "
-            f"conflicts. {_JOIN}"
+            f"conflicts. {WHAT_TO_DO}"
         )
     if all_ran and not found.shared:
         found.problems.append(
@@ -315,17 +322,15 @@ def _judge(found: Preflight) -> None:
         )
 
 
-_JOIN = (
-    "To bring tasks together that have batches of their own: recon.joint_loader({task: loader}); in a loop of your "
-    "own, recon.Window(model); or recon.train(..., accumulate='tasks')."
-)
+def _where(found: Preflight) -> str:
+    return "in the batch" if found.batches == 1 else f"in the first {found.batches} batches"
 
 
 def _nobody_meets(found: Preflight, where: str) -> str:
     counts = ", ".join(f"{task} in {count}" for task, count in found.seen.items()) or "no task has a target"
     return (
         f"No two tasks meet {where} ({counts}): conflicts are those of tasks in the same step, so none could be "
-        f"counted, and no method could act on any. {_JOIN}"
+        f"counted, and no method could act on any. {WHAT_TO_DO}"
     )
 
 

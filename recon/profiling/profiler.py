@@ -129,6 +129,11 @@ class Profiler:
         """How many steps were profiled."""
         return self._counts.steps
 
+    @property
+    def found_shared(self) -> bool:
+        """Whether there was a layer on which the losses of two tasks depend."""
+        return bool(self._counts.shared)
+
     def backward(self, losses: Mapping[str, Tensor | None], *, loss_scale: LossScaleLike | None = None) -> None:
         """Record one step, and leave `.grad` as `sum(losses).backward()` would.
 
@@ -253,7 +258,7 @@ class Profiler:
         """
         if self._stable is None:
             raise UsageError("is_stable() needs a goal: make the profiler with until_stable, such as until_stable=0.9.")
-        if not self.steps or not self._stable.due(self.steps):
+        if not self.found_shared or not self._stable.due(self.steps):
             return False
         series, bin_steps = self._counts.series()
         stable = broadcast_answer(self._stable.check(series, self.steps, bin_steps=bin_steps, planned=planned))

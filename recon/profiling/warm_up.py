@@ -15,14 +15,17 @@ from recon.errors import GradientError, UsageError
 from recon.maps import ConflictMap
 from recon.methods import Method
 from recon.methods.gradients.observer import Memory
-from recon.problems.problem import Loss
+from recon.problems.losses import Losses, TaskLosses, as_losses
 from recon.profiling.floor import FloorEvery
 from recon.profiling.profiler import Profiler
 from recon.support.network.forward import Batch
 from recon.support.network.layer_choice import Patterns
 from recon.training import Epoch, History, train
+from recon.training.accumulation import Accumulate
 from recon.training.batch_stream import batch_count
+from recon.training.meetings import FIRST, NobodyMeetsError
 from recon.training.optimizers import SchedulerOrMaker, as_one, name_of
+from recon.training.precision import Amp
 
 logger = logging.getLogger(__name__)
 
@@ -32,13 +35,17 @@ _MEMORIES = {"exact": "all tasks' held at once (exact)", "sketch": "folded into 
 def profile(
     model: nn.Module,
     loader: Iterable[Batch],
-    losses: Mapping[str, Loss],
+    losses: Losses | TaskLosses,
     *,
+    tasks: Sequence[str] | None = None,
     optimizer: Optimizer | Sequence[Optimizer],
     epochs: int = 3,
     threshold: float = -0.1,
     method: str | Method = "joint",
     scheduler: SchedulerOrMaker | Sequence[SchedulerOrMaker | None] | None = None,
+    clip: float | None = None,
+    accumulate: Accumulate = 1,
+    amp: Amp | None = None,
     every: int = 1,
     until_stable: float | None = None,
     top_k: int | None = None,
@@ -63,13 +70,19 @@ def profile(
 
     Args:
         model: `model(inputs) -> {task name: output}`; it is trained in place.
-        loader: yields `(inputs, {task name: target})`.
-        losses: `{task name: (output, target) -> scalar}`.
+        loader: yields `(inputs, {task name: target})`, or `{task name: (inputs, target)}` where each task has inputs of
+            its own (`recon.joint_loader`); see `recon.train`.
+        losses: `{task name: (output, target) -> scalar}`, or one function of the whole batch; see `recon.train`.
+        tasks: the names of the tasks, for losses that are one function.
         optimizer: of the model's parameters; or several, see `recon.train`.
         epochs: passes over the loader.
         threshold: S in (-1, 0], a multiple of 0.01.
         method: the gradient method of the warm-up.
         scheduler: of the learning rate, see `recon.train`.
+        clip: the largest norm of an update, see `recon.train`.
+        accumulate: batches for one optimizer step, see `recon.train`. The conflicts of each batch count; with `"tasks"`
+            those of the gathered batches, together.
+        amp: precision of the forward, see `recon.train`.
         every: profile each n-th step only, see `Profiler`.
         until_stable: stop when the top layers are expected to overlap by this share with those of all the epochs.
         top_k: of how many layers; a quarter of the shared ones when not given.
@@ -97,14 +110,16 @@ def profile(
         LoaderError: the loader raised.
         GradientError: a loss is not finite, or a task has no gradient anywhere.
         UsageError: the threshold is off the grid, the layers cannot be chosen so, none is shared, a checkpoint cannot
-            be written, or one is there although `resume` is not asked for.
+            be written, or one is there although `resume` is not asked for. If no two tasks meet in the first 20 steps,
+            or in a shorter epoch, or no layer is shared in the first 20 profiled ones, it is raised there and then.
         UnknownNameError: an expression matches no layer.
         CheckpointError: the checkpoint is damaged, or of another training.
     """
+    losses = as_losses(losses, tasks)
     profiler = Profiler(
         model,
         threshold,
-        tuple(losses),
+        losses.tasks,
         every=every,
         until_stable=until_stable,
         top_k=top_k,
@@ -116,7 +131,7 @@ def profile(
     )
     logger.info("Task gradients: one backward pass a task, %s.", _MEMORIES[memory])
     count = batch_count(loader)
-    planned = None if count is None else -(-epochs * count // every)
+    planned = None if count is None or accumulate == "tasks" else -(-epochs * count // every)
     together = as_one(optimizer)
     group = together.param_groups[0]
     learning_rate = group.get("initial_lr", group.get("lr"))  # where the schedule begins, if there is one
@@ -127,6 +142,9 @@ def profile(
             "optimizer": name_of(together),
             "learning_rate": learning_rate,
             "epochs": epochs,
+            **({} if clip is None else {"clip": clip}),
+            **({} if accumulate == 1 else {"accumulate": accumulate}),
+            **({} if amp is None else {"amp": amp}),
             **({} if every == 1 else {"every": every}),
             **({} if memory == "exact" else {"memory": memory}),
             **({} if profiler.floor_every is None else {"floor_every": profiler.floor_every}),
@@ -145,36 +163,53 @@ def profile(
             return
         on_checkpoint(cmap)
 
-    history = train(
-        model,
-        loader,
-        losses,
-        method=method,
-        optimizer=optimizer,
-        epochs=epochs,
-        scheduler=scheduler,
-        profiler=profiler,
-        on_epoch=on_epoch,
-        stop=None if until_stable is None else lambda: profiler.is_stable(planned),
-        progress=progress,
-        checkpoint=checkpoint,
-        resume=resume,
-        checkpoint_seconds=checkpoint_seconds,
-        settings={
-            "threshold": threshold,
-            "every": every,
-            "until_stable": until_stable,
-            "top_k": top_k,
-            "memory": memory,
-            **profiler.choice,
-            **({} if profiler.floor_every is None else {"floor": profiler.floor_every}),
-            **(settings or {}),
-        },
-        on_checkpoint=show_map,
-    )
+    def forget() -> None:
+        """Leave no checkpoint that would end here again."""
+        if checkpoint is not None:
+            Path(checkpoint).unlink(missing_ok=True)
+
+    def ends() -> bool:
+        if profiler.steps >= FIRST and not profiler.found_shared:
+            forget()
+            profiler.conflict_map()  # says what is missing
+        return until_stable is not None and profiler.is_stable(planned)
+
+    try:
+        history = train(
+            model,
+            loader,
+            losses,
+            method=method,
+            optimizer=optimizer,
+            epochs=epochs,
+            scheduler=scheduler,
+            clip=clip,
+            accumulate=accumulate,
+            amp=amp,
+            profiler=profiler,
+            on_epoch=on_epoch,
+            stop=ends,
+            progress=progress,
+            checkpoint=checkpoint,
+            resume=resume,
+            checkpoint_seconds=checkpoint_seconds,
+            settings={
+                "threshold": threshold,
+                "every": every,
+                "until_stable": until_stable,
+                "top_k": top_k,
+                "memory": memory,
+                **profiler.choice,
+                **({} if profiler.floor_every is None else {"floor": profiler.floor_every}),
+                **(settings or {}),
+            },
+            on_checkpoint=show_map,
+        )
+    except NobodyMeetsError:
+        forget()
+        raise
     try:
         return map_of(history)
     except (UsageError, GradientError):
-        if checkpoint is not None:  # going on from there would end here again
-            Path(checkpoint).unlink(missing_ok=True)
+        forget()
         raise

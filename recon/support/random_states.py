@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from recon.support.loaders import all_inner_loaders
+
 Generator = torch.Generator | np.random.Generator | np.random.RandomState | random.Random
 
 
@@ -57,7 +59,10 @@ def scatter_global_states() -> None:
 
 
 def generator_states(loader: object) -> dict[str, Any]:
-    """The states of the generators in a loader, its samplers and its data sets, by their path."""
+    """The states of the generators in a loader, its samplers and its data sets, by their path.
+
+    Those of the loaders that it draws from and that say their place themselves, too.
+    """
     return {path: _state(generator) for path, generator in _generators(loader).items()}
 
 
@@ -68,6 +73,16 @@ def set_generator_states(loader: object, states: Mapping[str, Any]) -> None:
         raise KeyError(f"the loader has the generators {sorted(generators)}, not {sorted(states)}")
     for path, generator in generators.items():
         _set_state(generator, states[path])
+
+
+def keeps_its_place(loader: object) -> bool:
+    """Whether a loader says and finds its place itself.
+
+    torchdata's StatefulDataLoader finds its place, but its workers do not find their random states, and the next epoch
+    is another one. It is a DataLoader, too, whose batches can be drawn again, to the last bit.
+    """
+    own = hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict")
+    return own and not isinstance(loader, DataLoader)
 
 
 def plain(state: Any) -> Any:
@@ -83,19 +98,22 @@ def loader_parts(loader: object) -> dict[str, object]:
     """The loader itself, and the loaders, samplers and data sets that are found in its attributes, by their path."""
     found: dict[str, object] = {}
     seen: set[int] = set()
+    inner = {id(each) for each in all_inner_loaders(loader).values()}
 
     def look(value: object, path: str) -> None:
         members = _members(value)
         if any(isinstance(part, _PARTS) for _, part in members):
             for key, part in members:
                 look(part, _inside(path, str(key)))
-        elif (value is loader or isinstance(value, _PARTS)) and id(value) not in seen:
+        elif (value is loader or id(value) in inner or isinstance(value, _PARTS)) and id(value) not in seen:
             seen.add(id(value))
             found[path] = value
             for name, attribute in _attributes(value):
                 look(attribute, _inside(path, name))
 
     look(loader, "")
+    for path, each in all_inner_loaders(loader).items():
+        look(each, path)
     return found
 
 
@@ -105,8 +123,9 @@ def _members(value: object) -> list[tuple[object, object]]:
     return list(enumerate(value)) if isinstance(value, (list, tuple)) else []
 
 
-def _generators(loader: object) -> dict[str, Generator]:
-    return {
+def _generators(loader: object) -> dict[str, Any]:
+    places = {path: each for path, each in all_inner_loaders(loader).items() if keeps_its_place(each)}
+    return places | {
         _inside(path, name): attribute
         for path, part in loader_parts(loader).items()
         for name, attribute in _attributes(part)
@@ -126,7 +145,9 @@ def _attributes(value: object) -> Iterator[tuple[str, object]]:
     return ((name, attribute) for name, attribute in getattr(value, "__dict__", {}).items() if name != "_iterator")
 
 
-def _state(generator: Generator) -> Any:
+def _state(generator: Any) -> Any:
+    if keeps_its_place(generator):
+        return generator.state_dict()
     if isinstance(generator, torch.Generator):
         return generator.get_state()
     if isinstance(generator, random.Random):
@@ -136,8 +157,10 @@ def _state(generator: Generator) -> Any:
     return generator.bit_generator.state
 
 
-def _set_state(generator: Generator, state: Any) -> None:
-    if isinstance(generator, torch.Generator):
+def _set_state(generator: Any, state: Any) -> None:
+    if keeps_its_place(generator):
+        generator.load_state_dict(state)
+    elif isinstance(generator, torch.Generator):
         generator.set_state(state)
     elif isinstance(generator, random.Random):
         generator.setstate(state)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import zlib
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sized
 from itertools import count
 from typing import Any
@@ -11,12 +12,19 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
-from torch.utils.data import DataLoader
 
 from recon.errors import CheckpointError, LoaderError, ProblemError, ReconError
-from recon.support.network.forward import Batch, unpack
+from recon.support.loaders import LoaderOfLoaders, every_batch_once
+from recon.support.network.forward import Batch, Part, batch_parts
 from recon.support.processes import rank, world_size
-from recon.support.random_states import generator_states, global_states, plain, set_generator_states, set_global_states
+from recon.support.random_states import (
+    generator_states,
+    global_states,
+    keeps_its_place,
+    plain,
+    set_generator_states,
+    set_global_states,
+)
 from recon.support.user_code import user_line
 
 logger = logging.getLogger(__name__)
@@ -35,28 +43,32 @@ class BatchStream:
 
     Attributes:
         drawn: how many of the epoch's batches are done.
-        settled: whether `state_dict` can be asked for: a loader that reports its own place cannot do so while it draws.
     """
 
     def __init__(self, loader: Iterable[Batch], remembers: bool) -> None:
         self.loader = loader
         self.remembers = remembers
         self.drawn = 0
-        self.settled = True
-        # torchdata's StatefulDataLoader finds its place, but its workers do not find their random states, and the
-        # next epoch is another one. It is a DataLoader too, so that drawing again serves it to the last bit.
-        own = hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict")
-        self._has_state = own and not isinstance(loader, DataLoader)
+        self._drawing = False
+        # Of the batches that were drawn and are not done yet: a checksum, and the random states before each.
+        self._ahead: deque[tuple[int, dict[str, Any]]] = deque()
+        self._has_state = keeps_its_place(loader)
         self.begin_epoch()
+
+    @property
+    def settled(self) -> bool:
+        """Whether `state_dict` can be asked for: a loader that reports its own place may be past what is done."""
+        return not self._has_state or not (self._drawing or self._ahead)
 
     def begin_epoch(self) -> None:
         """Remember the random states from which the next epoch's batches come."""
         self.drawn = 0
+        self._ahead.clear()
+        self._random: dict[str, Any] = {}
         if self.remembers:
             self._random = self._random_before = self._epoch_random = global_states()
             self._generators = {} if self._has_state else generator_states(self.loader)
-            self._mark = self._next_mark = 0
-            self._ahead: dict[int, dict[str, Any]] = {}  # where a batch that was drawn ahead came from
+            self._mark = 0
 
     def rest(self, epoch: int) -> Iterator[Batch]:
         """The batches of the epoch that are not done yet; those that are done are drawn again right away.
@@ -68,11 +80,11 @@ class BatchStream:
         return self._batches(self._iterator(epoch), epoch)
 
     def end_step(self) -> None:
-        """The last batch is done; one that was drawn ahead of it is not, and no place until it is."""
-        number, self.drawn = self.drawn, self.drawn + 1
+        """The first of the batches that were drawn and are not done is done; others, drawn ahead of it, are not."""
+        self.drawn += 1
         if self.remembers:
-            self._mark = self._next_mark
-            self._random_before, self._random = self._ahead.pop(number, self._random), global_states()
+            self._mark, self._random_before = self._ahead.popleft()
+            self._random = global_states()
 
     def state_dict(self) -> dict[str, Any]:
         """The place, as tensors and plain values."""
@@ -99,15 +111,14 @@ class BatchStream:
 
     def _batches(self, iterator: Iterator[Batch], epoch: int) -> Iterator[Batch]:
         for number in count(self.drawn):
-            if self.remembers and number > self.drawn:
-                self._ahead[number] = global_states()
-            self.settled = not self._has_state
+            before = global_states() if self.remembers and number > self.drawn else self._random
+            self._drawing = True
             batch = _next(iterator, number, epoch)
-            self.settled = True
+            self._drawing = False
             if batch is _END:
                 return
             if self.remembers:
-                self._next_mark = _mark_of(batch)
+                self._ahead.append((_mark_of(batch), before))
             yield batch
 
     def _iterator(self, epoch: int) -> Iterator[Batch]:
@@ -147,11 +158,11 @@ class BatchStream:
             )
 
 
-class RankBatches:
+class RankBatches(LoaderOfLoaders):
     """A loader's batches, each cut into equal parts, of which this rank gets its own.
 
     The ranks together so see the batches that one process would see; up to N - 1 samples of a batch that N does not
-    divide are left out. Every rank reads whole batches.
+    divide are left out. Of a batch `{task name: (inputs, target)}`, each task's is cut. Every rank reads whole batches.
 
     Args:
         loader: gives the same batches on every rank.
@@ -164,16 +175,34 @@ class RankBatches:
         return len(self.loader)  # type: ignore[arg-type]
 
     def __iter__(self) -> Iterator[Batch]:
-        number, ranks = rank(), world_size()
-        for batch in self.loader:
-            size = _batch_size(batch) // ranks
-            mine = slice(number * size, (number + 1) * size)
-            if size:
-                yield tree_map(lambda leaf, mine=mine: None if leaf is None else leaf[mine], unpack(batch))
+        return self._mine(self.loader)
+
+    def inner_loaders(self) -> Mapping[str, Iterable[Batch]]:
+        """See `LoaderOfLoaders.inner_loaders`."""
+        return {"loader": self.loader}
+
+    def once(self) -> Iterator[Batch]:
+        """See `LoaderOfLoaders.once`."""
+        return self._mine(every_batch_once(self.loader))
+
+    def _mine(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        for batch in batches:
+            parts = [mine for part in batch_parts(batch) if (mine := _part_of_rank(part)) is not None]
+            if isinstance(batch, Mapping) and parts:
+                yield {task: (part.inputs, target) for part in parts for task, target in part.targets.items()}
+            elif parts:
+                yield parts[0].inputs, parts[0].targets
 
 
-def _batch_size(batch: Any) -> int:
-    leaves = tree_leaves(unpack(batch))
+def _part_of_rank(part: Part) -> Part | None:
+    """This rank's samples; None where there are fewer samples than ranks."""
+    size = _batch_size(part) // world_size()
+    mine = slice(rank() * size, (rank() + 1) * size)
+    return tree_map(lambda leaf: None if leaf is None else leaf[mine], part) if size else None
+
+
+def _batch_size(part: Part) -> int:
+    leaves = tree_leaves(part)
     sizes = {leaf.shape[0] if isinstance(leaf, Tensor) and leaf.ndim else None for leaf in leaves if leaf is not None}
     size = next(iter(sizes), None)
     if len(sizes) != 1 or size is None:
@@ -201,14 +230,16 @@ def _next(iterator: Iterator[Batch], number: int, epoch: int) -> Any:
         raise _loader_error(error, number, epoch) from error
 
 
-def _loader_error(error: Exception, number: int, epoch: int) -> LoaderError:
+def loader_error(error: Exception, asked: str) -> LoaderError:
+    """The error of user code that a loader ran; `asked` says which loader, and for what."""
     # A worker process sends its whole traceback, with the error in the last line.
     lines = str(error).strip().splitlines() or [""]
     what = f"{type(error).__name__}: {lines[0]}" if len(lines) == 1 else lines[-1]
-    return LoaderError(
-        f"Your code raised {what}{user_line(error)}, asked by the data loader for batch {number + 1} of epoch "
-        f"{epoch}. Fix it, or skip that sample."
-    )
+    return LoaderError(f"Your code raised {what}{user_line(error)}, asked by {asked}. Fix it, or skip that sample.")
+
+
+def _loader_error(error: Exception, number: int, epoch: int) -> LoaderError:
+    return loader_error(error, f"the data loader for batch {number + 1} of epoch {epoch}")
 
 
 def _mark_of(batch: Batch) -> int:

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from recon.errors import ProblemError, UsageError
 from recon.problems.problem import Task
-from recon.support.network.forward import Batch, model_device, task_outputs, to_device, unpack
+from recon.support.loaders import every_batch_once
+from recon.support.network.forward import Batch, batch_parts, model_device, task_outputs, tasks_of, to_device
 
 if TYPE_CHECKING:  # importing torchmetrics takes longer than importing torch
     from torchmetrics import Metric as MetricState
@@ -51,7 +52,8 @@ def evaluate(
 
     Args:
         model: `model(inputs) -> {task name: output}`.
-        loader: yields `(inputs, {task name: target})`.
+        loader: yields `(inputs, {task name: target})` or `{task name: (inputs, target)}`. Of a `recon.joint_loader`,
+            each task's loader is gone through once, whatever its length, so that every sample counts once.
         tasks: the tasks to evaluate; the model and the loader may know more of them.
         across_ranks: where several processes train together, let torchmetrics combine the counts of all, each of which
             must call this with a loader for its own part of the data. Otherwise each evaluates by itself.
@@ -65,17 +67,18 @@ def evaluate(
     """
     device = model_device(model)
     states = {task.name: _accumulators(task, device, across_ranks) for task in tasks}
+    by_name = {task.name: task for task in tasks}
     seen: set[str] = set()
     keys: dict[str, None] = {}
     with eval_mode(model), torch.no_grad():
-        for batch in loader:
-            inputs, targets = to_device(unpack(batch), device)
-            labelled = [task for task in tasks if targets.get(task.name) is not None]
-            outputs = task_outputs(model, inputs, [task.name for task in labelled])
-            for task in labelled:
-                _update(states[task.name], task, outputs[task.name], targets[task.name])
-            seen.update(task.name for task in labelled)
-            keys.update(dict.fromkeys(targets))
+        for part in (part for batch in every_batch_once(loader) for part in batch_parts(batch)):
+            keys.update(dict.fromkeys(part.targets))
+            labelled = tasks_of(part, by_name)
+            if not labelled:
+                continue
+            inputs, targets = to_device(part, device)
+            outputs = task_outputs(model, inputs, labelled)
+            seen.update(t for t in labelled if _update(states[t], by_name[t], outputs[t], targets[t]))
     unlabelled = [task.name for task in tasks if task.name not in seen]
     if unlabelled:
         raise ProblemError(
@@ -147,14 +150,21 @@ def _accumulators(task: Task, device: torch.device, across_ranks: bool) -> dict[
     return states
 
 
-def _update(states: Mapping[str, MetricState], task: Task, output: Any, target: Any) -> None:
-    if not task.metrics:
-        count = len(target) if isinstance(target, Tensor) and target.ndim > 0 else 1
-        # Repeated, not weighted: MeanMetric ignores weights when told to leave NaN alone (torchmetrics 1.9).
-        states[LOSS].update(task.loss(output, target).expand(count))
-        return
-    for state in states.values():
-        state.update(output, target)
+def _update(states: Mapping[str, MetricState], task: Task, output: Any, target: Any) -> bool:
+    """Count a batch; False if the task is absent in it after all."""
+    if task.metrics:
+        for state in states.values():
+            state.update(output, target)
+        return True
+    if task.loss is None:
+        raise ProblemError(f"Task {task.name!r} has neither a metric nor a loss to evaluate it by. Give it a metric.")
+    loss = task.loss(output, target)
+    if loss is None:
+        return False
+    count = len(target) if isinstance(target, Tensor) and target.ndim > 0 else 1
+    # Repeated, not weighted: MeanMetric ignores weights when told to leave NaN alone (torchmetrics 1.9).
+    states[LOSS].update(loss.expand(count))
+    return True
 
 
 def _number(state: MetricState, task: str, metric: str) -> float:

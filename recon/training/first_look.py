@@ -12,7 +12,13 @@ from torch.utils.data import DataLoader
 
 from recon.support.network.forward import Batch
 from recon.support.network.state import refill
-from recon.support.random_states import generator_states, global_states_kept, loader_parts, set_generator_states
+from recon.support.random_states import (
+    generator_states,
+    global_states_kept,
+    keeps_its_place,
+    loader_parts,
+    set_generator_states,
+)
 from recon.training.batch_stream import BatchStream
 
 
@@ -43,7 +49,7 @@ def first_batches(loader: Iterable[Batch], count: int) -> list[Batch] | None:
 def _loader_kept(loader: Any) -> Iterator[None]:
     """Put back what drawing batches changes in a loader."""
     generators = generator_states(loader)
-    own = hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict") and not isinstance(loader, DataLoader)
+    own = keeps_its_place(loader)
     place = loader.state_dict() if own else None
     parts = [_KeptPart(part) for part in loader_parts(loader).values()]
     try:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,11 +14,28 @@ from recon.errors import GradientError
 from recon.methods import Method
 from recon.methods.gradients.observer import StepObserver
 from recon.methods.updates.step import backward
+from recon.methods.window import Window
 from recon.support.network.hooks import hooked
-from recon.support.processes import gather
+from recon.support.processes import gather, world_size
 
 _FIRST = 2.0**16
 _GOOD_STEPS = 2000  # steps before a larger scale is tried
+
+
+def add_parts(window: Window, parts: Iterable[Mapping[str, Tensor]]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """One joint step: the losses of each forward are differentiated before the next runs.
+
+    Returns:
+        `{task: loss}`, detached, empty if no task is present; and `{task: weight}`.
+    """
+    total: dict[str, Tensor] = {}
+    for losses in parts:
+        for number, (task, loss) in enumerate(losses.items(), start=1):
+            window.add(task, loss, retain_graph=number < len(losses))
+            total[task] = total[task] + loss.detach() if task in total else loss.detach()
+    if not total and world_size() == 1:  # other ranks may have some
+        return {}, {}
+    return total, window.step()
 
 
 class LossScale:
@@ -38,16 +56,32 @@ class LossScale:
         self, losses: Mapping[str, Tensor], model: nn.Module, method: Method, profiler: StepObserver | None = None
     ) -> dict[str, Tensor]:
         """See `recon.backward`; no weights where a gradient was not finite."""
+        with self._divided(model, method):
+            return backward(self._multiplied(losses), model, method, profiler=profiler)
+        return {}
+
+    def joint_backward(
+        self, window: Window, parts: Iterable[Mapping[str, Tensor]]
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """See `add_parts`; no weights where a gradient was not finite."""
+        losses: dict[str, Tensor] = {}
+        weights: dict[str, Tensor] = {}
+        with self._divided(window.model, window.method):
+            losses, weights = add_parts(window, map(self._multiplied, parts))
+        return losses, weights
+
+    @contextmanager
+    def _divided(self, model: nn.Module, method: Method) -> Iterator[None]:
+        """Inside, gradients are divided as they arrive at the parameters, and those that overflow are no error."""
         if self._method_before is None:
             self._method_before = copy.deepcopy(method.state_dict())
         try:
             divide = self._divide(1 / self.value)
             with hooked(p.register_hook(divide) for p in model.parameters() if p.requires_grad):
-                return backward(self._multiplied(losses), model, method, profiler=profiler)
+                yield
         except GradientError:
             if not self._overflow:
                 raise
-            return {}
 
     def finish_step(self, method: Method) -> bool:
         """Whether every gradient since the last call is finite on all ranks; sets the scale for the next step.

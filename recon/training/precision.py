@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import torch
@@ -12,9 +12,10 @@ from recon.errors import UsageError
 from recon.methods import Method
 from recon.methods.gradients.observer import StepObserver
 from recon.methods.updates.step import backward
+from recon.methods.window import Window
 from recon.support.network.forward import task_outputs
 from recon.support.network.trees import map_tree
-from recon.training.loss_scale import LossScale
+from recon.training.loss_scale import LossScale, add_parts
 
 Amp = Literal["bf16", "fp16"]
 """What autocast computes the forward in."""
@@ -40,13 +41,14 @@ class Precision:
         self.dtype = None if amp is None else _DTYPES[amp]
         self.scale = LossScale(device) if amp == "fp16" else None
 
-    def outputs(self, model: nn.Module, inputs: Any, tasks: Iterable[str]) -> Mapping[str, Any]:
-        """See `recon.support.network.forward.task_outputs`."""
+    def outputs(self, model: nn.Module, inputs: Any, tasks: Sequence[str] | None) -> Mapping[str, Any]:
+        """The model's outputs, with those of `tasks`, if they are named; see `task_outputs`."""
         if self.dtype is None:
-            return task_outputs(model, inputs, tasks)
+            return task_outputs(model, inputs, tasks or ())
         with torch.autocast(self.device.type, self.dtype):
-            outputs = task_outputs(model, inputs, tasks)
-        return {task: map_tree(_at_least_float32, outputs[task]) for task in tasks}
+            outputs = task_outputs(model, inputs, tasks or ())
+        names = outputs if tasks is None else tasks
+        return {name: map_tree(_at_least_float32, outputs[name]) for name in names}
 
     def backward(
         self, losses: Mapping[str, Tensor], model: nn.Module, method: Method, profiler: StepObserver | None
@@ -55,6 +57,19 @@ class Precision:
         if self.scale is None:
             return backward(losses, model, method, profiler=profiler)
         return self.scale.backward(losses, model, method, profiler)
+
+    def joint_backward(
+        self,
+        parts: Iterable[Mapping[str, Tensor]],
+        model: nn.Module,
+        method: Method,
+        profiler: StepObserver | None,
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """One step of the losses of several forwards, each differentiated before the next runs: losses and weights."""
+        window = Window(model, method, profiler=profiler)
+        if self.scale is None:
+            return add_parts(window, parts)
+        return self.scale.joint_backward(window, parts)
 
     def scaled(self, losses: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The losses times what keeps their gradients from vanishing, for gradients of which only cosines are read."""

@@ -17,6 +17,7 @@ from recon.support.files.weights import load_weights
 from recon.support.network.forward import Batch
 from recon.training.batch_stream import BatchStream
 from recon.training.history import Epoch, EpochMeter, History
+from recon.training.meetings import Meetings
 from recon.training.optimizers import Together
 from recon.training.precision import Precision
 from recon.training.recorder import Recorder
@@ -31,6 +32,7 @@ class TrainingRun:
     Attributes:
         history: of the finished epochs.
         meter: of the epoch under way.
+        meetings: which tasks have met in the first steps.
         reported: whether `on_epoch` and the recorder have had the last finished epoch.
         stopped: whether `stop` has ended the training.
     """
@@ -48,6 +50,7 @@ class TrainingRun:
     def __post_init__(self) -> None:
         self.history = History()
         self.meter = EpochMeter(1, self.device)
+        self.meetings = Meetings()
         self.reported = True
         self.stopped = False
 
@@ -80,9 +83,10 @@ class TrainingRun:
         self.meter.start()
         yield from batches
 
-    def end_batch(self) -> None:
-        """Note that a batch is done."""
-        self.stream.end_step()
+    def end_batches(self, number: int) -> None:
+        """Note that the next so many batches are done."""
+        for _ in range(number):
+            self.stream.end_step()
 
     def end_epoch(self, record: Epoch) -> None:
         """Note that an epoch is done, and not reported yet."""
@@ -110,6 +114,7 @@ class TrainingRun:
             "profiler": None if self.profiler is None else self.profiler.state_dict(),
             "history": [asdict(epoch) for epoch in self.history.epochs],
             "meter": self.meter.state_dict(),
+            "meetings": self.meetings.state_dict(),
             "reported": self.reported,
             "stopped": self.stopped,
             "stream": self.stream.state_dict(),
@@ -128,6 +133,7 @@ class TrainingRun:
             self.profiler.load_state_dict(state["profiler"])
         self.history = History([Epoch(**epoch) for epoch in state["history"]])
         self.meter.load_state_dict(state["meter"])
+        self.meetings.load_state_dict(state["meetings"])
         self.reported, self.stopped = state["reported"], state["stopped"]
         self.stream.load_state_dict(state["stream"])
         self.precision.load_state_dict(state["precision"])

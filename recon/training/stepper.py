@@ -6,23 +6,23 @@ import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from recon.errors import GradientError, NonFiniteError, ProblemError
+from recon.errors import GradientError, NonFiniteError
 from recon.methods.bases.method import WHAT_TO_LOOK_AT
 from recon.methods.gradients.reach import average_losses
 from recon.methods.gradients.sparse import entries
-from recon.problems.problem import Loss
-from recon.support.network.forward import Batch, to_device, unpack
+from recon.problems.losses import LossOfEach, TaskLosses
+from recon.support.network.forward import Part, to_device
 from recon.support.network.layers import unwrapped
 from recon.support.network.state import state_kept
 from recon.support.processes import average_, gather, world_size
 from recon.support.random_states import global_states_kept
+from recon.training.accumulation import Update
+from recon.training.forward_pass import added_up, joint_losses, make_update, non_finite_tasks, part_losses
 from recon.training.optimizers import take_step
-from recon.training.precision import Precision
 from recon.training.recorder import Recorder, Step
 from recon.training.run import TrainingRun
 
@@ -30,26 +30,24 @@ logger = logging.getLogger(__name__)
 
 Scalars = Mapping[str, Tensor]
 
-_PLAIN = Precision(None, torch.device("cpu"))
-
 
 @dataclass(frozen=True)
 class Stepper:
     """Takes the steps of a training; `clip` is the largest norm of an update, the recorder is told of every step."""
 
     run: TrainingRun
-    losses: Mapping[str, Loss]
+    losses: TaskLosses
     clip: float | None = None
     recorder: Recorder | None = None
 
-    def take(self, batches: Iterable[Batch]) -> None:
-        """One optimizer step, with the mean of the updates of a few batches; none if no batch has a target."""
+    def take(self, updates: Iterable[Update]) -> None:
+        """One optimizer step, with the mean of a few updates; none if no task is present."""
         run = self.run
         run.optimizer.zero_grad()
-        done: list[_Part] = []
-        for batch in batches:
-            done += self._differentiate(batch)
-            run.end_batch()
+        done: list[_Done] = []
+        for update in updates:
+            done += self._differentiate(update.parts)
+            run.end_batches(update.batches)
         if not done:
             return
         if len(done) > 1:
@@ -70,32 +68,33 @@ class Stepper:
             run.scheduler.step()
         run.meter.steps += 1
         if run.method.needs_new_losses:
-            run.method.after_step(self._losses_now(done[-1].batch))
+            run.method.after_step(self._losses_now(done[-1].parts))
         if self.recorder is not None:
-            losses, weights = _mean([part.losses for part in done]), _mean([part.weights for part in done])
+            losses, weights = _mean([update.losses for update in done]), _mean([update.weights for update in done])
             if world_size() > 1:
-                losses = average_losses(losses, tuple(self.losses), run.device)
+                losses = average_losses(losses, self.losses.tasks, run.device)
             self.recorder.step(Step(run.epoch, run.steps, losses, weights, lr))
 
-    def _differentiate(self, batch: Batch) -> list[_Part]:
-        """Accumulate a batch's update into `.grad`; none for a batch without targets."""
+    def _differentiate(self, parts: Sequence[Part]) -> list[_Done]:
+        """Accumulate an update into `.grad`; none if no task is present."""
         run = self.run
-        batch = to_device(unpack(batch), run.device)
+        parts = [to_device(part, run.device) for part in parts]
         if run.position[:2] == (1, 0):
-            _warn_of_other_names(batch[1], self.losses)
-        losses = task_losses(run.model, *batch, self.losses, run.precision)
-        if not losses and world_size() == 1:  # other ranks may have some
-            return []
-        run.meter.check(losses)
+            _warn_of_other_names(parts, self.losses)
         try:
-            weights = run.precision.backward(losses, run.model, run.method, run.profiler)
+            losses, weights = make_update(
+                run.model, parts, self.losses, run.method, run.profiler, run.precision, run.meter.check
+            )
         except NonFiniteError:
             run.meter.check_pending()  # a loss that is NaN says more than its gradient
             raise
+        if not losses and world_size() == 1:  # other ranks may have some
+            return []
+        run.meetings.note(losses)
         run.meter.add(losses, weights)
-        return [_Part(batch, _detached(losses), _detached(weights))]
+        return [_Done(parts, losses, _detached(weights))]
 
-    def _refuse_non_finite(self, done: Sequence[_Part]) -> None:
+    def _refuse_non_finite(self, done: Sequence[_Done]) -> None:
         """Refuse an update or a loss that is not finite: on a GPU, the one time in a step that it is waited for.
 
         The message names the task, which a second look at the batches shows.
@@ -115,14 +114,14 @@ class Stepper:
             raise self._culprit(done)
         meter.unchecked.clear()
 
-    def _culprit(self, done: Sequence[_Part]) -> GradientError:
+    def _culprit(self, done: Sequence[_Done]) -> GradientError:
         run = self.run
         model, bad = unwrapped(run.model), set()
-        for part in done:
+        for part in (part for update in done for part in update.parts):
             with state_kept(model), global_states_kept():
-                bad |= non_finite_tasks(task_losses(model, *part.batch, self.losses, run.precision), model)
+                bad |= non_finite_tasks(part_losses(model, part, self.losses, run.precision), model)
         everyone = set().union(*gather(bad))
-        tasks = [task for task in self.losses if task in everyone]
+        tasks = [task for task in self.losses.tasks if task in everyone]
         where = f"in step {run.meter.steps + 1} of epoch {run.epoch}"
         if not tasks:
             return NonFiniteError(
@@ -137,64 +136,31 @@ class Stepper:
     def _parameters(self) -> list[Tensor]:
         return [p for group in self.run.optimizer.param_groups for p in group["params"]]
 
-    def _losses_now(self, batch: Batch) -> Scalars:
-        """The losses of a batch that is done, computed again without changing any state."""
+    def _losses_now(self, parts: Sequence[Part]) -> Scalars:
+        """The losses of a step that is done, computed again without changing any state."""
         run = self.run
         with state_kept(run.model), global_states_kept(), torch.no_grad():
-            losses = task_losses(run.model, *batch, self.losses, run.precision)
+            losses = added_up(list(joint_losses(run.model, parts, self.losses, run.precision)))
         anywhere = {task for tasks in gather(list(losses)) for task in tasks}
-        return average_losses(losses, [task for task in self.losses if task in anywhere], run.device)
+        return average_losses(losses, [task for task in self.losses.tasks if task in anywhere], run.device)
 
 
 @dataclass(frozen=True)
-class _Part:
-    """A batch of a step: itself, its losses, and the weights that the method gave them."""
+class _Done:
+    """An update that was made: what ran for it, the losses, and the weights that the method gave them."""
 
-    batch: Batch
+    parts: Sequence[Part]
     losses: Scalars
     weights: Scalars
 
 
-def task_losses(
-    model: nn.Module,
-    inputs: Any,
-    targets: Mapping[str, Any],
-    losses: Mapping[str, Loss],
-    precision: Precision | None = None,
-) -> dict[str, Tensor]:
-    """`{task name: scalar loss}` of one batch, for the tasks of `losses` that have a target in it.
-
-    The precision is that of the forward: the model's own when not given.
-    """
-    present = [task for task in losses if targets.get(task) is not None]
-    if not present:
-        return {}
-    outputs = (precision or _PLAIN).outputs(model, inputs, present)
-    step_losses = {task: losses[task](outputs[task], targets[task]) for task in present}
-    for task, loss in step_losses.items():
-        if not isinstance(loss, Tensor) or loss.ndim:
-            got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-            raise ProblemError(
-                f"The loss of task {task!r} must be a scalar tensor, but is {got}. Reduce it, e.g. mean()."
-            )
-    return step_losses
-
-
-def non_finite_tasks(losses: Mapping[str, Tensor], model: nn.Module) -> set[str]:
-    """The tasks whose gradient is not finite somewhere; the losses' graph is freed."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    bad = set()
-    for number, (task, loss) in enumerate(losses.items(), start=1):
-        found = torch.autograd.grad(loss, parameters, retain_graph=number < len(losses), allow_unused=True)
-        if any(not entries(g).isfinite().all() for g in found if g is not None):
-            bad.add(task)
-    return bad
-
-
-def _warn_of_other_names(targets: Mapping[str, Any], tasks: Iterable[str]) -> None:
+def _warn_of_other_names(parts: Sequence[Part], losses: TaskLosses) -> None:
     """A misspelt name looks like a missing target, which is no error before the epoch's end."""
-    missing = [task for task in tasks if targets.get(task) is None]
-    others = [name for name in targets if name not in tasks]
+    if not isinstance(losses, LossOfEach):  # targets may have any names
+        return
+    present = {task for part in parts for task in losses.present(part)}
+    missing = [task for task in losses.tasks if task not in present]
+    others = [name for part in parts for name in part.targets if name not in losses.tasks]
     if missing and others:
         logger.warning(
             "The first batch has no target for %s, but it has targets for %s, which are not tasks. If these are the "

@@ -17,10 +17,11 @@ from tqdm import tqdm
 from recon.errors import UsageError
 from recon.methods import Method, parse, wrap
 from recon.methods.gradients.observer import StepObserver
-from recon.problems.problem import Loss
+from recon.problems.losses import Losses, TaskLosses, as_losses
 from recon.support.network.forward import Batch, model_device
 from recon.support.network.trainable import refuse_untrainable
 from recon.support.processes import broadcast_model
+from recon.training.accumulation import Accumulate, check_accumulate, updates_in_step, updates_of
 from recon.training.batch_stream import BatchStream, batch_count
 from recon.training.checkpoints import Checkpoints
 from recon.training.history import Epoch, History
@@ -37,14 +38,15 @@ _BAR_SECONDS = 2.0  # between two looks at the losses: each waits for the device
 def train(
     model: nn.Module,
     loader: Iterable[Batch],
-    losses: Mapping[str, Loss],
+    losses: Losses | TaskLosses,
     *,
+    tasks: Sequence[str] | None = None,
     optimizer: Optimizer | Sequence[Optimizer],
     method: str | Method = "joint",
     epochs: int = 1,
     scheduler: SchedulerOrMaker | Sequence[SchedulerOrMaker | None] | None = None,
     clip: float | None = None,
-    accumulate: int = 1,
+    accumulate: Accumulate = 1,
     amp: Amp | None = None,
     profiler: StepObserver | None = None,
     recorder: Recorder | None = None,
@@ -64,8 +66,15 @@ def train(
 
     Args:
         model: `model(inputs) -> {task name: output}`, plain or branched.
-        loader: yields `(inputs, {task name: target})`; a task whose target is missing or None is skipped in that step.
-        losses: `{task name: (output, target) -> scalar}`; a single entry trains a single-task baseline.
+        loader: yields `(inputs, {task name: target})`, or `{task name: (inputs, target)}` where each task has inputs of
+            its own (`recon.joint_loader`); both kinds may come from one loader. In the second kind each task runs its
+            own forward and backward, its graph freed before the next; together they are one step. A task whose target
+            is missing or None is skipped in that step.
+        losses: `{task name: (output, target) -> scalar}`; a single entry trains a single-task baseline. Or one function
+            of the whole batch, `(outputs, batch) -> {task name: scalar}`, with the model's outputs and the batch as
+            `(inputs, targets)`; of a batch `{task name: (inputs, target)}` it gets one task's part after the other, as
+            `(inputs, {task name: target})`. A loss that is None says that the task is absent in this batch.
+        tasks: the names of the tasks, for losses that are one function.
         optimizer: of the model's parameters; its step takes the gradients as they are, without a closure. Or several,
             each of some of the parameters, `[SparseAdam(tables), Adam(others)]`. A method that learns (uw) gets a group
             of its own, in the first that takes gradients which are not sparse.
@@ -77,11 +86,15 @@ def train(
             makes one of each, or a list with one for each (None for an optimizer without).
         clip: scale an update that is longer down to this norm, after the method has made it.
         accumulate: batches for one optimizer step. The method makes an update of each batch, and the step is taken with
-            their mean; the last step of an epoch may have fewer. A batch without any target does not count.
+            their mean; the last step of an epoch may have fewer. A batch without any target does not count. Or
+            `"tasks"`: batches are gathered until each task has been seen, and make one joint step, whose gradients the
+            method sees together. A task with a target in several of them counts with the mean over these. The last
+            step of an epoch has what is left, and may lack tasks.
         amp: compute the forward in `bf16`, or on a GPU `fp16`, by autocast. Losses see float32 outputs; gradients and
             updates are float32. In `fp16` the losses are scaled for the way back, and a step whose gradients overflow
             is skipped.
-        profiler: records conflicts from the gradients of this training.
+        profiler: records conflicts from the gradients of this training. If no two tasks meet in its first 20 steps, or
+            in a shorter first epoch, there is nothing to record, and the training ends.
         recorder: writes the losses, weights and learning rate of every step to a file.
         on_epoch: called with each epoch's record, for evaluation, say. What it puts into `epoch.results` is kept in the
             history, in checkpoints and by the recorder.
@@ -103,21 +116,22 @@ def train(
         ProblemError: model, losses and batches do not fit together.
         LoaderError: the loader raised.
         GradientError: a loss is not finite, or a task has no gradient anywhere.
-        UsageError: no such method, `epochs` or `accumulate` below 1, a `clip` that is not above 0, `fp16` on a CPU, a
-            model that is sharded over processes, the optimizer of another model or one whose step needs a closure
-            (LBFGS), a parameter in two optimizers, an optimizer that does not take sparse gradients, or no others
-            (SparseAdam), a checkpoint that cannot be written, or one that is there although `resume` is not asked for.
+        UsageError: no such method, losses of the whole batch without `tasks`, `epochs` or `accumulate` below 1, a
+            `clip` that is not above 0, `fp16` on a CPU, a model that is sharded over processes, the optimizer of
+            another model or one whose step needs a closure (LBFGS), a parameter in two optimizers, an optimizer that
+            does not take sparse gradients, or no others (SparseAdam), a profiler where no two tasks meet, a checkpoint
+            that cannot be written, or one that is there although `resume` is not asked for.
         CheckpointError: the checkpoint is damaged, or of another training.
     """
     if epochs < 1:
         raise UsageError(f"epochs is {epochs}. Train for at least 1.")
-    if accumulate < 1:
-        raise UsageError(f"accumulate is {accumulate}; a step needs at least 1 batch.")
+    check_accumulate(accumulate)
     if clip is not None and not 0 < clip < math.inf:
         raise UsageError(f"clip is {clip}; give a norm above 0, or None to leave updates as they are.")
     if not isinstance(model, nn.Module):
         raise UsageError(f"model is a {type(model).__name__}, which cannot be run. Pass a torch.nn.Module.")
     refuse_untrainable(model)
+    losses = as_losses(losses, tasks)
     optimizers = as_one(optimizer)
     if recorder is not None and not isinstance(recorder, Recorder):
         raise UsageError(f"recorder is {recorder!r}. Pass recon.Recorder('metrics.jsonl'), with the path of your file.")
@@ -125,7 +139,7 @@ def train(
     method = parse(method) if isinstance(method, str) else wrap(method)
     device = model_device(model)
     precision = Precision(amp, device)
-    method.setup(tuple(losses))
+    method.setup(losses.tasks)
     method.to(device)
     method.attach(model)
     add_parameters(method, optimizers, scheduler)
@@ -149,21 +163,25 @@ def train(
             if run.ends_at(epochs):
                 return run.history
             model.train()
-            batches = LookAhead(_with_bar(run, epochs, progress))
-            for batch in batches:
+            updates = LookAhead(updates_of(_with_bar(run, epochs, progress), accumulate, losses))
+            for update in updates:
                 with checkpoints.step():
-                    take_floor(run, losses, batch, batches)
-                    stepper.take(chain([batch], islice(batches, accumulate - 1)))
+                    take_floor(run, losses, update, updates)
+                    stepper.take(chain([update], islice(updates, updates_in_step(accumulate) - 1)))
                     run.stopped = stop is not None and stop()
-                    if batches.ahead and not run.stopped:  # the loader is past it: nothing is saved before it is done
-                        stepper.take(islice(batches, 1))
+                    if updates.ahead and not run.stopped:  # the loader is past it: nothing is saved before it is done
+                        stepper.take(islice(updates, 1))
                         run.stopped = stop is not None and stop()
+                if profiler is not None:
+                    run.meetings.refuse_none(len(losses.tasks))
                 if run.stopped:
                     break
                 checkpoints.save_if_due()
+            if profiler is not None and not run.stopped:
+                run.meetings.refuse_none(len(losses.tasks), epoch_ends=True)
             with checkpoints.step():
                 method.end_epoch()
-                run.end_epoch(run.meter.epoch() if run.stopped else run.meter.whole_epoch(tuple(losses)))
+                run.end_epoch(run.meter.epoch() if run.stopped else run.meter.whole_epoch(losses.tasks))
 
 
 def _with_bar(run: TrainingRun, epochs: int, show: bool) -> Iterator[Batch]:

@@ -202,7 +202,7 @@ def test_a_loss_that_is_nan(net):
 
 def test_a_loss_that_is_no_scalar(net):
     report = recon.check(net, batch(), {**LOSSES, "b": lambda output, target: (output - target).square()})
-    assert "'b' must be a scalar tensor, but has shape (8,)" in only(report.problems)
+    assert "'b' must be a scalar tensor, but is shape (8,)" in only(report.problems)
 
 
 def test_a_loss_that_depends_on_no_parameter(net):
@@ -488,9 +488,9 @@ def test_a_resnet_with_a_pyramid_and_nested_outputs():
     [
         ((nn.Linear, batch(), LOSSES), "needs the torch.nn.Module that trains, not the class Linear"),
         ((Net(), None, LOSSES), "needs a batch"),
-        ((Net(), batch(), [F.mse_loss]), "at least two tasks, but is a list"),
+        ((Net(), batch(), [F.mse_loss]), "losses is a list. Pass"),
         ((Net(), batch(), {"a": F.mse_loss}), "at least two tasks, but is a dict of 1"),
-        ((Net(), batch(), {"a": F.mse_loss, "b": 3}), "at least two tasks"),
+        ((Net(), batch(), {"a": F.mse_loss, "b": 3}), "loss of task 'b' is 3, which cannot be called"),
     ],
     ids=["class", "no-batch", "list", "one-task", "no-function"],
 )
@@ -519,4 +519,4 @@ def test_batches_of_single_tasks(net):
 def test_a_batch_of_single_tasks_of_another_form(net):
     x, targets = batch()
     message = only(recon.check(net, {"a": (x, targets["a"]), "b": targets["b"]}, LOSSES).problems)
-    assert "must be {task name: (inputs, target)}, but has Tensor for 'b'" in message
+    assert "must be {task name: (inputs, target)}, but the data loader gave one with 'b': Tensor" in message

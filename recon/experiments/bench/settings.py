@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass, field, replace
 from functools import cache
 from itertools import islice
@@ -17,6 +17,7 @@ from recon.experiments.backbones import with_backbone
 from recon.experiments.inputs import make_loaders
 from recon.experiments.recipe import Recipe
 from recon.problems.problem import Problem
+from recon.support.loaders import LoaderOfLoaders, every_batch_once
 from recon.support.network.forward import Batch
 
 
@@ -118,12 +119,18 @@ def first_batches(loader: Iterable[Batch], most: int | None) -> Iterable[Batch]:
     return _CountedFirst(loader, most) if isinstance(loader, Sized) else _First(loader, most)
 
 
-class _First:
+class _First(LoaderOfLoaders):
     def __init__(self, loader: Iterable[Batch], most: int) -> None:
         self.loader, self.most = loader, most
 
     def __iter__(self) -> Iterator[Batch]:
         return islice(self.loader, self.most)
+
+    def inner_loaders(self) -> Mapping[str, Iterable[Batch]]:
+        return {"loader": self.loader}
+
+    def once(self) -> Iterator[Batch]:
+        return islice(every_batch_once(self.loader), self.most)
 
 
 class _CountedFirst(_First):

@@ -19,7 +19,7 @@ from recon.experiments.costs import TrainingStep
 from recon.experiments.inputs import few_samples, first_batch, make_loaders, make_model
 from recon.experiments.run import SINGLE_TASK
 from recon.problems.problem import Problem
-from recon.support.network.forward import Batch
+from recon.support.network.forward import Part
 from recon.support.timing import step_seconds
 
 Job = TypeVar("Job")
@@ -61,7 +61,7 @@ class Variant:
 def branched(problem: Problem, model: nn.Module, plan: branching.BranchPlan) -> nn.Module:
     """The model, branched by the plan."""
     device = next(model.parameters()).device
-    return branching.convert(model, plan, few_samples(_batch(problem, device)[0])[0])
+    return branching.convert(model, plan, few_samples(_batch(problem, device)[0].inputs)[0])
 
 
 def in_turn_or_parallel(
@@ -123,7 +123,7 @@ def time_steps(
     return step_seconds({v.label: _step(problem, v, batch, device) for v in variants}, rounds, warm_up)
 
 
-def _step(problem: Problem, variant: Variant, batch: Batch, device: torch.device) -> Callable[[], None]:
+def _step(problem: Problem, variant: Variant, batch: Sequence[Part], device: torch.device) -> Callable[[], None]:
     if not variant.is_single_task:
         return TrainingStep(problem, variant.model(problem, 0, device), batch, variant.method)
     alone = [
@@ -137,6 +137,6 @@ def _step(problem: Problem, variant: Variant, batch: Batch, device: torch.device
     return one_of_each
 
 
-def _batch(problem: Problem, device: torch.device) -> Batch:
+def _batch(problem: Problem, device: torch.device) -> list[Part]:
     train, _ = make_loaders(problem, 0)
     return first_batch(problem, train, device)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,21 +18,20 @@ from recon.experiments.costs import costs_per_sample
 from recon.experiments.inputs import few_samples, make_loaders, make_model, sample_count
 from recon.experiments.optimizers import make_optimizer
 from recon.experiments.recipe import Recipe
-from recon.problems.problem import Loss, Problem
+from recon.problems.losses import Losses, TaskLosses, as_losses
+from recon.problems.problem import Problem
 from recon.profiling.preflight import (
     Preflight,
     inspect_batches,
     message_of,
     nothing_changed,
-    runs_of,
-    tasks_of,
     telling_batches,
 )
 from recon.profiling.step_prices import memory_prices, step_prices
-from recon.support.network.forward import Batch, fresh, model_device, to_device
+from recon.support.network.forward import Batch, Part, batch_parts, fresh, model_device, to_device
 from recon.support.network.layers import module_at, unwrapped
+from recon.training.forward_pass import added_up, joint_losses
 from recon.training.optimizers import as_one, check_parameters, parts_of
-from recon.training.stepper import task_losses
 
 _ONLY_DENSE = (torch.optim.Adam, torch.optim.AdamW, torch.optim.RMSprop, torch.optim.NAdam, torch.optim.RAdam)
 
@@ -40,8 +39,9 @@ _ONLY_DENSE = (torch.optim.Adam, torch.optim.AdamW, torch.optim.RMSprop, torch.o
 def check(
     model: nn.Module,
     batch: Batch | None,
-    losses: Mapping[str, Loss],
+    losses: Losses | TaskLosses,
     *,
+    tasks: Sequence[str] | None = None,
     loader: Iterable[Batch] | None = None,
     optimizer: Optimizer | Sequence[Optimizer] | None = None,
     mode: Mode = "fan",
@@ -55,7 +55,8 @@ def check(
     Args:
         model: `model(inputs) -> {task name: output}`, where it will be trained.
         batch: one batch of the training; None for the loader's first.
-        losses: `{task name: (output, target) -> scalar}`.
+        losses: `{task name: (output, target) -> scalar}`, or one function of the whole batch, see `recon.train`.
+        tasks: the names of the tasks, for losses that are one function.
         loader: the training's. Which tasks meet is looked up in its first batch, or in 20 if not all meet there.
         optimizer: the training's.
         mode: how the model would be branched, see `recon.convert`.
@@ -65,12 +66,12 @@ def check(
         The report; `print(report)` shows it, `report.ok` is True if nothing stands in the way.
 
     Raises:
-        UsageError: there is neither a batch nor a loader, `losses` is no dict of at least two functions, `model` no
-            module, or there is no such mode. What is wrong with any of them is not raised, but reported.
+        UsageError: there is neither a batch nor a loader, `losses` is not of at least two tasks, `model` no module, or
+            there is no such mode. What is wrong with any of them is not raised, but reported.
     """
-    _check_arguments(model, batch, losses, loader)
+    losses = _checked_losses(model, batch, losses, tasks, loader)
     checked_mode(mode)
-    report: dict[str, Any] = {"tasks": tuple(losses), "mode": mode}
+    report: dict[str, Any] = {"tasks": losses.tasks, "mode": mode}
     batches = [] if batch is None else [batch]
     try:
         if loader is not None:
@@ -93,16 +94,20 @@ def check_problem(problem: Problem, seed: int, device: torch.device, mode: Mode 
     return check(model, None, problem.losses, loader=loader, optimizer=optimizer, mode=mode)
 
 
-def _check_arguments(model: object, batch: object, losses: object, loader: object) -> None:
+def _checked_losses(
+    model: object, batch: object, losses: Any, tasks: Sequence[str] | None, loader: object
+) -> TaskLosses:
     if not isinstance(model, nn.Module):
         raise UsageError(f"check(model, batch, losses) needs the torch.nn.Module that trains, not {type_name(model)}.")
     if batch is None and loader is None:
         raise UsageError("check needs a batch, (inputs, {task name: target}), or loader=..., whose first it draws.")
-    if not isinstance(losses, Mapping) or not all(callable(loss) for loss in losses.values()) or len(losses) < 2:
-        got = f"{type_name(losses)} of {len(losses)}" if isinstance(losses, Mapping) else type_name(losses)
+    found = as_losses(losses, tasks)
+    if len(found.tasks) < 2:
         raise UsageError(
-            f"losses must be {{task name: (output, target) -> scalar}}, for at least two tasks, but is a {got}."
+            f"losses must be {{task name: (output, target) -> scalar}}, for at least two tasks, but is a "
+            f"{type_name(losses)} of {len(found.tasks)}."
         )
+    return found
 
 
 @dataclass
@@ -111,7 +116,7 @@ class _Check:
 
     model: nn.Module
     batches: Sequence[Batch]
-    losses: Mapping[str, Loss]
+    losses: TaskLosses
     mode: Mode
     timed: bool
     problems: list[str] = field(default_factory=list)
@@ -129,12 +134,12 @@ class _Check:
             more["parameters"] = sum(layer.size for layer in found.layers)
             more["shared_parameters"] = sum(layer.size for layer in found.shared)
         if found.losses and found.shared:
-            runs = to_device(self._fullest(found), model_device(self.model))
+            parts = to_device(self._fullest(found), model_device(self.model))
             with nothing_changed(self.model, self.losses):
-                more |= self._try_branching(found, runs[0][0])
-                more |= self._count_costs(runs[0][0])
+                more |= self._try_branching(found, parts[0].inputs)
+                more |= self._count_costs(parts[0].inputs)
                 if self.timed and not found.problems:
-                    more |= self._time_steps(found, runs)
+                    more |= self._time_steps(found, parts)
         return CheckReport(
             tasks=found.tasks,
             batches=found.batches,
@@ -154,9 +159,10 @@ class _Check:
             **more,
         )
 
-    def _fullest(self, found: Preflight) -> list[Batch]:
-        """What runs of the first batch with targets of the most tasks."""
-        return runs_of(max(self.batches, key=lambda batch: len(tasks_of(batch).intersection(found.tasks))))
+    def _fullest(self, found: Preflight) -> list[Part]:
+        """The parts of the first batch with targets of the most tasks."""
+        of_batches = [batch_parts(batch) for batch in self.batches]
+        return max(of_batches, key=lambda parts: len({t for part in parts for t in self.losses.present(part)}))
 
     def _look_at_optimizer(self, optimizer: Any) -> None:
         if optimizer is None:
@@ -220,12 +226,12 @@ class _Check:
                 self.problems.append(f"The forward fails in evaluation mode. {message_of(error)}")
             return {}
 
-    def _time_steps(self, found: Preflight, runs: Sequence[Batch]) -> dict[str, Any]:
+    def _time_steps(self, found: Preflight, parts: Sequence[Part]) -> dict[str, Any]:
         def forward() -> dict[str, Tensor]:
-            found = (task_losses(self.model, fresh(inputs), targets, self.losses) for inputs, targets in runs)
-            return {task: loss for losses in found for task, loss in losses.items()}
+            copies = [Part(fresh(part.inputs), part.targets) for part in parts]
+            return added_up(list(joint_losses(self.model, copies, self.losses)))
 
-        samples = sample_count(runs[0][0]) if len(runs) == 1 else None
+        samples = sample_count(parts[0].inputs) if len(parts) == 1 else None
         if samples == 1:
             self.warnings.append(
                 "The batch has one sample. Gradients of single samples are mostly noise, and batch norm needs two."

@@ -21,7 +21,7 @@ from recon.experiments.run import RUN_FILE, SINGLE_TASK, Run
 from recon.experiments.training.evaluations import Evaluations
 from recon.experiments.training.run_folder import BEST, CHECKPOINT_FILE, METRICS_FILE, RUN_MARKS, RunFolder
 from recon.experiments.training.tensorboard import Events
-from recon.problems.problem import Loss, Problem, Task
+from recon.problems.problem import Problem, Task
 from recon.profiling.conflict_counter import ConflictCounter, Counting
 from recon.support import launch
 from recon.training import RankBatches
@@ -162,7 +162,7 @@ class Training:
 
     def _example_inputs(self) -> object:
         train, _ = make_loaders(self.problem, self.seed)
-        return first_batch(self.problem, train, self.device)[0]
+        return first_batch(self.problem, train, self.device)[0].inputs
 
     def _new_run(self, label: str) -> Run:
         """A record; a resumed training's has the epochs that were done."""
@@ -190,7 +190,7 @@ class Training:
         # Fresh loaders and random state: what was looked at before must not shift the order of the batches.
         train, test = make_loaders(problem, self.seed, self.device)
         seed_everything(self.seed)
-        losses: dict[str, Loss] = {task.name: task.loss for task in tasks}
+        losses = problem.losses_of(task.name for task in tasks)
         keeper = RunFolder(folder, run, self.folder, model, tasks, test, self.evaluations, self.tell)
         counter = None
         if self.counting is not None and not run.is_single_task:

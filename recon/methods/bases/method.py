@@ -33,6 +33,8 @@ class Method(nn.Module, ABC):
             another number in each step.
         memoryless: whether a step depends on no earlier step, except for the position in a random stream. Such a method
             may be given to `recon.backward` by its name.
+        works_alone: whether it does what it is for in steps of a single task, too. Others act between the tasks of a
+            step, and do nothing, or nothing but change its length, where there is one.
         tasks: all task names of the run, in order; empty before `setup`.
     """
 
@@ -40,6 +42,7 @@ class Method(nn.Module, ABC):
     needs_new_losses: bool = False
     scale_free: bool = False
     memoryless: bool = False
+    works_alone: bool = False
 
     def __init__(self) -> None:
         super().__init__()

@@ -22,14 +22,21 @@ Sparse ones come as autograd made them, see `recon.methods.gradients.sparse`.
 """
 
 
-def differentiate(losses: Mapping[str, Tensor], reach: Reach, buffers: Iterable[Tensor], receive: Receive) -> None:
+def differentiate(
+    losses: Mapping[str, Tensor],
+    reach: Reach,
+    buffers: Iterable[Tensor],
+    receive: Receive,
+    retain_graph: bool = False,
+) -> None:
     """A backward pass for each loss, which hands over every large gradient as soon as it is whole, and keeps none.
 
     A gradient that has just been made is still in the cache, and its memory is free for the next: this is quicker
     than collecting the gradients first, and takes less memory. (Small ones are collected: a hook costs more.)
 
     The losses are of all the tasks of `reach` or some of them. The model's buffers end as one backward pass leaves
-    them: one that runs a part of the forward again (activation checkpoints) moves running statistics.
+    them: one that runs a part of the forward again (activation checkpoints) moves running statistics. The graph is
+    freed, unless `retain_graph` says that other losses still need it.
     """
     present = [(number, task) for number, task in enumerate(reach.tasks) if task in losses]
     watched = [(buffer, buffer._version) for buffer in buffers]
@@ -37,7 +44,7 @@ def differentiate(losses: Mapping[str, Tensor], reach: Reach, buffers: Iterable[
     for number, task in present:
         leaves = [*reach.parameters[task], *reach.outside.get(task, [])]
         # Only the last pass may free the graph: the tasks share its trunk.
-        _pass(number, losses[task], leaves, (number, task) != present[-1], receive)
+        _pass(number, losses[task], leaves, retain_graph or (number, task) != present[-1], receive)
         # BatchNorm's counter shows that it was moved; its running mean and variance do not.
         if (number, task) == present[0] and any(buffer._version != version for buffer, version in watched):
             after_one = [buffer.clone() for buffer, _ in watched]

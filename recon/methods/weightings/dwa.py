@@ -38,6 +38,8 @@ class DWA(Weighting):
         UsageError: the temperature is not a positive number.
     """
 
+    works_alone = True
+
     loss_sum: Tensor
     steps: Tensor
     averages: Tensor

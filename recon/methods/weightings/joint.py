@@ -32,6 +32,8 @@ class Joint(Weighting):
         UnknownNameError: from `setup`: a weight is for no task of the run.
     """
 
+    works_alone = True
+
     scale_free = True
     memoryless = True
 

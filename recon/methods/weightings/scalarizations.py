@@ -74,6 +74,8 @@ class IMTLL(LearnedScales):
         UsageError: from `combine`: a loss is negative, so that its s would grow without end.
     """
 
+    works_alone = True
+
     def combine(self, losses: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """See `Weighting.combine`."""
         values, positions = self._stack(losses), self._positions(losses)

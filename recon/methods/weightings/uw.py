@@ -23,6 +23,8 @@ class UW(LearnedScales):
     along with the model, without weight decay. The log-variance of an absent task gets no gradient.
     """
 
+    works_alone = True
+
     factor = 2.0  # TorchJD keeps the paper's factor 1/2, which would start at half the sum of the losses.
 
     def _scalarizer(self) -> nn.Module:

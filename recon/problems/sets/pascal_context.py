@@ -18,8 +18,9 @@ from recon.models.pretrained import load_pretrained
 from recon.problems.file_loading import FileLoader
 from recon.problems.files.pascal_mt import CLASSES, FOLDERS, SPLITS, PascalMT, collate, read_names
 from recon.problems.files.roots import open_root, require_files
+from recon.problems.losses import Loss
 from recon.problems.options import check_available, check_train_samples
-from recon.problems.problem import Loss, Metric, Problem, ReducedRun, Search, Task
+from recon.problems.problem import Metric, Problem, ReducedRun, Search, Task
 from recon.problems.tasks.dense import IGNORE, segmentation_loss
 from recon.problems.tasks.dense_metrics import mean_angle, mean_iou
 from recon.problems.tasks.metrics import late
@@ -148,5 +149,5 @@ def normals_loss(output: Tensor, target: Tensor) -> Tensor:
     return ((F.normalize(output, dim=1) - target).abs() * known).sum() / (3 * known.sum())
 
 
-def _times(weight: float, loss: Loss) -> Callable[[Tensor, Tensor], Tensor]:
+def _times(weight: float, loss: Callable[[Tensor, Tensor], Tensor]) -> Loss:
     return lambda output, target: weight * loss(output, target)

@@ -16,8 +16,18 @@ from recon.support.network.trees import map_tree
 
 Tree = TypeVar("Tree")
 
-Batch = tuple[Any, Mapping[str, Any]]
-"""`(inputs, {task name: target})`; a task whose target is missing is skipped for that step."""
+Batch = tuple[Any, Mapping[str, Any]] | Mapping[str, tuple[Any, Any] | None]
+"""`(inputs, {task name: target})`, or `{task name: (inputs, target)}` where each task has inputs of its own.
+
+A task whose target is missing or None is skipped for that step.
+"""
+
+
+class Part(NamedTuple):
+    """What runs through the model at once: a batch, or what one task has of a joint batch."""
+
+    inputs: Any
+    targets: Mapping[str, Any]
 
 
 class Inputs(NamedTuple):
@@ -103,19 +113,46 @@ def _leaf_to_device(leaf: Any, device: torch.device | str) -> Any:
     return leaf.to(device) if hasattr(leaf, "to") else leaf
 
 
-def unpack(batch: Any) -> Batch:
-    """A batch as `(inputs, {task name: target})`; an error if it is anything else."""
+def batch_parts(batch: Any) -> list[Part]:
+    """What of a batch runs through the model at once: all of it, or one task's inputs after the other.
+
+    Raises:
+        ProblemError: the batch is neither `(inputs, {task name: target})` nor `{task name: (inputs, target)}`.
+    """
     match batch:
+        case Inputs():
+            got = "recon.inputs(...) without targets"
         case (inputs, Mapping() as targets):
-            return inputs, targets
+            return [Part(inputs, targets)]
+        case Mapping():
+            return [part for task, pair in batch.items() if (part := _part_of(task, pair)) is not None]
         case list() | tuple():
             got = f"({', '.join(type(part).__name__ for part in batch)})"
         case _:
             got = type(batch).__name__
     raise ProblemError(
         f"A batch must be (inputs, {{task name: target}}), but the data loader gave {got}. "
-        "Let the data set return (inputs, {'task name': target, ...}) for each sample."
+        "Let the data set return (inputs, {'task name': target, ...}) for each sample. Where each task has a loader of "
+        "its own, join them: recon.joint_loader({'task name': loader, ...})."
     )
+
+
+def _part_of(task: Any, pair: Any) -> Part | None:
+    """One task's inputs and target in a joint batch; None for a task that is absent."""
+    if pair is None:
+        return None
+    if isinstance(task, str) and isinstance(pair, (tuple, list)) and not isinstance(pair, Inputs) and len(pair) == 2:
+        return Part(pair[0], {task: pair[1]})
+    got = f"({', '.join(type(part).__name__ for part in pair)})" if type(pair) in (tuple, list) else type_name(pair)
+    raise ProblemError(
+        f"A batch that is a dict must be {{task name: (inputs, target)}}, but the data loader gave one with {task!r}: "
+        f"{got}. Where all tasks have the same inputs, a batch is (inputs, {{task name: target}})."
+    )
+
+
+def tasks_of(part: Part, tasks: Iterable[str]) -> list[str]:
+    """Those of `tasks` that have a target in a part of a batch."""
+    return [task for task in tasks if part.targets.get(task) is not None]
 
 
 def task_outputs(model: nn.Module, inputs: Any, tasks: Iterable[str]) -> Mapping[str, Any]:
@@ -129,7 +166,7 @@ def check_outputs(outputs: Any, tasks: Iterable[str]) -> Mapping[str, Any]:
         got = "Tensor" if isinstance(outputs, Tensor) else type_name(outputs)
         raise ProblemError(
             f"The model must return {{task name: output}}, but it returned {got}. Let its forward return a dict with "
-            "one entry for each task."
+            "one entry for each task, or name the outputs of a tuple: recon.name_outputs(model, ('seg', 'depth'))."
         )
     missing = [task for task in tasks if task not in outputs]
     if missing:
