@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from recon.problems import Metric, Problem, Search, Task
     from recon.profiling import Profiler, profile
     from recon.support.network.forward import inputs
-    from recon.training import Epoch, History, Recorder, delta_m, evaluate, train
+    from recon.support.network.outputs import name_outputs
+    from recon.training import Epoch, History, Recorder, delta_m, evaluate, joint_loader, train
 
 __all__ = [
     "BranchPlan",
@@ -47,11 +48,13 @@ __all__ = [
     "experiments",
     "extract_task",
     "inputs",
+    "joint_loader",
     "load",
     "lower",
     "maps",
     "methods",
     "models",
+    "name_outputs",
     "plan",
     "plans",
     "problems",
@@ -92,11 +95,13 @@ if not TYPE_CHECKING:  # the type checker must not take every name for a public 
             "experiments": "experiments",
             "extract_task": "branching",
             "inputs": "support.network.forward",
+            "joint_loader": "training",
             "load": "branching",
             "lower": "branching",
             "maps": "maps",
             "methods": "methods",
             "models": "models",
+            "name_outputs": "support.network.outputs",
             "plan": "plans",
             "plans": "plans",
             "problems": "problems",

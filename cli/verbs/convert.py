@@ -111,7 +111,7 @@ def _run(args: argparse.Namespace) -> Report:
     branched = recon.convert(plain, choice.plan, example, mode=args.mode, init=init, copies=args.copies)
     verified = None if args.no_verify else recon.verify(plain, branched, example)
     models = {"plain": plain, "branched": branched}
-    counted = {name: run_costs.costs_per_sample(model, batch[0]) for name, model in models.items()}
+    counted = {name: run_costs.costs_per_sample(model, batch[0].inputs) for name, model in models.items()}
     _save(args, problem, branched, plan_of(branched), counted["branched"])
     tell("Timing training steps of both models ...")
     steps = {name: run_costs.TrainingStep(problem, model, batch) for name, model in models.items()}

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from recon.errors import ProblemError, UsageError, type_name
 from recon.support.network.forward import Part, tasks_of
 
-Loss = Callable[[Any, Any], "Tensor | None"]
+Loss = Callable[[Any, Any], Any]
 """`(output, target) -> scalar`; None if the task is absent in this batch after all."""
 
 BatchLoss = Callable[[Mapping[str, Any], Part], Mapping[str, "Tensor | None"]]
@@ -123,6 +123,13 @@ class LossOfBatch(TaskLosses):
     def modules(self) -> list[nn.Module]:
         """See `TaskLosses.modules`."""
         return [self.function] if isinstance(self.function, nn.Module) else []
+
+
+def of_batch(output: Any, target: Any) -> Tensor:
+    """Stands for the loss of a task whose problem has one function for the losses of the whole batch."""
+    raise ProblemError(
+        "This task has no loss of its own: its problem's batch_loss gives the losses of the whole batch."
+    )
 
 
 def as_losses(losses: Losses | TaskLosses, tasks: Sequence[str] | None = None) -> TaskLosses:

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from recon.errors import ProblemError
-from recon.problems.losses import BatchLoss, Loss, LossOfBatch, LossOfEach, TaskLosses
+from recon.problems.losses import BatchLoss, Loss, LossOfBatch, LossOfEach, TaskLosses, of_batch
 from recon.support.network.forward import Batch
 from recon.support.network.outputs import check_names, name_outputs
 
@@ -44,7 +44,7 @@ class Task:
     """
 
     name: str
-    loss: Loss | None = None
+    loss: Loss = of_batch
     metrics: Sequence[Metric] = ()
 
     def __post_init__(self) -> None:
@@ -53,7 +53,7 @@ class Task:
                 f"Task name {self.name!r} cannot be used: names become parts of parameter names, so they "
                 "must not be empty nor contain '.' or '+'. Rename the task, for example with '_'."
             )
-        if self.loss is not None and not callable(self.loss):
+        if not callable(self.loss):
             raise ProblemError(
                 f"The loss of task {self.name!r} is {self.loss!r}, which cannot be called. Pass a function (output, "
                 "target) -> scalar, such as torch.nn.functional.mse_loss."
@@ -165,7 +165,7 @@ class Problem:
 
     def _check_losses(self) -> None:
         if self.batch_loss is None:
-            without = [task.name for task in self.tasks if task.loss is None]
+            without = [task.name for task in self.tasks if task.loss is of_batch]
             if without:
                 raise ProblemError(
                     f"Task {without[0]!r} of problem {self.name!r} has no loss. Give it one, or the problem a "
@@ -178,8 +178,8 @@ class Problem:
                 "(outputs, batch) -> {task name: scalar}."
             )
         for task in self.tasks:
-            if task.loss is not None or not task.metrics:
-                wrong = "has no metric" if task.loss is None else "has a loss of its own, too"
+            if task.loss is not of_batch or not task.metrics:
+                wrong = "has no metric" if task.loss is of_batch else "has a loss of its own, too"
                 raise ProblemError(
                     f"Problem {self.name!r} has a batch_loss, but its task {task.name!r} {wrong}. Pass "
                     "recon.Task(name, metrics=[...]): the loss comes from batch_loss, the results from the metrics."
@@ -206,7 +206,7 @@ class Problem:
         """`{task name: loss}`, or the loss of the whole batch: as `recon.profile` and `recon.train` need it."""
         if self.batch_loss is not None:
             return LossOfBatch(self.batch_loss, self.task_names, self.task_names)
-        return {task.name: task.loss for task in self.tasks if task.loss is not None}
+        return {task.name: task.loss for task in self.tasks}
 
     def losses_of(self, tasks: Iterable[str]) -> TaskLosses:
         """The losses of these tasks alone."""

@@ -10,10 +10,11 @@ if TYPE_CHECKING:
     from recon.training.batch_stream import RankBatches
     from recon.training.evaluation import delta_m, evaluate
     from recon.training.history import Epoch, History
+    from recon.training.joint_batches import joint_loader
     from recon.training.recorder import Recorder
     from recon.training.trainer import train
 
-__all__ = ["Epoch", "History", "RankBatches", "Recorder", "delta_m", "evaluate", "train"]
+__all__ = ["Epoch", "History", "RankBatches", "Recorder", "delta_m", "evaluate", "joint_loader", "train"]
 
 if not TYPE_CHECKING:
     __getattr__, __dir__ = lazy_face(
@@ -25,6 +26,7 @@ if not TYPE_CHECKING:
             "Recorder": "recorder",
             "delta_m": "evaluation",
             "evaluate": "evaluation",
+            "joint_loader": "joint_batches",
             "train": "trainer",
         },
     )

@@ -156,8 +156,6 @@ def _update(states: Mapping[str, MetricState], task: Task, output: Any, target: 
         for state in states.values():
             state.update(output, target)
         return True
-    if task.loss is None:
-        raise ProblemError(f"Task {task.name!r} has neither a metric nor a loss to evaluate it by. Give it a metric.")
     loss = task.loss(output, target)
     if loss is None:
         return False

@@ -168,18 +168,18 @@ def train(
                 with checkpoints.step():
                     take_floor(run, losses, update, updates)
                     stepper.take(chain([update], islice(updates, updates_in_step(accumulate) - 1)))
+                    if profiler is not None:
+                        run.meetings.refuse_none(len(losses.tasks))
                     run.stopped = stop is not None and stop()
                     if updates.ahead and not run.stopped:  # the loader is past it: nothing is saved before it is done
                         stepper.take(islice(updates, 1))
                         run.stopped = stop is not None and stop()
-                if profiler is not None:
-                    run.meetings.refuse_none(len(losses.tasks))
                 if run.stopped:
                     break
                 checkpoints.save_if_due()
-            if profiler is not None and not run.stopped:
-                run.meetings.refuse_none(len(losses.tasks), epoch_ends=True)
             with checkpoints.step():
+                if profiler is not None and not run.stopped:
+                    run.meetings.refuse_none(len(losses.tasks), epoch_ends=True)
                 method.end_epoch()
                 run.end_epoch(run.meter.epoch() if run.stopped else run.meter.whole_epoch(losses.tasks))
 

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from weakref import WeakKeyDictionary
 
-from recon.methods.bases.aggregator import Aggregator
 from recon.methods.bases.method import Method
+from recon.support.processes import gather
 
 logger = logging.getLogger(__name__)
 
@@ -33,14 +33,15 @@ _seen: WeakKeyDictionary[Method, _Seen] = WeakKeyDictionary()
 
 def warn_of_one_task_steps(method: Method, tasks: Sequence[str]) -> None:
     """Note which tasks a step had, and warn once if the first steps of a method for several tasks had one each."""
-    if not isinstance(method, Aggregator):
+    if method.works_alone:
         return
     seen = _seen.setdefault(method, _Seen())
     if seen.done:
         return
+    here = {task for found in gather(tuple(tasks)) for task in found}
     seen.steps += 1
-    seen.tasks.update(tasks)
-    if len(tasks) > 1:
+    seen.tasks |= here
+    if len(here) > 1:
         seen.done = True
     elif seen.steps >= _STEPS and len(seen.tasks.union(method.tasks)) > 1:
         seen.done = True

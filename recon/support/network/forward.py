@@ -16,7 +16,7 @@ from recon.support.network.trees import map_tree
 
 Tree = TypeVar("Tree")
 
-Batch = tuple[Any, Mapping[str, Any]] | Mapping[str, tuple[Any, Any] | None]
+Batch = Any
 """`(inputs, {task name: target})`, or `{task name: (inputs, target)}` where each task has inputs of its own.
 
 A task whose target is missing or None is skipped for that step.
