@@ -22,8 +22,8 @@ from recon.support.network.forward import Part, model_device, task_outputs
 from recon.support.network.graph import reached_leaves
 from recon.support.network.layers import find_layers
 from recon.support.network.state import state_kept
-from recon.training.forward_pass import make_update
 from recon.training.optimizers import as_one
+from recon.training.updater import Updater
 
 logger = logging.getLogger(__name__)
 
@@ -84,11 +84,12 @@ class TrainingStep:
         self.method.setup(self.losses.tasks)
         self.method.to(model_device(self.model))
         self.method.attach(self.model)
+        self.update = Updater(self.model, self.losses, self.method)
         self.optimizer = as_one(make_optimizer(problem, self.model, Recipe()))
         self.parts = [part for part in batch if self.losses.present(part)]
 
     def __call__(self) -> None:
         """Take a step."""
         self.optimizer.zero_grad()
-        make_update(self.model, self.parts, self.losses, self.method)
+        self.update(self.parts)
         self.optimizer.step()

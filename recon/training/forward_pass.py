@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from recon.methods import Method
-from recon.methods.gradients.observer import StepObserver
 from recon.methods.gradients.sparse import entries
 from recon.problems.losses import TaskLosses
 from recon.support.network.forward import Part
-from recon.support.processes import world_size
 from recon.training.precision import Precision
 
 PLAIN = Precision(None, torch.device("cpu"))
@@ -43,47 +40,6 @@ def joint_losses(
     for part in parts:
         found = part_losses(model, part, losses, precision)
         yield {task: loss / n if (n := counts.get(task, 1)) > 1 else loss for task, loss in found.items()}
-
-
-def make_update(
-    model: nn.Module,
-    parts: Sequence[Part],
-    losses: TaskLosses,
-    method: Method,
-    profiler: StepObserver | None = None,
-    precision: Precision = PLAIN,
-    check: Callable[[Mapping[str, Tensor]], None] = lambda losses: None,
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Accumulate the method's update of a batch, or of a joint step, into `.grad`.
-
-    Of several parts, each runs its own forward and backward, and its graph is freed before the next.
-
-    Args:
-        model: the model.
-        parts: on its device.
-        losses: of the tasks.
-        method: set up for these.
-        profiler: records the step.
-        precision: of the forward.
-        check: is shown the losses of each part before they are differentiated.
-
-    Returns:
-        `{task: loss}`, detached, empty if no task is present; and `{task: weight}`, as `recon.backward` gives it.
-    """
-
-    def checked() -> Iterator[dict[str, Tensor]]:
-        for found in joint_losses(model, parts, losses, precision):
-            check(found)
-            yield found
-
-    if len(parts) > 1:
-        total, weights = precision.joint_backward(checked(), model, method, profiler)
-        return {task: total[task] for task in losses.tasks if task in total}, weights
-    found = next(checked(), {})
-    if not found and world_size() == 1:  # other ranks may have some
-        return {}, {}
-    weights = precision.backward(found, model, method, profiler)
-    return {task: loss.detach() for task, loss in found.items()}, weights
 
 
 def part_counts(parts: Sequence[Part], losses: TaskLosses) -> dict[str, int]:

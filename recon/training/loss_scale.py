@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,26 +16,10 @@ from recon.methods.gradients.observer import StepObserver
 from recon.methods.updates.step import backward
 from recon.methods.window import Window
 from recon.support.network.hooks import hooked
-from recon.support.processes import gather, world_size
+from recon.support.processes import gather
 
 _FIRST = 2.0**16
 _GOOD_STEPS = 2000  # steps before a larger scale is tried
-
-
-def add_parts(window: Window, parts: Iterable[Mapping[str, Tensor]]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """One joint step: the losses of each forward are differentiated before the next runs.
-
-    Returns:
-        `{task: loss}`, detached, empty if no task is present; and `{task: weight}`.
-    """
-    total: dict[str, Tensor] = {}
-    for losses in parts:
-        for number, (task, loss) in enumerate(losses.items(), start=1):
-            window.add(task, loss, retain_graph=number < len(losses))
-            total[task] = total[task] + loss.detach() if task in total else loss.detach()
-    if not total and world_size() == 1:  # other ranks may have some
-        return {}, {}
-    return total, window.step()
 
 
 class LossScale:
@@ -57,18 +41,17 @@ class LossScale:
     ) -> dict[str, Tensor]:
         """See `recon.backward`; no weights where a gradient was not finite."""
         with self._divided(model, method):
-            return backward(self._multiplied(losses), model, method, profiler=profiler)
+            return backward(self.multiplied(losses), model, method, profiler=profiler)
         return {}
 
-    def joint_backward(
-        self, window: Window, parts: Iterable[Mapping[str, Tensor]]
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """See `add_parts`; no weights where a gradient was not finite."""
-        losses: dict[str, Tensor] = {}
-        weights: dict[str, Tensor] = {}
+    @contextmanager
+    def joint_step(self, window: Window) -> Iterator[None]:
+        """Around one step of a window, to which `multiplied` losses are added; see `backward`."""
         with self._divided(window.model, window.method):
-            losses, weights = add_parts(window, map(self._multiplied, parts))
-        return losses, weights
+            try:
+                yield
+            finally:
+                window.discard()
 
     @contextmanager
     def _divided(self, model: nn.Module, method: Method) -> Iterator[None]:
@@ -114,7 +97,7 @@ class LossScale:
         """Go on from there."""
         self.value, self._good = state["value"], state["good"]
 
-    def _multiplied(self, losses: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def multiplied(self, losses: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The same values, with gradients `value` times as large."""
         return {task: loss.detach() + self.value * (loss - loss.detach()) for task, loss in losses.items()}
 

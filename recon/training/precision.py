@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal, get_args
 
 import torch
@@ -15,7 +16,7 @@ from recon.methods.updates.step import backward
 from recon.methods.window import Window
 from recon.support.network.forward import task_outputs
 from recon.support.network.trees import map_tree
-from recon.training.loss_scale import LossScale, add_parts
+from recon.training.loss_scale import LossScale
 
 Amp = Literal["bf16", "fp16"]
 """What autocast computes the forward in."""
@@ -58,18 +59,14 @@ class Precision:
             return backward(losses, model, method, profiler=profiler)
         return self.scale.backward(losses, model, method, profiler)
 
-    def joint_backward(
-        self,
-        parts: Iterable[Mapping[str, Tensor]],
-        model: nn.Module,
-        method: Method,
-        profiler: StepObserver | None,
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """One step of the losses of several forwards, each differentiated before the next runs: losses and weights."""
-        window = Window(model, method, profiler=profiler)
+    @contextmanager
+    def joint_step(self, window: Window, losses: Iterable[dict[str, Tensor]]) -> Iterator[Iterable[dict[str, Tensor]]]:
+        """Around one step of a window: the losses as they are to be added to it."""
         if self.scale is None:
-            return add_parts(window, parts)
-        return self.scale.joint_backward(window, parts)
+            yield losses
+        else:
+            with self.scale.joint_step(window):
+                yield map(self.scale.multiplied, losses)
 
     def scaled(self, losses: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The losses times what keeps their gradients from vanishing, for gradients of which only cosines are read."""

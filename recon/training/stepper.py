@@ -21,24 +21,31 @@ from recon.support.network.state import state_kept
 from recon.support.processes import average_, gather, world_size
 from recon.support.random_states import global_states_kept
 from recon.training.accumulation import Update
-from recon.training.forward_pass import added_up, joint_losses, make_update, non_finite_tasks, part_losses
+from recon.training.forward_pass import added_up, joint_losses, non_finite_tasks, part_losses
 from recon.training.optimizers import take_step
 from recon.training.recorder import Recorder, Step
 from recon.training.run import TrainingRun
+from recon.training.updater import Updater
 
 logger = logging.getLogger(__name__)
 
 Scalars = Mapping[str, Tensor]
 
 
-@dataclass(frozen=True)
 class Stepper:
     """Takes the steps of a training; `clip` is the largest norm of an update, the recorder is told of every step."""
 
-    run: TrainingRun
-    losses: TaskLosses
-    clip: float | None = None
-    recorder: Recorder | None = None
+    def __init__(
+        self, run: TrainingRun, losses: TaskLosses, clip: float | None = None, recorder: Recorder | None = None
+    ) -> None:
+        self.run = run
+        self.losses = losses
+        self.clip = clip
+        self.recorder = recorder
+        # The meter is another one in each epoch.
+        self._update = Updater(
+            run.model, losses, run.method, run.profiler, run.precision, lambda found: run.meter.check(found)
+        )
 
     def take(self, updates: Iterable[Update]) -> None:
         """One optimizer step, with the mean of a few updates; none if no task is present."""
@@ -82,9 +89,7 @@ class Stepper:
         if run.position[:2] == (1, 0):
             _warn_of_other_names(parts, self.losses)
         try:
-            losses, weights = make_update(
-                run.model, parts, self.losses, run.method, run.profiler, run.precision, run.meter.check
-            )
+            losses, weights = self._update(parts)
         except NonFiniteError:
             run.meter.check_pending()  # a loss that is NaN says more than its gradient
             raise

@@ -21,7 +21,7 @@ from recon.problems.losses import Losses, TaskLosses, as_losses
 from recon.support.network.forward import Batch, model_device
 from recon.support.network.trainable import refuse_untrainable
 from recon.support.processes import broadcast_model
-from recon.training.accumulation import Accumulate, check_accumulate, updates_in_step, updates_of
+from recon.training.accumulation import Accumulate, Update, check_accumulate, updates_in_step, updates_of
 from recon.training.batch_stream import BatchStream, batch_count
 from recon.training.checkpoints import Checkpoints
 from recon.training.history import Epoch, History
@@ -150,6 +150,13 @@ def train(
     settings = {"clip": clip, "accumulate": accumulate, "amp": amp, **(settings or {})}
     checkpoints = Checkpoints(run, checkpoint, seconds=checkpoint_seconds, settings=settings, on_save=on_checkpoint)
     stepper = Stepper(run, losses, clip, recorder)
+
+    def take(updates: Iterable[Update]) -> None:
+        stepper.take(updates)
+        if profiler is not None:
+            run.meetings.refuse_none(len(losses.tasks))
+        run.stopped = stop is not None and stop()
+
     checkpoints.open(resume, epochs)
     with checkpoints.kept(), recorder or nullcontext():
         while True:
@@ -167,13 +174,9 @@ def train(
             for update in updates:
                 with checkpoints.step():
                     take_floor(run, losses, update, updates)
-                    stepper.take(chain([update], islice(updates, updates_in_step(accumulate) - 1)))
-                    if profiler is not None:
-                        run.meetings.refuse_none(len(losses.tasks))
-                    run.stopped = stop is not None and stop()
+                    take(chain([update], islice(updates, updates_in_step(accumulate) - 1)))
                     if updates.ahead and not run.stopped:  # the loader is past it: nothing is saved before it is done
-                        stepper.take(islice(updates, 1))
-                        run.stopped = stop is not None and stop()
+                        take(islice(updates, 1))
                 if run.stopped:
                     break
                 checkpoints.save_if_due()

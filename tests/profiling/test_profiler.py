@@ -283,7 +283,7 @@ def test_nothing_profiled_yet(model):
 
 
 def test_no_shared_layer(model):
-    with pytest.raises(UsageError, match="No two tasks have met in the first 4 steps .a in 2, b in 2"):
+    with pytest.raises(UsageError, match=r"No two tasks have met in the first 4 steps \(a in 2, b in 2\)"):
         recon.profile(model, list(batches(4, a={0, 1}, b={2, 3})), LOSSES, optimizer=sgd(model), epochs=1)
 
 
