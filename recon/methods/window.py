@@ -16,7 +16,7 @@ from recon.methods.gradients.held import HeldGradients
 from recon.methods.gradients.jacobian import Workspace, add_gradient
 from recon.methods.gradients.observer import SketchesByTask, StepObserver
 from recon.methods.gradients.passes import differentiate
-from recon.methods.gradients.reach import LossReach, Reach, no_gradient
+from recon.methods.gradients.reach import LossReach, Reach, agreed, no_gradient
 from recon.methods.gradients.sparse import add
 from recon.methods.torchjd_adapter import wrap
 from recon.methods.updates.scaled_losses import LossScaleLike
@@ -165,13 +165,8 @@ class Window:
 
     def _step(self) -> dict[str, Tensor]:
         if self._sums_up:
-            self._record_sketches()
-            for leaf, gradient in self._sum.gradients.items():
-                add_gradient(leaf, gradient)
-            return weigh(self.method, self._values, tuple(self._values), self._parameters[0].device)  # type: ignore[arg-type]
-        order = self.tasks or self.method.tasks
-        tasks = [task for task in order if task in self._held]
-        tasks += [task for task in self._held if task not in tasks]
+            return self._step_of_sum()
+        tasks = self._in_order()
         losses = {task: self._held[task].as_loss(self._values[task]) for task in tasks}
         if self._by_name is not None:
             self.method = method_by_name(self._by_name, self._named_for, tasks)
@@ -183,7 +178,7 @@ class Window:
         """Whether nobody needs the whole gradients of each task."""
         plain = isinstance(self.method, Weighting) and adds_up(self.method)
         whole = self.profiler is not None and self.profiler.memory == "exact"
-        return plain and not whole and world_size() == 1
+        return plain and not whole
 
     def _refuse_broken(self) -> None:
         if self._broken:
@@ -192,13 +187,31 @@ class Window:
                 "step's sum already. Call window.discard(), and add the tasks of this step again."
             )
 
-    def _record_sketches(self) -> None:
-        if self.profiler is None or not self.profiler.begin_step() or self._sketches is None:
-            return
-        reach = Reach.of_tasks(self._reached, self._parameters, {})
-        inside = set(self._parameters)
-        others = [gradient for leaf, gradient in self._sum.gradients.items() if leaf not in inside]
-        self.profiler.observe_by_task(self._sketches, reach, others)
+    def _step_of_sum(self) -> dict[str, Tensor]:
+        total, parameters = self._sum.gradients, self._parameters
+        reached = {task: self._reached[task] for task in self._in_order()}
+        reach = agreed(Reach.of_tasks(reached, parameters, {}, self._tables()), parameters)
+        recorded = self.profiler is not None and self.profiler.begin_step()
+        # A rank without losses has begun no sketches.
+        sketches = None
+        if recorded and self.profiler is not None and (self._sketches or not self._values):
+            sketches = (self._sketches or self.profiler.sketches_by_task()).of(reach.tasks)
+        reach.average(total, parameters, beside=[] if sketches is None else [sketches])
+        if self.profiler is not None and sketches is not None:
+            inside = set(parameters)
+            self.profiler.observe_by_task(sketches, reach, [g for leaf, g in total.items() if leaf not in inside])
+        weights = weigh(self.method, self._values, reach.tasks, parameters[0].device)  # type: ignore[arg-type]
+        for leaf, gradient in total.items():
+            add_gradient(leaf, gradient)
+        return weights
+
+    def _in_order(self) -> list[str]:
+        """The tasks that were added, in the order of the window's or the method's."""
+        known = [task for task in self.tasks or self.method.tasks if task in self._values]
+        return known + [task for task in self._values if task not in known]
+
+    def _tables(self) -> set[nn.Parameter]:
+        return {leaf for leaf in self._sum.tables if isinstance(leaf, nn.Parameter)}
 
     def _places(self, task: str, found: HeldGradients) -> Mapping[Tensor, Tensor]:
         """Where the step will want the task's gradients, if it is like the last one: no other copy of them is held."""
@@ -216,8 +229,9 @@ class Window:
         if not {first, task} <= set(order):
             return  # how many there will be is not known
         shared = [p for p in self._parameters if p in held.leaves and p in found.leaves and p.requires_grad]
-        tables = [p for p in shared if p in held.tables & found.tables]
-        workspace.matrix([p for p in shared if p not in tables], len(order), tables)
+        looked_up = held.tables & found.tables
+        plain = [p for p in shared if p not in looked_up]
+        workspace.matrix(plain, len(order), [p for p in shared if p in looked_up])
         self._row_of = {task: row for row, task in enumerate(order)}
         for leaf, place in workspace.lend(self._row_of[first], held).items():
             if leaf in held.gradients:

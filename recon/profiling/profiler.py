@@ -237,12 +237,11 @@ class Profiler:
             self._sketch = numbers, GradientSketch([list(layer.parameters.values()) for layer in self.layers])
         return TaskSketches(self._sketch[1], self.device)
 
-    def observe_by_task(self, sketches: TaskSketches, reach: Reach, others: Sequence[Tensor]) -> None:
+    def observe_by_task(self, sketches: Tensor, reach: Reach, others: Sequence[Tensor]) -> None:
         """Record a step that went task by task; `others` are gradients that no layer's sketch has."""
         layers = reach.shared_layers(self._layer_of)
-        of_all = sketches.of(reach.tasks)
-        shared = of_all[:, layers]
-        self._counts.add(layers, reach.tasks, sketch_gramians(shared), [*others, of_all], self.device)
+        shared = sketches[:, layers]
+        self._counts.add(layers, reach.tasks, sketch_gramians(shared), [*others, sketches], self.device)
         self._floor.observe(SketchedGradients(reach.tasks, layers, shared))
 
     def is_stable(self, planned: int | None = None) -> bool:

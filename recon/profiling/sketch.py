@@ -108,8 +108,12 @@ class TaskSketches:
             self._sketch.fold(leaf, gradient, self._of_task[task])
 
     def of(self, tasks: Sequence[str]) -> Tensor:
-        """(T, L, m): the sketches of these tasks."""
-        return torch.stack([self._of_task[task] for task in tasks])
+        """(T, L, m): the sketches of these tasks, zero for one without gradients."""
+        sketches = self._sketch.zeros(len(tasks), self._device)
+        for sketch, task in zip(sketches, tasks, strict=True):
+            if task in self._of_task:
+                sketch.copy_(self._of_task[task])
+        return sketches
 
 
 def sketch_gramians(sketches: Tensor) -> Tensor:

@@ -9,9 +9,8 @@ from torch import Tensor
 from recon.methods.gradients.observer import StepObserver
 from recon.methods.gradients.passes import differentiate
 from recon.methods.gradients.reach import Reach
-from recon.methods.gradients.sparse import add, average_gradients
+from recon.methods.gradients.sparse import add
 from recon.profiling.sketch import GradientSketch
-from recon.support.processes import world_size
 
 
 def sketched_step(
@@ -41,10 +40,5 @@ def sketched_step(
             total[leaf] = add(total[leaf], part) if leaf in total else part.clone()
 
     differentiate(losses, reach, observer.buffers, receive)
-    if world_size() > 1:  # the same gradients, in the same order, on every rank
-        reached = {p for found in reach.parameters.values() for p in found}
-        mine: dict[Tensor, Tensor] = {
-            p: total[p] if p in total else reach.nothing(p) for p in observer.parameters if p in reached
-        }
-        total.update(average_gradients(mine, beside=[sketches]))
+    reach.average(total, observer.parameters, beside=[sketches])
     return sketches, total

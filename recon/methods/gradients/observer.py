@@ -21,6 +21,9 @@ class SketchesByTask(Protocol):
     def fold(self, task: str, leaf: Tensor, gradient: Tensor) -> None:
         """Add a task's gradient at one leaf."""
 
+    def of(self, tasks: Sequence[str]) -> Tensor:
+        """The sketches of these tasks, zero for one without gradients."""
+
 
 class StepObserver(Protocol):
     """Sees the task gradients of a training's steps; `recon.Profiler` is one."""
@@ -62,7 +65,7 @@ class StepObserver(Protocol):
     def sketches_by_task(self) -> SketchesByTask:
         """For the gradients of the step to come, where it goes task by task and needs no whole gradients."""
 
-    def observe_by_task(self, sketches: Any, reach: Reach, others: Sequence[Tensor]) -> None:
+    def observe_by_task(self, sketches: Tensor, reach: Reach, others: Sequence[Tensor]) -> None:
         """Record a step that went task by task, which has begun; `others` are gradients that no sketch has."""
 
     def wants_floor(self) -> bool:

@@ -18,7 +18,7 @@ from torch.autograd.graph import Node
 
 from recon.errors import GradientError, UsageError
 from recon.methods.gradients.held import held
-from recon.methods.gradients.sparse import no_rows
+from recon.methods.gradients.sparse import average_gradients, no_rows
 from recon.support.network.graph import graph_behind, leaves_among
 from recon.support.network.opaque_nodes import Edge, edges_behind, how_hidden, is_compiled
 from recon.support.network.tables import lookup_tables
@@ -60,6 +60,21 @@ class Reach:
     def nothing(self, parameter: nn.Parameter) -> Tensor:
         """A gradient of zero, for a rank that has none of a parameter which another rank reaches."""
         return no_rows(parameter) if parameter in self.tables else torch.zeros_like(parameter)
+
+    def average(
+        self, total: dict[Tensor, Tensor], parameters: Iterable[nn.Parameter], beside: Iterable[Tensor] = ()
+    ) -> None:
+        """Replace gradients, of which a rank may lack some, by their means over the ranks; `parameters` fix the order.
+
+        The tensors `beside` become means in place, in the same messages.
+        """
+        if world_size() == 1:
+            return
+        reached = {p for found in self.parameters.values() for p in found}
+        mine: dict[Tensor, Tensor] = {
+            p: total[p] if p in total else self.nothing(p) for p in parameters if p in reached
+        }
+        total.update(average_gradients(mine, beside))
 
     def shared_layers(self, layer_of: Mapping[Tensor, int]) -> list[int]:
         """Those of some layers that two tasks or more reach, by any of their parameters, in order of their numbers."""
@@ -122,10 +137,10 @@ def find_reach(losses: Mapping[str, Tensor], parameters: Iterable[nn.Parameter])
     for node, output in set().union(*met):
         if node is not None and node in parting and edges_behind(node, output) is None:
             raise UsageError(_hidden_reach(node))
-    return _agreed(Reach.of_tasks(reached, trainable, outside, looked_up - whole), parameters)
+    return agreed(Reach.of_tasks(reached, trainable, outside, looked_up - whole), parameters)
 
 
-def _agreed(reach: Reach, parameters: Sequence[nn.Parameter]) -> Reach:
+def agreed(reach: Reach, parameters: Sequence[nn.Parameter]) -> Reach:
     """What each task reaches on any of the ranks; a rank may lack a task's targets."""
     if world_size() == 1:
         return reach
