@@ -155,13 +155,15 @@ def choose(
     import recon.plans.planning  # late: these import torch
     from recon.branching import load_plan
     from recon.plans import Selection
+    from recon.plans.selection import without
     from recon.support.network.layer_choice import choose_names
     from recon.support.network.layers import find_layers
 
     tasks, groups = problem.task_names, groups_of(args)
     if found is None:
         known = {layer.name: layer.aliases for layer in find_layers(model)}
-        names = choose_names(dict.fromkeys(args.layers, ()) if args.layers else known, args.matching, args.exclude)
+        named = args.layers is not None
+        names = without(args.layers, args.exclude) if named else choose_names(known, args.matching, args.exclude)
         plan = recon.BranchPlan.per_task(names, tasks)
         if not isinstance(groups, str | int):
             plan = recon.BranchPlan.grouped(dict.fromkeys(names, groups), tasks)

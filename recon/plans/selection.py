@@ -114,9 +114,9 @@ class Selection:
     def names(self, found: Match) -> list[str]:
         """The layers that `layers` names: shared ones by an expression, any of the model's by a list."""
         assert self.layers is not None
-        by_expression = isinstance(self.layers, str)
-        known = found.matched if by_expression else self.layers
-        return choose_names(dict.fromkeys(known, ()), self.layers if by_expression else None, self.exclude)
+        if isinstance(self.layers, str):
+            return choose_names(dict.fromkeys(found.matched, ()), self.layers, self.exclude)
+        return without(self.layers, self.exclude)
 
     @property
     def skips(self) -> bool:
@@ -170,6 +170,12 @@ class Selection:
         if self.budget is not None:
             return f"the most conflict within {self.budget}" if self.select == "top" else f"{how}, within {self.budget}"
         return "all norms" if self.top_k is None else how
+
+
+def without(names: Sequence[str], exclude: Patterns | None) -> list[str]:
+    """The names without the excluded ones; one that is named twice still is."""
+    left = choose_names(dict.fromkeys(names, ()), exclude=exclude)
+    return [name for name in names if name in left]
 
 
 def checked_k(k: int, available: Sequence[str], what: str = "shared layers") -> int:

@@ -544,7 +544,7 @@ WRONG = {
     "K too large": ("convert tiny.py:problem --map map.json --top-k 4 --out new", "between 1 and 3"),
     "K too small": ("convert tiny.py:problem --map map.json --top-k 0 --out new", "at least 1"),
     "no layers chosen": ("convert tiny.py:problem --map map.json --out new", "--top-k --share"),
-    "K and layers": ("convert tiny.py:problem --map map.json --top-k 1 --layers mix --out new", "not allowed with"),
+    "K and a share": ("convert tiny.py:problem --map map.json --top-k 1 --share 0.5 --out new", "not allowed with"),
     "K without a map": ("convert tiny.py:problem --top-k 1 --out new", "--map"),
     "select with layers": ("convert tiny.py:problem --layers mix --select random --out new", "--select"),
     "independent copies of given weights": (

@@ -160,7 +160,7 @@ def test_another_data_sets_map_gets_rows_of_its_own(bench_of, files, refused):
     options = "--epochs 1 --seeds 1 --methods joint --top-k 3 --controls none"
     bench_of(options)
     other = json.loads((files / "out" / "map.json").read_text())
-    counts_of = ("histogram", "conflicts", "observed", "series")
+    counts_of = ("histogram", "conflicts", "observed", "series", "below", "pair_series")
     counted = [{name: layer[name] for name in counts_of} for layer in other["layers"]]
     for layer, counts in zip(other["layers"], reversed(counted), strict=True):
         layer.update(counts)
