@@ -51,6 +51,7 @@ class Preflight:
     Attributes:
         tasks: those that have a loss, in order.
         batches: how many were looked at.
+        finished: whether the look came to its end: no forward and no loss failed.
         seen: in how many of them each task has a target.
         met: in how many of them both tasks of a pair have one.
         apart: whether the tasks of a batch come with inputs of their own, and run one after the other.
@@ -65,6 +66,7 @@ class Preflight:
 
     tasks: tuple[str, ...]
     batches: int = 0
+    finished: bool = False
     seen: dict[str, int] = field(default_factory=dict)
     met: dict[Pair, int] = field(default_factory=dict)
     apart: bool = False
@@ -101,7 +103,9 @@ class Preflight:
 
     @property
     def never_met(self) -> list[Pair]:
-        """The pairs of tasks that are in no batch together."""
+        """The pairs of tasks that are in no batch together; none if that is not known."""
+        if not self.finished:
+            return []
         return [pair for pair in combinations(self.tasks, 2) if not self.met.get(pair)]
 
     def refuse(self) -> None:
@@ -127,8 +131,9 @@ def refuse_unprofilable(
     """
     losses = as_losses(losses)
     with suppress(LoaderError):
-        if batches := telling_batches(loader, losses):
-            inspect_batches(model, batches, losses, accumulate).refuse()
+        batches, found = look_ahead(model, losses, [], loader, accumulate)
+        if batches:
+            found.refuse()
 
 
 def refuse_lonely(loader: Iterable[Batch], losses: Losses | TaskLosses, accumulate: Accumulate = 1) -> None:
@@ -142,7 +147,8 @@ def refuse_lonely(loader: Iterable[Batch], losses: Losses | TaskLosses, accumula
     with suppress(LoaderError, ProblemError):  # the training says so when it gets there
         updates = [update.parts for update in updates_of(telling_batches(loader, losses), accumulate, losses)]
         found.batches = len(updates)
-        _meet(found, updates, losses)
+        for parts in updates:
+            _meet(found, [task for part in parts for task in losses.present(part)], len(parts) > 1)
         if found.seen and not found.met and len(found.tasks) > 1:
             raise UsageError(_nobody_meets(found, _where(found)))
 
@@ -157,6 +163,29 @@ def telling_batches(loader: Iterable[Batch], losses: TaskLosses) -> list[Batch]:
     except ProblemError:  # to be told of when it is inspected
         enough = True
     return first if enough else first_batches(loader, LOOKED_AT) or []
+
+
+def look_ahead(
+    model: nn.Module,
+    losses: TaskLosses,
+    given: Sequence[Batch],
+    loader: Iterable[Batch] | None,
+    accumulate: Accumulate = 1,
+) -> tuple[Sequence[Batch], Preflight]:
+    """`inspect_batches` of those given, and of a loader's first: as many as it takes to see whether all tasks meet.
+
+    Returns:
+        The batches looked at, none if there are none, and what they show.
+
+    Raises:
+        LoaderError: the loader raised.
+    """
+    batches = given or (telling_batches(loader, losses) if loader is not None else [])
+    found = inspect_batches(model, batches, losses, accumulate)
+    if found.never_met and loader is not None and len(batches) == 1:
+        batches = [*given, *(first_batches(loader, LOOKED_AT) or [])]
+        found = inspect_batches(model, batches, losses, accumulate)
+    return batches, found
 
 
 def inspect_batches(
@@ -174,22 +203,30 @@ def inspect_batches(
     """
     found = Preflight(losses.tasks, len(batches))
     try:
-        refuse_untrainable(model)
         found.layers = find_layers(unwrapped(model))
+        refuse_untrainable(model)
         updates = [update.parts for update in updates_of(batches, accumulate, losses)]
     except ReconError as error:
         found.problems.append(error)
         return found
     found.batches = len(updates)
-    _meet(found, updates, losses)
     with nothing_changed(model, losses):
-        for part in (part for parts in updates for part in parts):
-            if any(task not in found.losses for task in losses.present(part)):
-                _Look(found, model, losses).at(to_device(part, model_device(model)))
+        for parts in updates:
+            present = [task for part in parts for task in _tasks_of(part, found, model, losses)]
             if found.problems:
                 break
+            _meet(found, present, len(parts) > 1)
+    found.finished = not found.problems
     _judge(found)
     return found
+
+
+def _tasks_of(part: Part, found: Preflight, model: nn.Module, losses: TaskLosses) -> Iterable[str]:
+    """The tasks that are present; it is run, unless their losses are known, and its targets say that they are there."""
+    present = losses.present(part)
+    if isinstance(losses, LossOfEach) and found.losses.keys() >= set(present):
+        return present
+    return _Look(found, model, losses).at(to_device(part, model_device(model)))
 
 
 def nothing_changed(model: nn.Module, losses: TaskLosses) -> ExitStack:
@@ -203,15 +240,14 @@ def nothing_changed(model: nn.Module, losses: TaskLosses) -> ExitStack:
     return block
 
 
-def _meet(found: Preflight, updates: Sequence[Sequence[Part]], losses: TaskLosses) -> None:
-    for parts in updates:
-        here = {task for part in parts for task in losses.present(part)}
-        present = [task for task in found.tasks if task in here]
-        found.apart |= len(parts) > 1
-        for task in present:
-            found.seen[task] = found.seen.get(task, 0) + 1
-        for pair in combinations(present, 2):
-            found.met[pair] = found.met.get(pair, 0) + 1
+def _meet(found: Preflight, tasks: Iterable[str], apart: bool) -> None:
+    here = set(tasks)
+    present = [task for task in found.tasks if task in here]
+    found.apart |= apart
+    for task in present:
+        found.seen[task] = found.seen.get(task, 0) + 1
+    for pair in combinations(present, 2):
+        found.met[pair] = found.met.get(pair, 0) + 1
 
 
 @dataclass(frozen=True)
@@ -222,22 +258,24 @@ class _Look:
     model: nn.Module
     losses: TaskLosses
 
-    def at(self, part: Part) -> None:
-        """Note the losses, and which layers they reach."""
+    def at(self, part: Part) -> Iterable[str]:
+        """Note the losses, and which layers they reach; gives the tasks that have one."""
         try:
             outputs = check_outputs(call(self.model, fresh(part.inputs)), self.losses.needed(part) or ())
         except Exception as error:
             self.found.problems.append(error)
-            return
+            return []
         present = self.losses.present(part)
-        self.found.unused = tuple(str(name) for name in outputs if name not in self.losses.tasks)
+        if isinstance(self.losses, LossOfEach):  # a loss of the whole batch may use them all
+            self.found.unused = tuple(str(name) for name in outputs if name not in self.losses.tasks)
         for task, others in _reads({task: outputs[task] for task in present if task in outputs}).items():
             self.found.reads[task] = tuple(dict.fromkeys((*self.found.reads.get(task, ()), *others)))
         before = len(self.found.problems)
         found = self._losses(outputs, part, present)
-        self.found.losses |= {task: float(loss.detach()) for task, loss in found.items()}
-        if len(self.found.problems) == before:
+        self.found.losses = {t: float(loss.detach()) for t, loss in found.items()} | self.found.losses
+        if len(self.found.problems) == before and found:
             self._follow(found)
+        return found
 
     def _losses(self, outputs: Mapping[str, Any], part: Part, present: Sequence[str]) -> dict[str, Tensor]:
         """Those that can be computed; of a function for each task, one that fails does not hide the others."""
@@ -295,28 +333,29 @@ def _reads(outputs: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
 
 
 def _judge(found: Preflight) -> None:
+    if not found.finished:
+        return
     where = _where(found)
     absent = [task for task in found.tasks if task not in found.seen]
-    all_ran = not found.problems and not absent
     if absent:
         found.warnings.append(
             f"{where[0].upper()}{where[1:]}, {shortened(map(repr, absent))} has no target, so nothing is known of it."
         )
     if not found.met and len(found.tasks) > 1:
         found.problems.append(UsageError(_nobody_meets(found, where)))
-    elif not absent and found.never_met:
+    elif found.never_met and not absent:
         found.warnings.append(
             f"These pairs of tasks never meet {where}: {_pairs(found.never_met)}. Nothing will be known of their "
             f"conflicts. {WHAT_TO_DO}"
         )
-    if all_ran and not found.shared:
+    if not found.shared and not absent:
         found.problems.append(
             UsageError(
                 "No layer is shared: no two tasks' losses depend on the same trainable layer, so there is nothing in "
                 "which they could conflict. Give the tasks a common backbone, or thaw it if it is frozen."
             )
         )
-    elif all_ran and found.strangers:
+    elif found.strangers:
         found.warnings.append(
             f"These pairs of tasks share no trainable layer, so they cannot conflict: {_pairs(found.strangers)}."
         )
@@ -342,4 +381,6 @@ def message_of(error: Exception) -> str:
     """What to tell the user; of an error in the user's code, the line too."""
     if isinstance(error, ReconError):
         return str(error)
-    return f"Your code raised {type(error).__name__}: {reason_of(error)}{where_raised(error)}."
+    line = where_raised(error)
+    what = f"{type(error).__name__}: {reason_of(error)}{line}."
+    return f"Your code raised {what}" if line else f"{what} This was not expected."

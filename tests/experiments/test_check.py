@@ -520,3 +520,28 @@ def test_a_batch_of_single_tasks_of_another_form(net):
     x, targets = batch()
     message = only(recon.check(net, {"a": (x, targets["a"]), "b": targets["b"]}, LOSSES).problems)
     assert "must be {task name: (inputs, target)}, but the data loader gave one with 'b': Tensor" in message
+
+
+def whole_batch(outputs, batch):
+    """Targets under names of their own; the second task is there in every other batch only."""
+    _, targets = batch
+    losses = {"a": F.mse_loss(outputs["a"], targets["sum"])}
+    return losses if targets["first"] is None else {**losses, "b": F.l1_loss(outputs["b"], targets["first"])}
+
+
+def test_a_loss_of_the_whole_batch(net):
+    x, targets = batch()
+    joint = x, {"sum": targets["a"], "first": targets["b"]}
+    report = recon.check(net, joint, whole_batch, tasks=("a", "b"))
+    expected = recon.check(net, batch(), LOSSES, timed=False)
+    assert report.ok and report.losses == expected.losses and report.shared == expected.shared
+    assert report.step_seconds and report.branched
+    alone = x, {"sum": targets["a"], "first": None}
+    report = recon.check(net, None, whole_batch, tasks=("a", "b"), loader=[alone, joint], timed=False)
+    assert report.ok and report.batches == 2 and report.seen == {"a": 2, "b": 1}
+
+
+def test_a_loss_that_is_none_leaves_its_task_out(net):
+    x, targets = batch()
+    losses = {**LOSSES, "b": lambda output, target: None}
+    assert "No two tasks meet in the batch (a in 1)" in only(recon.check(net, (x, targets), losses).problems)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from recon.branching.plan import Mode, checked_mode
-from recon.errors import FanError, LoaderError, ProblemError, ReconError, UsageError, shortened, type_name
+from recon.errors import FanError, LoaderError, ReconError, UsageError, shortened, type_name
 from recon.experiments.checks.report import CheckReport
 from recon.experiments.checks.trial_branching import try_branching
 from recon.experiments.costs import costs_per_sample
@@ -20,19 +20,17 @@ from recon.experiments.optimizers import make_optimizer
 from recon.experiments.recipe import Recipe
 from recon.problems.losses import Losses, TaskLosses, as_losses
 from recon.problems.problem import Problem
-from recon.profiling.preflight import (
-    Preflight,
-    inspect_batches,
-    message_of,
-    nothing_changed,
-    telling_batches,
-)
+from recon.profiling.preflight import Preflight, look_ahead, message_of, nothing_changed
 from recon.profiling.step_prices import memory_prices, step_prices
 from recon.support.network.forward import Batch, Part, batch_parts, fresh, model_device, to_device
 from recon.support.network.layers import module_at, unwrapped
 from recon.training.forward_pass import added_up, joint_losses
 from recon.training.optimizers import as_one, check_parameters, parts_of
 
+_NO_BATCH = (
+    "The loader gave no batch. Check that its data set is not empty. (None is drawn from an iterator, which gives its "
+    "batches once: pass a batch, too.)"
+)
 _ONLY_DENSE = (torch.optim.Adam, torch.optim.AdamW, torch.optim.RMSprop, torch.optim.NAdam, torch.optim.RAdam)
 
 
@@ -71,19 +69,13 @@ def check(
     """
     losses = _checked_losses(model, batch, losses, tasks, loader)
     checked_mode(mode)
-    report: dict[str, Any] = {"tasks": losses.tasks, "mode": mode}
-    batches = [] if batch is None else [batch]
     try:
-        if loader is not None:
-            batches += telling_batches(loader, losses)
-        if not batches:
-            raise ProblemError(
-                "The loader gave no batch. Check that its data set is not empty; of an iterator, which gives its "
-                "batches once, pass one as batch=."
-            )
-    except (LoaderError, ProblemError) as error:
-        return CheckReport(**report, problems=(str(error),))
-    return _Check(model, batches, losses, mode, timed).report(optimizer)
+        batches, found = look_ahead(model, losses, [] if batch is None else [batch], loader)
+    except LoaderError as error:
+        return CheckReport(tasks=losses.tasks, mode=mode, problems=(str(error),))
+    if not batches:
+        return CheckReport(tasks=losses.tasks, mode=mode, problems=(_NO_BATCH,))
+    return _Check(model, batches, losses, found, mode).report(optimizer, timed)
 
 
 def check_problem(problem: Problem, seed: int, device: torch.device, mode: Mode = "fan") -> CheckReport:
@@ -117,29 +109,29 @@ class _Check:
     model: nn.Module
     batches: Sequence[Batch]
     losses: TaskLosses
+    found: Preflight
     mode: Mode
-    timed: bool
     problems: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
-    def report(self, optimizer: Any) -> CheckReport:
-        """Look at everything."""
-        found = inspect_batches(self.model, self.batches, self.losses)
+    def report(self, optimizer: Any, timed: bool) -> CheckReport:
+        """Look at everything else."""
+        found = self.found
         self.problems += map(message_of, found.problems)
         self.warnings += found.warnings
         self._look_at_optimizer(optimizer)
         more: dict[str, Any] = {}
         if found.layers:
-            self._look_at_layers(found)
+            self._look_at_layers()
             more["parameters"] = sum(layer.size for layer in found.layers)
             more["shared_parameters"] = sum(layer.size for layer in found.shared)
         if found.losses and found.shared:
-            parts = to_device(self._fullest(found), model_device(self.model))
+            parts = to_device(self._fullest(), model_device(self.model))
             with nothing_changed(self.model, self.losses):
-                more |= self._try_branching(found, parts[0].inputs)
+                more |= self._try_branching(parts[0].inputs)
                 more |= self._count_costs(parts[0].inputs)
-                if self.timed and not found.problems:
-                    more |= self._time_steps(found, parts)
+                if timed and not found.problems:
+                    more |= self._time_steps(parts)
         return CheckReport(
             tasks=found.tasks,
             batches=found.batches,
@@ -159,7 +151,7 @@ class _Check:
             **more,
         )
 
-    def _fullest(self, found: Preflight) -> list[Part]:
+    def _fullest(self) -> list[Part]:
         """The parts of the first batch with targets of the most tasks."""
         of_batches = [batch_parts(batch) for batch in self.batches]
         return max(of_batches, key=lambda parts: len({t for part in parts for t in self.losses.present(part)}))
@@ -187,7 +179,8 @@ class _Check:
                     "optimizer=[SparseAdam(tables), Adam(others)]; or make the embeddings with sparse=False."
                 )
 
-    def _look_at_layers(self, found: Preflight) -> None:
+    def _look_at_layers(self) -> None:
+        found = self.found
         plain = unwrapped(self.model)
         if plain is not self.model:
             self.warnings.append(
@@ -204,7 +197,8 @@ class _Check:
                 "other. If these differ much, use a norm without running statistics."
             )
 
-    def _try_branching(self, found: Preflight, inputs: Any) -> dict[str, Any]:
+    def _try_branching(self, inputs: Any) -> dict[str, Any]:
+        found = self.found
         names = [layer.name for layer in found.shared]
         trial = try_branching(unwrapped(self.model), names, found.tasks, few_samples(inputs)[0], self.mode)
         if trial.refusal is None:
@@ -226,7 +220,7 @@ class _Check:
                 self.problems.append(f"The forward fails in evaluation mode. {message_of(error)}")
             return {}
 
-    def _time_steps(self, found: Preflight, parts: Sequence[Part]) -> dict[str, Any]:
+    def _time_steps(self, parts: Sequence[Part]) -> dict[str, Any]:
         def forward() -> dict[str, Tensor]:
             copies = [Part(fresh(part.inputs), part.targets) for part in parts]
             return added_up(list(joint_losses(self.model, copies, self.losses)))
@@ -247,5 +241,6 @@ class _Check:
         except ReconError as error:
             self.problems.append(f"A step cannot be profiled. {error}")
             return {}
+        found = self.found
         shared = {layer.name: found.reached[layer.name] for layer in found.shared}
         return {"step_seconds": seconds, "step_bytes": memory_prices(shared, found.shared), "samples": samples}
