@@ -2,33 +2,28 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, field
-from itertools import combinations
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from recon.branching.fans.statement import where_raised
 from recon.errors import (
     GradientError,
     LoaderError,
     ProblemError,
     ReconError,
     UsageError,
-    reason_of,
-    shortened,
 )
 from recon.methods.gradients.reach import compiled_as_one, find_reach
-from recon.methods.updates.one_task_steps import WHAT_TO_DO
 from recon.problems.losses import Losses, LossOfEach, TaskLosses, as_losses
+from recon.profiling.findings import Preflight
 from recon.support.network.forward import Batch, Part, batch_parts, call, check_outputs, fresh, model_device, to_device
 from recon.support.network.graph import graph_behind
-from recon.support.network.layers import Layer, find_layers, unwrapped
+from recon.support.network.layers import find_layers, unwrapped
 from recon.support.network.state import state_kept
 from recon.support.network.trainable import refuse_untrainable
 from recon.support.random_states import global_states_kept
@@ -36,84 +31,8 @@ from recon.training.accumulation import Accumulate, updates_of
 from recon.training.first_look import first_batches
 from recon.training.meetings import FIRST
 
-logger = logging.getLogger(__name__)
-
 LOOKED_AT = FIRST
 """How many batches of a loader are looked at, unless all tasks meet in the first."""
-
-Pair = tuple[str, str]
-
-
-@dataclass
-class Preflight:
-    """What the first batches show.
-
-    Attributes:
-        tasks: those that have a loss, in order.
-        batches: how many were looked at.
-        finished: whether the look came to its end: no forward and no loss failed.
-        seen: in how many of them each task has a target.
-        met: in how many of them both tasks of a pair have one.
-        apart: whether the tasks of a batch come with inputs of their own, and run one after the other.
-        losses: of each task, in the first batch that has its target.
-        unused: the entries of the model's output that are no task's.
-        reads: `{task: others}`, the tasks whose output is computed from that of others.
-        layers: the model's.
-        reached: `{layer: tasks}`, which tasks reach each layer, in model order.
-        problems: what profiling would raise.
-        warnings: what it would not.
-    """
-
-    tasks: tuple[str, ...]
-    batches: int = 0
-    finished: bool = False
-    seen: dict[str, int] = field(default_factory=dict)
-    met: dict[Pair, int] = field(default_factory=dict)
-    apart: bool = False
-    losses: dict[str, float] = field(default_factory=dict)
-    unused: tuple[str, ...] = ()
-    reads: dict[str, tuple[str, ...]] = field(default_factory=dict)
-    layers: list[Layer] = field(default_factory=list)
-    reached: dict[str, tuple[str, ...]] = field(default_factory=dict)
-    problems: list[Exception] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
-
-    @property
-    def shared(self) -> list[Layer]:
-        """The layers that two tasks or more reach."""
-        return [layer for layer in self.layers if len(self.reached.get(layer.name, ())) > 1]
-
-    @property
-    def frozen(self) -> list[str]:
-        """The layers without a trainable parameter."""
-        return [layer.name for layer in self.layers if not any(p.requires_grad for p in layer.parameters.values())]
-
-    @property
-    def unreached(self) -> list[str]:
-        """The trainable layers that no task reaches."""
-        frozen = set(self.frozen)
-        return [layer.name for layer in self.layers if layer.name not in self.reached and layer.name not in frozen]
-
-    @property
-    def strangers(self) -> list[Pair]:
-        """The pairs of tasks that have no layer in common."""
-        together = {pair for tasks in self.reached.values() for pair in combinations(tasks, 2)}
-        seen = [task for task in self.tasks if task in self.losses]
-        return [pair for pair in combinations(seen, 2) if pair not in together]
-
-    @property
-    def never_met(self) -> list[Pair]:
-        """The pairs of tasks that are in no batch together; none if that is not known."""
-        if not self.finished:
-            return []
-        return [pair for pair in combinations(self.tasks, 2) if not self.met.get(pair)]
-
-    def refuse(self) -> None:
-        """Raise the first problem, and log the warnings, if there is none."""
-        if self.problems:
-            raise self.problems[0]
-        for warning in self.warnings:
-            logger.warning("%s", warning)
 
 
 def refuse_unprofilable(
@@ -148,9 +67,9 @@ def refuse_lonely(loader: Iterable[Batch], losses: Losses | TaskLosses, accumula
         updates = [update.parts for update in updates_of(telling_batches(loader, losses), accumulate, losses)]
         found.batches = len(updates)
         for parts in updates:
-            _meet(found, [task for part in parts for task in losses.present(part)], len(parts) > 1)
+            found.meet([task for part in parts for task in losses.present(part)], len(parts) > 1)
         if found.seen and not found.met and len(found.tasks) > 1:
-            raise UsageError(_nobody_meets(found, _where(found)))
+            raise UsageError(found.nobody_meets())
 
 
 def telling_batches(loader: Iterable[Batch], losses: TaskLosses) -> list[Batch]:
@@ -215,9 +134,9 @@ def inspect_batches(
             present = [task for part in parts for task in _tasks_of(part, found, model, losses)]
             if found.problems:
                 break
-            _meet(found, present, len(parts) > 1)
+            found.meet(present, len(parts) > 1)
     found.finished = not found.problems
-    _judge(found)
+    found.judge()
     return found
 
 
@@ -238,16 +157,6 @@ def nothing_changed(model: nn.Module, losses: TaskLosses) -> ExitStack:
     block.enter_context(torch.enable_grad())
     model.train()
     return block
-
-
-def _meet(found: Preflight, tasks: Iterable[str], apart: bool) -> None:
-    here = set(tasks)
-    present = [task for task in found.tasks if task in here]
-    found.apart |= apart
-    for task in present:
-        found.seen[task] = found.seen.get(task, 0) + 1
-    for pair in combinations(present, 2):
-        found.met[pair] = found.met.get(pair, 0) + 1
 
 
 @dataclass(frozen=True)
@@ -330,57 +239,3 @@ def _reads(outputs: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
         if others:
             found[task] = others
     return found
-
-
-def _judge(found: Preflight) -> None:
-    if not found.finished:
-        return
-    where = _where(found)
-    absent = [task for task in found.tasks if task not in found.seen]
-    if absent:
-        found.warnings.append(
-            f"{where[0].upper()}{where[1:]}, {shortened(map(repr, absent))} has no target, so nothing is known of it."
-        )
-    if not found.met and len(found.tasks) > 1:
-        found.problems.append(UsageError(_nobody_meets(found, where)))
-    elif found.never_met and not absent:
-        found.warnings.append(
-            f"These pairs of tasks never meet {where}: {_pairs(found.never_met)}. Nothing will be known of their "
-            f"conflicts. {WHAT_TO_DO}"
-        )
-    if not found.shared and not absent:
-        found.problems.append(
-            UsageError(
-                "No layer is shared: no two tasks' losses depend on the same trainable layer, so there is nothing in "
-                "which they could conflict. Give the tasks a common backbone, or thaw it if it is frozen."
-            )
-        )
-    elif found.strangers:
-        found.warnings.append(
-            f"These pairs of tasks share no trainable layer, so they cannot conflict: {_pairs(found.strangers)}."
-        )
-
-
-def _where(found: Preflight) -> str:
-    return "in the batch" if found.batches == 1 else f"in the first {found.batches} batches"
-
-
-def _nobody_meets(found: Preflight, where: str) -> str:
-    counts = ", ".join(f"{task} in {count}" for task, count in found.seen.items()) or "no task has a target"
-    return (
-        f"No two tasks meet {where} ({counts}): conflicts are those of tasks in the same step, so none could be "
-        f"counted, and no method could act on any. {WHAT_TO_DO}"
-    )
-
-
-def _pairs(pairs: Sequence[Pair]) -> str:
-    return shortened((f"{one} and {other}" for one, other in pairs), 6)
-
-
-def message_of(error: Exception) -> str:
-    """What to tell the user; of an error in the user's code, the line too."""
-    if isinstance(error, ReconError):
-        return str(error)
-    line = where_raised(error)
-    what = f"{type(error).__name__}: {reason_of(error)}{line}."
-    return f"Your code raised {what}" if line else f"{what} This was not expected."

@@ -20,7 +20,8 @@ from recon.experiments.optimizers import make_optimizer
 from recon.experiments.recipe import Recipe
 from recon.problems.losses import Losses, TaskLosses, as_losses
 from recon.problems.problem import Problem
-from recon.profiling.preflight import Preflight, look_ahead, message_of, nothing_changed
+from recon.profiling.findings import Preflight, message_of
+from recon.profiling.preflight import look_ahead, nothing_changed
 from recon.profiling.step_prices import memory_prices, step_prices
 from recon.support.network.forward import Batch, Part, batch_parts, fresh, model_device, to_device
 from recon.support.network.layers import module_at, unwrapped
