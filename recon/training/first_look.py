@@ -10,6 +10,7 @@ from typing import Any
 
 from torch.utils.data import DataLoader
 
+from recon.support.loaders import all_inner_loaders
 from recon.support.network.forward import Batch
 from recon.support.network.state import refill
 from recon.support.random_states import (
@@ -30,12 +31,12 @@ def first_batches(loader: Iterable[Batch], count: int) -> list[Batch] | None:
     the look, and ended; those that persist from an earlier pass have random states of their own, and are not asked.
 
     Returns:
-        None for an iterator, which cannot give a batch twice.
+        None for an iterator, or a loader that draws from one: it cannot give a batch twice.
 
     Raises:
         LoaderError: the loader raised.
     """
-    if isinstance(loader, Iterator):
+    if any(isinstance(each, Iterator) for each in (loader, *all_inner_loaders(loader).values())):
         return None
     with global_states_kept(), _loader_kept(loader):
         stream, batches = BatchStream(loader, remembers=False), []

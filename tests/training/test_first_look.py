@@ -5,8 +5,10 @@ import random
 import numpy as np
 import pytest
 import torch
+from torch.utils._pytree import tree_map
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, IterableDataset, WeightedRandomSampler
 
+import recon
 from recon.errors import LoaderError
 from recon.problems.loading import TensorBatches, shuffled
 from recon.support.random_states import global_states
@@ -65,6 +67,17 @@ class Place:
         return ((torch.tensor([number]), {"a": torch.ones(1)}) for number in self.__iterator)
 
 
+class Pairs:
+    """A task's own loader: `(inputs, target)`."""
+
+    def __init__(self, loader):
+        self.loader, self.passes = loader, 0
+
+    def __iter__(self):
+        self.passes += 1
+        return ((x + self.passes, targets["a"]) for x, targets in self.loader)
+
+
 def weighted():
     generator = torch.Generator().manual_seed(1)
     return DataLoader(Noisy(), 4, sampler=WeightedRandomSampler(torch.ones(12), 12, generator=generator))
@@ -87,13 +100,14 @@ LOADERS = {
     "used-workers": used_workers,
     "tensors": lambda: shuffled(TensorBatches(torch.rand(12, 2), {"a": torch.rand(12)}), 4, seed=1),
     "epochs": Epochs,
+    "joint": lambda: recon.joint_loader({"a": Epochs(), "b": Pairs(DataLoader(Noisy(), 4, shuffle=True))}, length=4),
     "place": Place,
     "list": lambda: [(torch.ones(2), {"a": torch.ones(2)})] * 3,
 }
 
 
 def values(batches):
-    return [(x.tolist(), {task: target.tolist() for task, target in targets.items()}) for x, targets in batches]
+    return [tree_map(lambda leaf: leaf.tolist(), batch) for batch in batches]
 
 
 def made(name):
@@ -122,8 +136,9 @@ def test_no_more_batches_are_drawn_than_asked_for():
 
 
 def test_an_iterator_is_not_used_up():
-    batches = iter([(torch.ones(2), {"a": torch.ones(2)})])
+    batches = iter([(torch.ones(2), torch.ones(2))])
     assert first_batches(batches, 1) is None
+    assert first_batches(recon.joint_loader({"a": batches}, length="shortest"), 1) is None
     assert len(list(batches)) == 1
 
 
