@@ -516,6 +516,13 @@ def test_batches_of_single_tasks(net):
     assert later.ok and later.seen == {"a": 2, "b": 2} and later.batches == 3
 
 
+def test_joined_loaders(net):
+    x, targets = batch()
+    loader = recon.joint_loader({task: [(x, targets[task])] * (3 - n) for n, task in enumerate(targets)})
+    report = recon.check(net, None, LOSSES, loader=loader, timed=False)
+    assert report.ok and report.batches == 1 and report.seen == {"a": 1, "b": 1}
+
+
 def test_a_batch_of_single_tasks_of_another_form(net):
     x, targets = batch()
     message = only(recon.check(net, {"a": (x, targets["a"]), "b": targets["b"]}, LOSSES).problems)
