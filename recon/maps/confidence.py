@@ -74,7 +74,7 @@ def share_draws(shares: Floats, moved: Floats, trials: Floats, effect: float, ra
         effect: see `design_effect`.
         random: where the weights come from.
     """
-    more, less = random.standard_gamma(0.5, (2, *moved.shape))
+    more, less = random.standard_normal((2, *moved.shape)) ** 2 / 2  # Gamma(1/2)
     seen = random.standard_gamma(np.broadcast_to(trials / effect, moved.shape))
     drawn = (seen * np.clip(shares + moved, 0, 1) + more) / (seen + more + less)
     return np.where(trials > 0, drawn, 0.0)

@@ -125,7 +125,7 @@ class PairDraws:
             yield drawn - np.maximum(own[:, i], own[:, j])
 
     def _moved(self, number: int) -> Floats:
-        return np.asarray(self._deviations @ self.residuals[:, number])
+        return np.asarray(self._deviations @ np.ascontiguousarray(self.residuals[:, number]))
 
 
 def _above_zero(excess: Floats) -> float:
