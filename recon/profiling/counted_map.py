@@ -50,7 +50,7 @@ def counted_map(
                 conflicts=conflicts.numpy()[:, number][:, i, j],
                 observed=observed.numpy()[:, number][:, i, j],
                 series=series.numpy().astype(np.int64)[:, number],
-                below=None if below is None else below.numpy()[number][:, i, j],
+                below=None if below is None else below.numpy()[:, number][:, i, j].astype(np.int64),
                 pair_series=by_pair.conflicts.get(number),
                 members=layer.members,
                 floor=_floor(floor[number]),

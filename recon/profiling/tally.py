@@ -31,8 +31,8 @@ class Tally:
         # (blocks, layers, 2: conflicts and observed, tasks, tasks), the upper triangles used
         self._pairs = _Blocks(torch.zeros(_BLOCKS, layers, 2, 0, 0, dtype=torch.int32, device=device))
         self._series = _Blocks(torch.zeros(SERIES, layers, dtype=torch.int32, device=device))
-        # (layers, thresholds, tasks, tasks), the upper triangles used; None once a profile from before goes on
-        below = torch.zeros(layers, len(self.thresholds), 0, 0, dtype=torch.int64, device=device)
+        # (thresholds, layers, tasks, tasks), the upper triangles used; None once a profile from before goes on
+        below = torch.zeros(len(self.thresholds), layers, 0, 0, dtype=torch.int32, device=device)
         self._below: Tensor | None = below
         edges = bin_edges()[[threshold_bin(s) for s in self.thresholds]].tolist()
         self._floor = FloorCounts(layers, edges, device)
@@ -101,7 +101,7 @@ class Tally:
         return stages[:, :, 0], stages[:, :, 1], stage_steps
 
     def below(self, tasks: int) -> Tensor | None:
-        """(layers, thresholds, T, T) cosines below each of `thresholds`, the upper triangles used, on the CPU.
+        """(thresholds, layers, T, T) cosines below each of `thresholds`, the upper triangles used, on the CPU.
 
         None where a profile goes on that was begun before recon counted them.
         """
@@ -170,17 +170,18 @@ class Tally:
         i, j = torch.triu_indices(len(tasks), len(tasks), offset=1, device=gramians.device)
         norms = gramians.diagonal(dim1=2, dim2=3).sqrt()
         # A zero gradient, as of a task that does not reach the layer, has no direction to compare.
-        seen = (norms[..., i] > 0) & (norms[..., j] > 0) & finite.view(-1, 1, 1)
-        cosines = gramians[..., i, j] / (norms[..., i] * norms[..., j])
+        scales = norms[..., i] * norms[..., j]
+        seen = (scales > 0) & finite.view(-1, 1, 1)
+        cosines = gramians[..., i, j] / scales
         edges = torch.as_tensor(bin_edges(), dtype=cosines.dtype, device=cosines.device)
         conflicts = seen & (cosines < edges[threshold_bin(self.threshold)])
-        first, second = torch.minimum(tasks[i], tasks[j]), torch.maximum(tasks[i], tasks[j])
         self._grow(int(max(self._pending_of[1], default=-1)) + 1)
+        cells = torch.minimum(tasks[i], tasks[j]) * self._tasks + torch.maximum(tasks[i], tasks[j])
         steps = torch.arange(first_step, first_step + len(gramians), device=gramians.device)
         self._count_bins(layers, cosines, seen, edges)
         self._count_series(steps, layers, conflicts)
-        self._count_pairs(steps, layers, first, second, conflicts, seen)
-        self._count_below(layers, first, second, cosines, seen, edges)
+        self._count_pairs(first_step, layers, cells, conflicts, seen)
+        self._count_below(layers, cells, cosines.where(seen, 1), edges)
 
     def _count_bins(self, layers: Tensor, cosines: Tensor, seen: Tensor, edges: Tensor) -> None:
         bins = (torch.bucketize(cosines, edges, right=True) - 1).clamp_(0, BINS - 1)
@@ -192,30 +193,42 @@ class Tally:
         rows = (steps // self._series.length).view(-1, 1)
         counts.index_put_((rows, layers.view(1, -1)), conflicts.sum(dim=2, dtype=counts.dtype), accumulate=True)
 
-    def _count_pairs(
-        self, steps: Tensor, layers: Tensor, first: Tensor, second: Tensor, conflicts: Tensor, seen: Tensor
-    ) -> None:
-        counts = self._pairs.counts
-        rows = (steps // self._pairs.length).view(-1, 1, 1)
+    def _count_pairs(self, first_step: int, layers: Tensor, cells: Tensor, conflicts: Tensor, seen: Tensor) -> None:
+        length = self._pairs.length
+        start, last = first_step // length, (first_step + len(seen) - 1) // length
+        blocks = torch.arange(first_step, first_step + len(seen), device=seen.device) // length - start
         for kind, marks in enumerate((conflicts, seen)):
-            cells = (rows, layers.view(1, -1, 1), torch.full_like(rows, kind), first, second)
-            counts.index_put_(cells, marks.to(counts.dtype), accumulate=True)
+            table = self._pairs.counts[start : last + 1, :, kind]
+            counts = torch.zeros(len(table), *marks.shape[1:], dtype=table.dtype, device=table.device)
+            _add(table, layers, cells, counts.index_add_(0, blocks, marks.to(table.dtype)))
 
-    def _count_below(
-        self, layers: Tensor, first: Tensor, second: Tensor, cosines: Tensor, seen: Tensor, edges: Tensor
-    ) -> None:
-        if self._below is None:
-            return
-        for place, threshold in enumerate(self.thresholds):
-            marks = seen & (cosines < edges[threshold_bin(threshold)])
-            cells = (layers.view(-1, 1), torch.full_like(layers.view(-1, 1), place), first, second)
-            self._below.index_put_(cells, marks.sum(dim=0), accumulate=True)
+    def _count_below(self, layers: Tensor, cells: Tensor, cosines: Tensor, edges: Tensor) -> None:
+        if self._below is not None:
+            kept = edges[[threshold_bin(threshold) for threshold in self.thresholds]]
+            _add(
+                self._below,
+                layers,
+                cells,
+                torch.stack([(cosines < edge).sum(dim=0, dtype=torch.int32) for edge in kept]),
+            )
+
+    @property
+    def _tasks(self) -> int:
+        """How many tasks there is room for."""
+        return self._pairs.counts.shape[-1]
 
     def _grow(self, tasks: int) -> None:
-        more = tasks - self._pairs.counts.shape[-1]
+        more = tasks - self._tasks
         if more > 0:
             self._pairs.counts = pad(self._pairs.counts, (0, more, 0, more))
             self._below = None if self._below is None else pad(self._below, (0, more, 0, more))
+
+
+def _add(table: Tensor, layers: Tensor, cells: Tensor, counts: Tensor) -> None:
+    """Add counts (B, L, pairs) to a table (B, layers, T, T): to these layers, in the cells of these pairs."""
+    table = table.view(*table.shape[:2], -1)
+    rows = table.index_select(1, layers)
+    table.index_copy_(1, layers, rows.index_add_(2, cells, counts.to(table.dtype)))
 
 
 class _Blocks:
