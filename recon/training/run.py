@@ -133,7 +133,8 @@ class TrainingRun:
             self.profiler.load_state_dict(state["profiler"])
         self.history = History([Epoch(**epoch) for epoch in state["history"]])
         self.meter.load_state_dict(state["meter"])
-        self.meetings.load_state_dict(state["meetings"])
+        if "meetings" in state:  # a training from before counts them from here
+            self.meetings.load_state_dict(state["meetings"])
         self.reported, self.stopped = state["reported"], state["stopped"]
         self.stream.load_state_dict(state["stream"])
         self.precision.load_state_dict(state["precision"])
