@@ -49,19 +49,19 @@ def pairs_figure(
         panels.insert(0, ("all layers", pair_rates(cmap, None, tasks, threshold)))
     columns = min(_COLUMNS, len(panels))
     rows = -(-len(panels) // columns)
-    figure = Figure(figsize=(max(4.8, 1.6 + 2.1 * columns), max(4.2, 0.9 + 2.3 * rows)), layout="constrained")
+    figure = Figure(figsize=(max(4.8, 1.6 + 2.1 * columns), max(3.6, 1.2 + 1.9 * rows)), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False).ravel()
-    for place, (title, found) in zip(axes, panels, strict=False):
+    for number, (place, (title, found)) in enumerate(zip(axes, panels, strict=False)):
         image = place.imshow(_matrix(found), cmap="magma_r", vmin=0, vmax=100)
         for i, j in _never_met(found):
             place.add_patch(Rectangle((j - 0.5, i - 0.5), 1, 1, color=_UNKNOWN, linewidth=0, gid="never met"))
         place.set_title(title, fontsize=8)
-        _name(place, found.tasks)
+        _name(place, found.tasks, left=number % columns == 0, below=number // columns == rows - 1)
     for empty in axes[len(panels) :]:
         empty.set_axis_off()
     at = cmap.threshold if threshold is None else threshold
     figure.suptitle(f"Who fights whom: cos < {at:g} (grey: never met)", fontsize=9)
-    figure.colorbar(image, ax=list(axes), label="% of the steps in which a pair met", shrink=0.8)
+    figure.colorbar(image, ax=list(axes[:columns]), label="% of the steps in which\na pair met")
     return figure
 
 
@@ -83,11 +83,14 @@ def _never_met(found: PairRates) -> list[tuple[int, int]]:
     return [*pairs, *((j, i) for i, j in pairs)]
 
 
-def _name(axes: Any, tasks: Sequence[str]) -> None:
+def _name(axes: Any, tasks: Sequence[str], left: bool, below: bool) -> None:
+    """The tasks' names beside the first panel of a row, and below the last one of a column."""
+    axes.set_xticks([])
+    axes.set_yticks([])
     if len(tasks) > _NAMED:
-        axes.set_xticks([])
-        axes.set_yticks([])
         axes.set_xlabel(f"{len(tasks)} tasks", fontsize=7)
         return
-    axes.set_xticks(range(len(tasks)), tasks, fontsize=6, rotation=90)
-    axes.set_yticks(range(len(tasks)), tasks, fontsize=6)
+    if left:
+        axes.set_yticks(range(len(tasks)), tasks, fontsize=7)
+    if below:
+        axes.set_xticks(range(len(tasks)), tasks, fontsize=7, rotation=90)

@@ -207,6 +207,7 @@ def sure_layers(scoring: Scoring) -> tuple[list[str], str]:
     """
     sure = scoring.cmap.above_mean_probability(scoring.among, scoring.by)
     mean = score_text(sum(scoring.scores.values()) / len(scoring.scores), scoring.by)
+    mean += " conflicts" * (scoring.by == "count")
     rule = f"more than the mean layer ({mean}) in at least {100 * SURE:g} % of resampled trainings"
     return _those_sure(scoring, sure, rule)
 
@@ -239,4 +240,4 @@ def _those_sure(scoring: Scoring, sure: Mapping[str, float], rule: str) -> tuple
 
 def score_text(score: float, by: By) -> str:
     """A score for a reader: a number of conflicts, or a share in per cent."""
-    return f"{score:.6g} conflicts" if by == "count" else f"{100 * score:.1f} %"
+    return f"{score:.1f}".removesuffix(".0") if by == "count" else f"{100 * score:.1f} %"
