@@ -17,6 +17,7 @@ from recon.profiling.counted_map import counted_map
 from recon.profiling.floor import Comparison
 from recon.profiling.tally import Tally
 from recon.support.network.layers import Layer
+from recon.training.meetings import nobody_meets
 
 
 class ConflictCounts:
@@ -33,6 +34,8 @@ class ConflictCounts:
         self.threshold = threshold
         self.tasks = list(tasks)
         self.shared: set[int] = set()
+        self.seen: dict[str, int] = {}  # in how many steps each task was
+        self.met = False  # whether two tasks were in one step
         self._tally: Tally | None = None
 
     @property
@@ -57,6 +60,8 @@ class ConflictCounts:
             self._tally = Tally(len(self.layers), self.threshold, device)
         self.shared.update(layers)
         self.tasks += [task for task in tasks if task not in self.tasks]
+        self.seen |= {task: self.seen.get(task, 0) + 1 for task in tasks}
+        self.met |= len(tasks) > 1
         self._tally.add(layers, self._numbers(tasks), gramians.to(device))
 
     def add_floor(self, found: Comparison) -> None:
@@ -70,15 +75,25 @@ class ConflictCounts:
         counts, bin_steps = self._tally.series()
         return counts[:, sorted(self.shared)].numpy(), bin_steps
 
+    def refuse_none_met(self) -> None:
+        """Refuse a profile in which no two tasks have met.
+
+        Raises:
+            NobodyMeetsError: every step had one task alone.
+        """
+        if self.steps and not self.met:
+            raise nobody_meets(self.steps, self.seen)
+
     def conflict_map(self, made_by: Mapping[str, Any], chosen: bool) -> ConflictMap:
         """What has been counted so far; `chosen` says that the layers are not all there are.
 
         Raises:
-            UsageError: nothing was counted, or no layer is shared.
+            UsageError: nothing was counted, no two tasks have met in a step, or no layer is shared.
             GradientError: no step had finite gradients.
         """
         if self._tally is None:
             raise UsageError("Nothing was profiled yet: call profiler.backward(losses) in the training loop first.")
+        self.refuse_none_met()
         shared = {number: self.layers[number] for number in sorted(self.shared)}
         if chosen and not shared:
             names = shortened(layer.name for layer in self.layers)
@@ -93,6 +108,8 @@ class ConflictCounts:
         return {
             "tasks": list(self.tasks),
             "shared": sorted(self.shared),
+            "seen": dict(self.seen),
+            "met": self.met,
             "tally": None if self._tally is None else self._tally.state_dict(),
         }
 
@@ -100,6 +117,8 @@ class ConflictCounts:
         """Go on from what `state_dict` gave."""
         self.tasks = list(state["tasks"])
         self.shared = set(state["shared"])
+        self.seen = dict(state.get("seen", {}))  # profiles from before did not note it
+        self.met = state.get("met", True)
         self._tally = None
         if state["tally"] is not None:
             self._tally = Tally(len(self.layers), self.threshold, device)

@@ -36,6 +36,7 @@ from recon.support.network.layer_choice import Patterns, choose_layers, given_pa
 from recon.support.network.layers import find_layers, unwrapped
 from recon.support.network.trainable import Model, as_module
 from recon.support.processes import broadcast_answer
+from recon.training.meetings import FIRST
 
 logger = logging.getLogger(__name__)
 
@@ -253,10 +254,13 @@ class Profiler:
             planned: how many steps the whole run would profile; twice as many as so far when not given.
 
         Raises:
-            UsageError: the profiler was made without `until_stable`, or `top_k` is above the number of shared layers.
+            UsageError: the profiler was made without `until_stable`, `top_k` is above the number of shared layers, or
+                no two tasks have met in the first 20 profiled steps: the ranking would never settle.
         """
         if self._stable is None:
             raise UsageError("is_stable() needs a goal: make the profiler with until_stable, such as until_stable=0.9.")
+        if self.steps >= FIRST:
+            self._counts.refuse_none_met()
         if not self.found_shared or not self._stable.due(self.steps):
             return False
         series, bin_steps = self._counts.series()
@@ -315,7 +319,7 @@ class Profiler:
             made_by: how the map was made, to be kept in its file.
 
         Raises:
-            UsageError: nothing was recorded, or no layer is shared.
+            UsageError: nothing was recorded, no two tasks have met in a step, or no layer is shared.
             GradientError: no step had finite gradients.
         """
         return self._counts.conflict_map({**self.choice, **(made_by or {})}, chosen=bool(self.choice))

@@ -17,6 +17,15 @@ class NobodyMeetsError(UsageError):
     """No two tasks were in one step, so that there is nothing to profile."""
 
 
+def nobody_meets(steps: int, seen: Mapping[str, int]) -> NobodyMeetsError:
+    """The error for steps of one task each, of which each task was `seen` in some."""
+    counts = ", ".join(f"{task} in {count}" for task, count in sorted(seen.items()))
+    return NobodyMeetsError(
+        f"No two tasks have met in the first {steps} steps ({counts}): conflicts are those of tasks in the same step, "
+        f"so there is nothing to count. {WHAT_TO_DO}"
+    )
+
+
 class Meetings:
     """Counts the tasks of the first updates of a training, until two of them meet."""
 
@@ -43,11 +52,7 @@ class Meetings:
         """
         if self.settled or tasks < 2 or (self.updates < FIRST and not epoch_ends) or not self.updates:
             return
-        counts = ", ".join(f"{task} in {count}" for task, count in sorted(self.seen.items()))
-        raise NobodyMeetsError(
-            f"No two tasks have met in the first {self.updates} steps ({counts}): conflicts are those of tasks in the "
-            f"same step, so there is nothing to count. {WHAT_TO_DO}"
-        )
+        raise nobody_meets(self.updates, self.seen)
 
     def state_dict(self) -> dict[str, Any]:
         """What `load_state_dict` takes."""
