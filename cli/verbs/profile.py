@@ -102,7 +102,7 @@ def add_parser(verbs: Verbs) -> None:
         default="auto",
         metavar="N",
         help="take the noise floor at every N-th profiled step, N of at least 2, where each task is compared with "
-        "itself on two batches; or off (default: every 10th, which makes a profile up to 15 %% dearer)",
+        "itself on two batches; or off (default: every 12th, which makes a profile up to 15 %% dearer)",
     )
     layers.add_layer_options(parser.add_argument_group("which layers are counted; all of them train"))
     parser.add_argument("--out", type=file_path, required=True, metavar="MAP", help="the conflict map, a JSON file")

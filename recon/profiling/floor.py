@@ -12,21 +12,22 @@ from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from recon.errors import UsageError
-from recon.methods.gradients.cross_gramians import cross_gramians
+from recon.methods.gradients.cross_gramians import Products, cross_gramians
 from recon.methods.gradients.jacobian import TaskJacobian, Workspace, task_jacobian
 from recon.methods.gradients.observer import StepObserver
 from recon.methods.gradients.passes import differentiate
 from recon.methods.gradients.reach import find_reach
-from recon.profiling.sketch import GradientSketch, sketch_gramians
+from recon.profiling.sketch import GradientSketch, sketch_products
 from recon.support.network.layers import Layer
 from recon.support.processes import average_
 
 FloorEvery = int | Literal["auto"] | None
 """In which of the profiled steps a noise floor is taken."""
 
-_AUTO = 10  # a floor costs about as much as a step: this makes a profile at most 15 % dearer
+_AUTO = 12  # a floor costs about as much as a step: this makes a profile at most 15 % dearer
 
 
 def floor_steps(floor: FloorEvery) -> int | None:
@@ -62,8 +63,8 @@ class Gradients(Protocol):
     def tasks(self) -> tuple[str, ...]:
         """The tasks, in the order of the rows."""
 
-    def with_second(self, second: Gradients) -> tuple[list[int], Tensor]:
-        """The L shared layers that can be compared, and the Gramians of both batches there, (L, T + T', T + T')."""
+    def with_second(self, second: Gradients) -> tuple[list[int], Products]:
+        """The L shared layers that can be compared, and the products of both batches there."""
 
     def unchanged(self) -> bool:
         """Whether nobody has written into them since."""
@@ -95,7 +96,7 @@ class WholeGradients:
         """See `Gradients`."""
         return self.jacobian.tasks
 
-    def with_second(self, second: Gradients) -> tuple[list[int], Tensor]:
+    def with_second(self, second: Gradients) -> tuple[list[int], Products]:
         """See `Gradients`."""
         assert isinstance(second, WholeGradients)
         return self.layers, cross_gramians(self.jacobian, second.jacobian, self.layers, self.layer_of)
@@ -116,12 +117,12 @@ class SketchedGradients:
     layers: list[int]
     sketches: Tensor
 
-    def with_second(self, second: Gradients) -> tuple[list[int], Tensor]:
+    def with_second(self, second: Gradients) -> tuple[list[int], Products]:
         """See `Gradients`."""
         assert isinstance(second, SketchedGradients)
         common = [layer for layer in self.layers if layer in second.layers]
-        parts = [part.sketches[:, [part.layers.index(layer) for layer in common]] for part in (self, second)]
-        return common, sketch_gramians(torch.cat(parts))
+        one, other = (part.sketches[:, [part.layers.index(layer) for layer in common]] for part in (self, second))
+        return common, sketch_products(one, other)
 
     def unchanged(self) -> bool:
         """See `Gradients`."""
@@ -139,17 +140,11 @@ def compare(first: Gradients, second: Gradients) -> Comparison:
             f"The floor's batch has the tasks {', '.join(second.tasks) or '-'}; the step has "
             f"{', '.join(first.tasks) or '-'}. Give profiler.floor a second batch of the step's tasks."
         )
-    layers, both = first.with_second(second)
-    count = len(first.tasks)
-    norms = both.diagonal(dim1=1, dim2=2).sqrt()
-    products = both.new_zeros(len(layers), count, count)
-    second_norms = both.new_zeros(len(layers), count)
-    for row, task in enumerate(second.tasks, start=count):
-        if task in first.tasks:
-            column = first.tasks.index(task)
-            products[:, :, column] = both[:, :count, row]
-            second_norms[:, column] = norms[:, row]
-    return Comparison(layers, first.tasks, products, norms[:, :count], second_norms)
+    layers, found = first.with_second(second)
+    # In the order of the step's tasks; a further column, of zeros, for those that the second batch lacks.
+    places = [second.tasks.index(task) if task in second.tasks else len(second.tasks) for task in first.tasks]
+    across, second_squares = (pad(values, (0, 1))[..., places] for values in (found.across, found.second_squares))
+    return Comparison(layers, first.tasks, across, found.squares.sqrt(), second_squares.sqrt())
 
 
 def second_gradients(

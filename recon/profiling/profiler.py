@@ -69,7 +69,7 @@ class Profiler:
         units: expressions that join layers into one, whose gradients are compared as a whole: `layer\d+\.\d+` each
             block, `lora_[AB]` each adapter's two matrices (`recon.support.network.layer_choice.join_names`).
         floor: when `wants_floor` asks for a noise floor: in the first and then each n-th profiled step, n from 2 on, or
-            in each 10th (`auto`).
+            in each 12th (`auto`).
 
     Raises:
         UsageError: the threshold is off the grid, `every` is below 1, `until_stable` no share, `top_k` above the number

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from recon.methods.gradients.cross_gramians import Products
 from recon.methods.gradients.jacobian import width
 from recon.methods.gradients.sparse import row_numbers
 from recon.support.network.tensors import as_real
@@ -114,6 +115,14 @@ class TaskSketches:
             if task in self._of_task:
                 sketch.copy_(self._of_task[task])
         return sketches
+
+
+def sketch_products(sketches: Tensor, others: Tensor) -> Products:
+    """What the cosines between the gradients of two batches need, from sketches (T, L, m) and (T', L, m)."""
+    wide = torch.float32 if sketches.device.type == "mps" else torch.float64
+    first, second = (of.to(wide).transpose(0, 1) for of in (sketches, others))
+    with torch.autocast(sketches.device.type, enabled=False):
+        return Products(first @ second.mT, first.square().sum(dim=2), second.square().sum(dim=2))
 
 
 def sketch_gramians(sketches: Tensor) -> Tensor:

@@ -92,7 +92,7 @@ def profile(
         units: joins layers into one, in the same way: an adapter's matrices, the layers of a block.
         floor: take the noise floor in the first and then each n-th profiled step, n from 2 on: the gradients of the
             next batch, at the same weights, are compared with the step's, each task with itself too. That step takes
-            about twice as long; `auto` is each 10th, which makes a profile up to 15 % dearer. None leaves it out. The
+            about twice as long; `auto` is each 12th, which makes a profile up to 15 % dearer. None leaves it out. The
             training is the same with it: the batch is looked at ahead of time and trained on in its turn.
         made_by: what else to note in the map's file about how it was made.
         on_epoch: called with the epoch's record after each epoch.

@@ -13,7 +13,7 @@ def files(tmp_path):
 
 
 def test_the_floor_is_taken_unless_it_is_switched_off(command):
-    for option, every, taken in (("", 10, 1), ("--floor 2", 2, 2), ("--floor off", None, 0)):
+    for option, every, taken in (("", 12, 1), ("--floor 2", 2, 2), ("--floor off", None, 0)):
         code, _, err = command(f"{PROFILE} {option} --out map.json")
         assert code == 0, err
         cmap = recon.ConflictMap.load("map.json")

@@ -171,9 +171,9 @@ def test_the_floor_is_that_of_each_batch_and_the_next_at_the_same_weights():
 
 @pytest.mark.parametrize(
     ("count", "every", "epochs", "taken"),
-    # Each 10th: steps 1, 11 and 21; of the steps 1, 3, 5..., the third of an epoch's three has no next batch.
+    # Each 12th: steps 1, 13 and 25; of the steps 1, 3, 5..., the third of an epoch's three has no next batch.
     [(30, "auto", 1, 3), (3, 2, 2, 2), (1, 2, 5, 0)],
-    ids=["each 10th", "the last of an epoch", "one batch an epoch"],
+    ids=["each 12th", "the last of an epoch", "one batch an epoch"],
 )
 def test_how_many_floors_are_taken(count, every, epochs, taken):
     _, cmap = train(every, Loader(count), epochs=epochs)

@@ -8,9 +8,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from recon.methods.gradients.gramians import block_columns, self_product, wide
+from recon.methods.gradients.gramians import block_columns, wide
 from recon.methods.gradients.jacobian import TaskJacobian
 from recon.methods.gradients.sparse import entries, meeting, row_numbers
+
+
+class Products(NamedTuple):
+    """Of the T task gradients g_i of one batch, and the T' task gradients g'_j of another, in L layers."""
+
+    across: Tensor  # (L, T, T'): g_i . g'_j
+    squares: Tensor  # (L, T): g_i . g_i
+    second_squares: Tensor  # (L, T'): g'_j . g'_j
 
 
 class _Rows(NamedTuple):
@@ -23,42 +31,65 @@ class _Rows(NamedTuple):
 
 def cross_gramians(
     first: TaskJacobian, second: TaskJacobian, layers: Sequence[int], layer_of: Mapping[Tensor, int]
-) -> Tensor:
-    """The Gramian of both batches' task gradients in each of L layers, weight and bias together, in float64.
+) -> Products:
+    """What the cosines between the two batches' task gradients need, weight and bias together, in float64.
 
-    (L, T + T', T + T'): the T tasks of the first, then the T' of the second; zero where a task does not reach. As in
-    `layer_gramians`, a parameter that one task alone reaches counts in the layers that it shares otherwise. The two
-    need not reach, or share, the same parameters, nor touch the same rows of a table.
+    It is zero where a task does not reach. As in `layer_gramians`, a parameter that one task alone reaches counts in
+    the layers that it shares otherwise. The two need not reach, or share, the same parameters, nor touch the same rows
+    of a table.
     """
     places = {layer: place for place, layer in enumerate(layers)}
-    size = len(first.tasks) + len(second.tasks)
     matrix = first.matrix
-    found = torch.zeros(len(layers), size, size, dtype=wide(matrix), device=matrix.device)
-    rows, others = _rows_of(first), _rows_of(second, len(first.tasks))
+    sizes = ((len(first.tasks), len(second.tasks)), (len(first.tasks),), (len(second.tasks),))
+    found = Products(*(torch.zeros(len(layers), *size, dtype=wide(matrix), device=matrix.device) for size in sizes))
+    rows, others = _rows_of(first), _rows_of(second)
     for parameter in dict.fromkeys((*rows, *others)):
         place = places.get(layer_of.get(parameter, -1))
         if place is None:
             continue
-        parts = [part[parameter] for part in (rows, others) if parameter in part]
-        product = _product(parts, parameter)
-        if len(product) == size:
-            found[place] += product
-        else:
-            numbers = torch.tensor([n for part in parts for n in part.tasks], device=matrix.device)
-            found[place, numbers[:, None], numbers] += product
+        one, other = rows.get(parameter), others.get(parameter)
+        if one is not None and other is not None and one.touched is None and other.touched is None:
+            across, squares, second_squares = _products(one.rows, other.rows)
+            _add(found.across[place], across, one.tasks, other.tasks)
+            _add(found.squares[place], squares, one.tasks)
+            _add(found.second_squares[place], second_squares, other.tasks)
+            continue
+        if one is not None and other is not None:
+            across, *_ = _products(*_where_they_meet(one, other, parameter))
+            _add(found.across[place], across, one.tasks, other.tasks)
+        if one is not None:
+            _add(found.squares[place], _squares(one.rows), one.tasks)
+        if other is not None:
+            _add(found.second_squares[place], _squares(other.rows), other.tasks)
     return found
 
 
-def _product(parts: Sequence[_Rows], parameter: Tensor) -> Tensor:
-    """The Gramian of the rows of one part, or of two."""
-    if len(parts) == 1 or all(part.touched is None for part in parts):
-        return _block_product([part.rows for part in parts])
-    one, other = parts
-    within = torch.block_diag(*(_block_product([part.rows]) for part in parts))
-    across = _block_product(_where_they_meet(one, other, parameter))
-    count = len(one.rows)
-    within[:count, count:], within[count:, :count] = across[:count, count:], across[count:, :count]
-    return within
+def _add(total: Tensor, product: Tensor, *tasks: Sequence[int]) -> None:
+    """Add to the entries of these tasks."""
+    if total.shape == product.shape:
+        total += product
+    else:
+        total[torch.meshgrid(*(torch.tensor(of, device=total.device) for of in tasks), indexing="ij")] += product
+
+
+def _products(rows: Tensor, others: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """See `Products`; a piece of the columns at a time, in memory that is used again."""
+    count, columns = len(rows), rows.shape[1]
+    room = min(columns, block_columns(rows.device, count + len(others)))
+    block = torch.empty(count + len(others), room, dtype=wide(rows), device=rows.device)
+    across, squares = block.new_zeros(count, len(others)), block.new_zeros(len(block))
+    pieces = zip(rows.split(max(1, room), dim=1), others.split(max(1, room), dim=1), strict=True)
+    for one, other in pieces:
+        first, second = block[:count, : one.shape[1]].copy_(one), block[count:, : one.shape[1]].copy_(other)
+        with torch.autocast(rows.device.type, enabled=False):
+            across += first @ second.mT
+        squares += block[:, : one.shape[1]].square().sum(dim=1)
+    return across, squares[:count], squares[count:]
+
+
+def _squares(rows: Tensor) -> Tensor:
+    """The squared length of each row."""
+    return _products(rows, rows[:0])[1]
 
 
 def _where_they_meet(one: _Rows, other: _Rows, table: Tensor) -> list[Tensor]:
@@ -79,16 +110,9 @@ def _of_rows(part: _Rows, places: Tensor, table: Tensor, dims: int = 1) -> Tenso
     return part.rows.unflatten(1, (count, -1))[:, places].flatten(1)
 
 
-def _block_product(parts: Sequence[Tensor]) -> Tensor:
-    """`block @ block.T` of all rows, a piece of their columns at a time."""
-    room = block_columns(parts[0].device, sum(map(len, parts)))
-    pieces = zip(*(part.split(room, dim=1) for part in parts), strict=True)
-    return torch.stack([self_product(torch.cat([rows.to(wide(rows)) for rows in piece])) for piece in pieces]).sum(0)
-
-
-def _rows_of(jacobian: TaskJacobian, offset: int = 0) -> dict[Tensor, _Rows]:
-    """By parameter; the tasks are numbered from `offset`."""
-    tasks = range(offset, offset + len(jacobian.tasks))
+def _rows_of(jacobian: TaskJacobian) -> dict[Tensor, _Rows]:
+    """By parameter."""
+    tasks = range(len(jacobian.tasks))
     parts = jacobian.matrix.split(list(map(jacobian.width, jacobian.shared)), dim=1)
     found: dict[Tensor, _Rows] = {
         p: _Rows(tasks, part, jacobian.rows.get(p)) for p, part in zip(jacobian.shared, parts, strict=True)

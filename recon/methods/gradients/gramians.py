@@ -96,12 +96,12 @@ def _gramians(matrix: Tensor, layers: list[_Columns], room: int) -> list[Tensor]
     first, last = layers[0].start, layers[-1].stop
     rows = matrix[:, first:last]
     if last - first > room:
-        return [torch.stack([self_product(piece.to(wide(piece))) for piece in rows.split(room, dim=1)]).sum(dim=0)]
+        return [torch.stack([_self_product(piece.to(wide(piece))) for piece in rows.split(room, dim=1)]).sum(dim=0)]
     block = rows.to(wide(rows))
-    return [self_product(block[:, start - first : stop - first]) for _, start, stop in layers]
+    return [_self_product(block[:, start - first : stop - first]) for _, start, stop in layers]
 
 
-def self_product(block: Tensor) -> Tensor:
+def _self_product(block: Tensor) -> Tensor:
     """`block @ block.T`, (T, T)."""
     with torch.autocast(block.device.type, enabled=False):
         return block @ block.mT
