@@ -199,7 +199,7 @@ def _show_pairs(cmap: ConflictMap, args: argparse.Namespace) -> Report:
     found = pair_rates(cmap, None if layer is None else [layer], args.tasks, args.threshold)
     text = [header_text(cmap), f"layer:     {layer or 'all'}", "", pairs_text(found, args.top)]
     if args.picture:
-        from recon.maps.pair_picture import draw_pairs  # late: it imports matplotlib
+        from recon.maps.pictures.pair_picture import draw_pairs  # late: it imports matplotlib
 
         draw_pairs(cmap, args.picture, layer, args.tasks, args.threshold)
         text.append(f"Saved {args.picture}.")
@@ -279,7 +279,7 @@ def _plot(cmap: ConflictMap, args: argparse.Namespace) -> None:
         raise UsageError(
             f"{args.map} holds no counts by quarter of the training, so there is nothing to draw. Leave --plot out."
         )
-    from recon.maps.picture import heatmap  # late: it imports matplotlib
+    from recon.maps.pictures.heatmap import heatmap  # late: it imports matplotlib
 
     heatmap(cmap, args.plot)
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from recon.maps.file import read, write
+from recon.maps.files.map_file import read, write
 from recon.maps.measures import By
 from recon.maps.merge import merge
 from recon.maps.score_table import ScoreTable

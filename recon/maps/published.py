@@ -14,7 +14,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from recon.errors import MapFileError, UsageError, shortened
-from recon.maps.checks import MOST_LAYERS, MOST_STEPS
 from recon.maps.conflict_map import ConflictMap
 from recon.maps.counts import (
     BINS,
@@ -27,7 +26,8 @@ from recon.maps.counts import (
     threshold_bin,
     thresholds_around,
 )
-from recon.maps.file import FORMAT
+from recon.maps.files.checks import MOST_LAYERS, MOST_STEPS
+from recon.maps.files.map_file import FORMAT
 from recon.support.files.documents import read_document, shown
 
 if TYPE_CHECKING:

@@ -10,10 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from recon.errors import UsageError
-from recon.maps.confidence import above_mean_share, interval, top_k_share
 from recon.maps.counts import STAGES, Counts, LayerConflicts, threshold_bin
-from recon.maps.draws import PairDraws, score_draws, series
 from recon.maps.measures import By, check_by, mean_excess, mean_rate
+from recon.maps.noise.confidence import above_mean_share, interval, top_k_share
+from recon.maps.noise.draws import PairDraws, score_draws, series
 from recon.maps.pair_table import PairTable
 
 
@@ -146,8 +146,8 @@ class ScoreTable(PairTable):
     ) -> dict[str, tuple[float, float]]:
         """`{layer name: (low, high)}`: what holds a share `level` of resampled scores at the map's own threshold.
 
-        From a block bootstrap over the steps, see `recon.maps.confidence`: it shows what other batches would have done
-        to this training, not what another seed would. An interval reaches to the score itself; by count it ends at
+        From a block bootstrap over the steps, see `recon.maps.noise.confidence`: it shows what other batches would have
+        done to this training, not what another seed would. An interval reaches to the score itself; by count it ends at
         whole numbers.
 
         Raises:

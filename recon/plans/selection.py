@@ -202,8 +202,8 @@ def sure_layers(scoring: Scoring) -> tuple[list[str], str]:
     """The layers that conflict more than the mean layer beyond the noise of the steps, and a sentence that says why.
 
     A layer at the mean is what a random choice of layers gets; one is chosen if it is above the mean in 95 % of
-    resampled trainings (`recon.maps.confidence`). More steps leave less noise, and the choice approaches all layers
-    above the mean.
+    resampled trainings (`recon.maps.noise.confidence`). More steps leave less noise, and the choice approaches all
+    layers above the mean.
     """
     sure = scoring.cmap.above_mean_probability(scoring.among, scoring.by)
     mean = score_text(sum(scoring.scores.values()) / len(scoring.scores), scoring.by)

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from recon.errors import UsageError
-from recon.maps.confidence import Series, expected_overlap
+from recon.maps.noise.confidence import Series, expected_overlap
 
 
 @dataclass

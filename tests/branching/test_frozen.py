@@ -59,6 +59,24 @@ def test_a_map(tmp_path):
     assert (tmp_path / "again.json").read_bytes() == (tmp_path / "map.json").read_bytes()
 
 
+def test_a_map_with_a_floor(tmp_path):
+    """Of the same training."""
+    cmap, before = (recon.ConflictMap.load(FROZEN / name) for name in ("map_with_floor.json", "map.json"))
+    assert cmap.scores(-0.1) == before.scores(-0.1) == SCORES and cmap.scores(by="rate") == before.scores(by="rate")
+    assert cmap.thresholds == (-0.3, -0.2, -0.15, -0.1, -0.05, 0.0) and cmap.met.tolist() == [[1, 1, 1]] * 18
+    assert list(cmap.pair_scores()["mix"].values()) == [8, 7, 9] and list(cmap.pair_scores(-0.3)["mix"].values()) == [
+        3,
+        6,
+        0,
+    ]
+    assert cmap.floor()["mix"] == pytest.approx({"sum": 0, "first": 1 / 6, "spread": 0})
+    assert cmap.across()["mix"] == pytest.approx(dict(zip(cmap.pairs, (4 / 12, 7 / 12, 6 / 12), strict=True)))
+    excess = (8 / 18 - 1 / 6 + 7 / 18 + 9 / 18 - 1 / 6) / 3
+    assert cmap.scores(by="excess")["mix"] == pytest.approx(excess)
+    cmap.save(tmp_path / "map.json")
+    assert (tmp_path / "map.json").read_bytes() == (FROZEN / "map_with_floor.json").read_bytes()
+
+
 @pytest.mark.parametrize("name", ["saved", "rotated"])
 def test_a_saved_model(name):
     loaded = recon.load(FROZEN / name, tiny.Tiny())

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 from recon.errors import UsageError
-from recon.maps.confidence import interval, resample, top_k_share
 from recon.maps.conflict_map import ConflictMap
 from recon.maps.counts import BINS, LayerConflicts
+from recon.maps.noise.confidence import interval, resample, top_k_share
 from recon_cli.texts.map_show import ranked_layers, ranking_table, unsure_why
 
 RATES = {"stem": 0.0, "a": 0.3, "b": 0.82, "c": 0.5, "d": 0.56, "e": 0.9}

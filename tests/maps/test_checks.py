@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from recon.errors import MapFileError
-from recon.maps.checks import MOST_LAYERS
 from recon.maps.conflict_map import ConflictMap
+from recon.maps.files.checks import MOST_LAYERS
 from tests.maps.test_conflict_map import damaged, make_map, score_map, with_series
 
 

@@ -5,7 +5,7 @@ import pytest
 from scipy import stats
 
 from recon.errors import UsageError
-from recon.maps.confidence import (
+from recon.maps.noise.confidence import (
     above_mean_share,
     block_length,
     expected_overlap,

@@ -4,7 +4,7 @@ import pytest
 
 from recon.errors import UsageError
 from recon.experiments.pictures import before_after, weights_over_steps
-from recon.maps.picture import heatmap
+from recon.maps.pictures.heatmap import heatmap
 from recon.support.timing import step_seconds
 from tests.maps.test_conflict_map import make_map
 

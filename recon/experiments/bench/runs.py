@@ -15,7 +15,7 @@ from recon.experiments.comparison import Comparison, compare
 from recon.experiments.pictures import before_after
 from recon.experiments.run import Run
 from recon.maps import ConflictMap
-from recon.maps.picture import heatmap
+from recon.maps.pictures.heatmap import heatmap
 
 JOINT = "joint"
 """The variant that cost ratios and the cosines of the others refer to."""

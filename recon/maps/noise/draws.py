@@ -7,9 +7,9 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from recon.errors import UsageError
-from recon.maps.confidence import block_length, design_effect, deviations, resample, share_draws
 from recon.maps.counts import Counts
 from recon.maps.measures import By, Floats, check_by, rates
+from recon.maps.noise.confidence import block_length, design_effect, deviations, resample, share_draws
 from recon.maps.pair_table import PairTable
 
 _DRAWS, _LEAST_DRAWS = 1000, 200
@@ -31,7 +31,7 @@ def series(table: PairTable) -> Counts:
 
 
 def score_draws(table: PairTable, tasks: Sequence[str] | None, by: By) -> Floats:
-    """(draws, layers): scores at the map's own threshold, see `recon.maps.confidence.resample`.
+    """(draws, layers): scores at the map's own threshold, see `recon.maps.noise.confidence.resample`.
 
     Raises:
         UsageError: the map holds no series for it.

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from recon.errors import MapFileError
-from recon.maps.checks import MOST_LAYERS, MOST_STEPS, MOST_TASKS, check, check_shapes
 from recon.maps.counts import BINS, STAGES, Counts, LayerConflicts, LayerFloor
+from recon.maps.files.checks import MOST_LAYERS, MOST_STEPS, MOST_TASKS, check, check_shapes
 from recon.maps.score_table import ScoreTable, Table
 from recon.support.files.documents import Document, read_document, shown
 from recon.support.files.whole import write_text

@@ -1,0 +1,1 @@
+"""How sure the scores of a conflict map are."""
