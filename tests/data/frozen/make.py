@@ -3,9 +3,9 @@
     python -m tests.data.frozen.make
 
 Everything that recon writes is here once, of networks of some hundred numbers: a map, models, runs, a bench, and the
-checkpoints of interrupted trainings, compressed. `map_with_floor.json`, in version 3, is of later
-(`recon profile tiny.py:problem --epochs 3 --floor 3`). `expected.json`, `profile.json` and the `*.safetensors` beside it hold
-what must come out. Pictures, logs and locks, which nothing reads, are left out.
+checkpoints of interrupted trainings, compressed. `expected.json`, `profile.json` and the `*.safetensors` beside it hold
+what must come out. Pictures, logs and locks, which nothing reads, are left out. `map_with_floor.json`, a map of version
+3, is of later: `recon profile tiny.py:problem --epochs 3 --floor 3`.
 """
 
 from __future__ import annotations
