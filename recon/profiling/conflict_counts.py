@@ -17,7 +17,7 @@ from recon.profiling.counted_map import counted_map
 from recon.profiling.floor import Comparison
 from recon.profiling.tally import Tally
 from recon.support.network.layers import Layer
-from recon.training.meetings import nobody_meets
+from recon.training.batches.meetings import nobody_meets
 
 
 class ConflictCounts:

@@ -27,9 +27,9 @@ from recon.support.network.layers import find_layers, unwrapped
 from recon.support.network.state import state_kept
 from recon.support.network.trainable import refuse_untrainable
 from recon.support.random_states import global_states_kept
-from recon.training.accumulation import Accumulate, updates_of
-from recon.training.first_look import first_batches
-from recon.training.meetings import FIRST
+from recon.training.batches.accumulation import Accumulate, updates_of
+from recon.training.batches.first_look import first_batches
+from recon.training.batches.meetings import FIRST
 
 LOOKED_AT = FIRST
 """How many batches of a loader are looked at, unless all tasks meet in the first."""

@@ -36,7 +36,7 @@ from recon.support.network.layer_choice import Patterns, choose_layers, given_pa
 from recon.support.network.layers import find_layers, unwrapped
 from recon.support.network.trainable import Model, as_module
 from recon.support.processes import broadcast_answer
-from recon.training.meetings import FIRST
+from recon.training.batches.meetings import FIRST
 
 logger = logging.getLogger(__name__)
 

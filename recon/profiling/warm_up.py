@@ -21,9 +21,9 @@ from recon.profiling.profiler import Profiler
 from recon.support.network.forward import Batch
 from recon.support.network.layer_choice import Patterns
 from recon.training import Epoch, History, train
-from recon.training.accumulation import Accumulate
-from recon.training.batch_stream import batch_count
-from recon.training.meetings import FIRST, NobodyMeetsError
+from recon.training.batches.accumulation import Accumulate
+from recon.training.batches.batch_stream import batch_count
+from recon.training.batches.meetings import FIRST, NobodyMeetsError
 from recon.training.optimizers import SchedulerOrMaker, as_one, name_of
 from recon.training.precision import Amp
 

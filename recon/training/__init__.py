@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 from recon.support.lazy import lazy_face
 
 if TYPE_CHECKING:
-    from recon.training.batch_stream import RankBatches
+    from recon.training.batches.batch_stream import RankBatches
+    from recon.training.batches.joint_batches import joint_loader
     from recon.training.evaluation import delta_m, evaluate
     from recon.training.history import Epoch, History
-    from recon.training.joint_batches import joint_loader
     from recon.training.recorder import Recorder
     from recon.training.trainer import train
 
@@ -22,11 +22,11 @@ if not TYPE_CHECKING:
         {
             "Epoch": "history",
             "History": "history",
-            "RankBatches": "batch_stream",
+            "RankBatches": "batches.batch_stream",
             "Recorder": "recorder",
             "delta_m": "evaluation",
             "evaluate": "evaluation",
-            "joint_loader": "joint_batches",
+            "joint_loader": "batches.joint_batches",
             "train": "trainer",
         },
     )

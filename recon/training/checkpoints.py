@@ -21,7 +21,7 @@ from recon.errors import CheckpointError, ReconError, UsageError, reason_of
 from recon.methods import Method
 from recon.support.files.whole import remove_partial, written_alone
 from recon.support.processes import world_size
-from recon.training.batch_stream import batch_count
+from recon.training.batches.batch_stream import batch_count
 from recon.training.checkpoint_file import check_same, read_training, write_training
 from recon.training.history import History
 from recon.training.optimizers import Together, name_of, parts_of

@@ -15,9 +15,9 @@ from recon.methods import Method
 from recon.methods.gradients.observer import StepObserver
 from recon.support.files.weights import load_weights
 from recon.support.network.forward import Batch
-from recon.training.batch_stream import BatchStream
+from recon.training.batches.batch_stream import BatchStream
+from recon.training.batches.meetings import Meetings
 from recon.training.history import Epoch, EpochMeter, History
-from recon.training.meetings import Meetings
 from recon.training.optimizers import Together
 from recon.training.precision import Precision
 from recon.training.recorder import Recorder

@@ -16,7 +16,7 @@ from recon.methods.bases.method import Method
 from recon.methods.gradients.reach import average_losses
 from recon.profiling.profiler import Profiler
 from recon.support.processes import average_, broadcast_model, gather
-from recon.training.batch_stream import RankBatches
+from recon.training.batches.batch_stream import RankBatches
 from tests.methods import test_sparse_gradients as sparse
 from tests.profiling.test_distributed import branch, loss_of, shards
 from tests.ranks import Ranks, needs_gloo

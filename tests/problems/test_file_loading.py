@@ -6,7 +6,7 @@ from torch.utils.data import Dataset
 
 from recon.errors import ProblemError
 from recon.problems.file_loading import FileLoader
-from recon.training.batch_stream import BatchStream
+from recon.training.batches.batch_stream import BatchStream
 
 
 class Counted(Dataset):

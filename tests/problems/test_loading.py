@@ -11,7 +11,7 @@ from recon.experiments.inputs import make_loaders
 from recon.problems import get, loading
 from recon.problems.loading import TensorBatches, in_order, prepare, shuffled
 from recon.support.network.forward import to_device
-from recon.training.batch_stream import BatchStream
+from recon.training.batches.batch_stream import BatchStream
 
 META = torch.device("meta")  # stands for a GPU: tensors there have a device, but need no hardware
 

@@ -12,7 +12,7 @@ import recon
 from recon.errors import LoaderError
 from recon.problems.loading import TensorBatches, shuffled
 from recon.support.random_states import global_states
-from recon.training.first_look import first_batches
+from recon.training.batches.first_look import first_batches
 
 
 class Noisy(Dataset):

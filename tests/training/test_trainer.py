@@ -209,7 +209,7 @@ def test_training_without_a_checkpoint_leaves_the_random_states_and_signals_alon
     def untouched(*args):
         raise AssertionError("not asked for")
 
-    monkeypatch.setattr("recon.training.batch_stream.global_states", untouched)
+    monkeypatch.setattr("recon.training.batches.batch_stream.global_states", untouched)
     monkeypatch.setattr("signal.signal", untouched)
     recon.train(model, list(batches(2)), LOSSES, optimizer=sgd(model))
 

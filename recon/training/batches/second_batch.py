@@ -10,7 +10,7 @@ from recon.support.network.layers import unwrapped
 from recon.support.network.state import state_kept
 from recon.support.processes import gather
 from recon.support.random_states import global_states_kept, scatter_global_states
-from recon.training.accumulation import Update
+from recon.training.batches.accumulation import Update
 from recon.training.forward_pass import added_up, joint_losses
 from recon.training.run import TrainingRun
 

@@ -20,7 +20,7 @@ from recon.support.random_states import (
     loader_parts,
     set_generator_states,
 )
-from recon.training.batch_stream import BatchStream
+from recon.training.batches.batch_stream import BatchStream
 
 
 def first_batches(loader: Iterable[Batch], count: int) -> list[Batch] | None:

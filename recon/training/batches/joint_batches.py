@@ -15,7 +15,7 @@ from recon.errors import LoaderError, ProblemError, ReconError, UsageError, type
 from recon.support.loaders import LoaderOfLoaders, all_inner_loaders
 from recon.support.network.forward import Batch, Inputs
 from recon.support.random_states import global_states_kept, keeps_its_place
-from recon.training.batch_stream import batch_count, loader_error
+from recon.training.batches.batch_stream import batch_count, loader_error
 
 Length = Literal["longest", "shortest"] | int
 """When an epoch of a joint loader ends: with the longest of its loaders, with the shortest, or after so many steps."""

@@ -1,0 +1,1 @@
+"""Batches: how they come, in which order, and which tasks they hold."""
