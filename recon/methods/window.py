@@ -26,7 +26,7 @@ from recon.methods.weightings.gradnorm import NormWeighting
 from recon.methods.weightings.joint import Joint
 from recon.support.network.graph import last_uses, used_at_once
 from recon.support.network.trainable import Model, as_module
-from recon.support.processes import world_size
+from recon.support.processes import gather, world_size
 
 
 class Window:
@@ -45,14 +45,16 @@ class Window:
     same; running statistics of norms that the tasks share see the tasks' batches one after the other, as in any such
     training.
 
-    Held until `step` are the gradients of each task, T times the parameters it reaches. Joint training without a
-    profiler, or with one that keeps sketches, holds their sum alone.
+    Held until `step` are the gradients of the T tasks, T times the parameters that they share, and each task's own.
+    They lie where the step wants them, so that there is no second copy, unless it is the first step and nobody has
+    named the tasks (`tasks`, or `method.setup`). Joint training without a profiler, or with one that keeps sketches,
+    holds the sum of the gradients alone; other weightings know their weights only once all losses are there.
 
     Args:
         model: as in `recon.backward`.
         method: as in `recon.backward`.
         profiler: records the steps' conflicts.
-        tasks: the tasks that every step must have; whatever was added when not given.
+        tasks: the tasks that every step must have, on one of the ranks at least; whatever was added when not given.
         loss_scale: what every loss is multiplied by, as in `recon.backward`.
 
     Raises:
@@ -114,8 +116,10 @@ class Window:
             retain_graph: keep the graph, which another task's loss of the same forward needs.
 
         Raises:
-            GradientError: the loss depends on no trainable parameter. The window is as it was, as with all errors.
-            UsageError: the loss is no scalar, or a compiled part of the model hides what it depends on.
+            GradientError: the loss depends on no trainable parameter. The window is as it was, as after all errors but
+                one in the middle of a backward pass whose gradients are summed at once: it asks for `discard`.
+            UsageError: the loss is no scalar, its graph was freed, or a compiled part of the model hides what it
+                depends on.
             UnknownNameError: the window has no such task.
         """
         known = self.tasks or (self.method.tasks if self._by_name is None else ())
@@ -149,10 +153,12 @@ class Window:
             NonFiniteError: a gradient that the method needs is not finite.
         """
         self._refuse_broken()
-        missing = [task for task in self.tasks if task not in self._values]
-        if missing and world_size() == 1:
+        added = set().union(*gather(self.added)) if self.tasks else set()
+        missing = [task for task in self.tasks if task not in added]
+        if missing:
+            there = [task for task in self.tasks if task in added]
             raise UsageError(
-                f"The step lacks the tasks {shortened(missing)}; added are {shortened(self._values) or 'none'}. Call "
+                f"The step lacks the tasks {shortened(missing)}; added are {shortened(there) or 'none'}. Call "
                 "window.add(task, loss) for each task before window.step(), or leave out tasks=... if a step may lack "
                 "some."
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -92,6 +93,12 @@ class GradientSketch:
         if self._products.device != signs.device or not len(self._products):
             self._products = torch.empty_like(self._signs)
         return torch.mul(values, signs, out=self._products[: len(values)]).sum(dim=0)
+
+
+@cache
+def _random_signs(size: int) -> Tensor:
+    draw = torch.Generator().manual_seed(_SEED)
+    return torch.randint(0, 2, (_ROWS, size), generator=draw, dtype=torch.int8).mul_(2).sub_(1).float()
 
 
 class TaskSketches:

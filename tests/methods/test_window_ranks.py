@@ -6,6 +6,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import recon
+from recon.errors import UsageError
 from tests.methods.test_distributed_gradients import assert_same_map
 from tests.ranks import Ranks, needs_gloo
 from tests.ranks import ranks as ranks
@@ -71,6 +72,20 @@ def _check(rank: int, method: str, memory: str | None) -> None:
             by_task.zero_grad()
         if memory:
             assert_same_map(*profilers)
+
+
+def test_every_task_is_on_some_rank(ranks: Ranks) -> None:
+    ranks.run(_check_missing)
+
+
+def _check_missing(rank: int) -> None:
+    model = Heads(False)
+    window = recon.Window(model, tasks=TASKS)
+    window.add(TASKS[rank], loss_of(model, torch.arange(3), TASKS[rank]))
+    with pytest.raises(UsageError, match="lacks the tasks c; added are a, b"):
+        window.step()
+    window.add("c", loss_of(model, torch.arange(3), "c") if rank else None)
+    window.step()
 
 
 def _dense(tensor: torch.Tensor) -> torch.Tensor:
