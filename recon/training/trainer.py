@@ -23,7 +23,7 @@ from recon.support.network.trainable import refuse_untrainable
 from recon.support.processes import broadcast_model
 from recon.training.batches.accumulation import Accumulate, Update, check_accumulate, updates_in_step, updates_of
 from recon.training.batches.batch_stream import BatchStream, batch_count
-from recon.training.batches.second_batch import LookAhead, take_floor
+from recon.training.second_batch import LookAhead, take_floor
 from recon.training.checkpoints import Checkpoints
 from recon.training.history import Epoch, History
 from recon.training.optimizers import SchedulerOrMaker, add_parameters, as_one, check_parameters, schedulers_of
