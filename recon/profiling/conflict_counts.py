@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from recon.errors import UsageError, shortened
+from recon.errors import CheckpointError, UsageError, shortened
 from recon.maps import ConflictMap
 from recon.maps.counts import Counts
 from recon.methods.gradients.sparse import entries
@@ -126,3 +126,15 @@ class ConflictCounts:
 
     def _numbers(self, tasks: Sequence[str]) -> list[int]:
         return [self.tasks.index(task) for task in tasks]
+
+
+def refuse_other_settings(state: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
+    """Refuse to go on from the saved state of a profiler with other settings than these."""
+    for name, value in settings.items():
+        if name not in state:
+            raise CheckpointError(f"This is not the saved state of a profiler: it has no {name}.")
+        if state[name] != value:
+            raise CheckpointError(
+                f"The saved profile has other {name}: {state[name]}, not {value}. Use the settings of "
+                "the interrupted run, or start over."
+            )

@@ -10,7 +10,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from recon.errors import CheckpointError, UsageError
+from recon.errors import UsageError
 from recon.maps import ConflictMap
 from recon.maps.counts import threshold_bin
 from recon.methods.gradients.gramians import layer_gramians
@@ -19,7 +19,7 @@ from recon.methods.gradients.observer import Memory
 from recon.methods.gradients.reach import Reach
 from recon.methods.updates.scaled_losses import LossScaleLike
 from recon.methods.updates.step import backward, check_losses, present
-from recon.profiling.conflict_counts import ConflictCounts
+from recon.profiling.conflict_counts import ConflictCounts, refuse_other_settings
 from recon.profiling.floor import (
     Comparison,
     FloorEvery,
@@ -197,34 +197,21 @@ class Profiler:
 
     @torch.no_grad()
     def observe(self, jacobian: TaskJacobian) -> None:
-        """Record one step's task gradients.
-
-        Args:
-            jacobian: taken with respect to `self.parameters`, in their order.
-        """
+        """Record one step's task gradients, taken with respect to `self.parameters`, in their order."""
         layers, gramians = layer_gramians(jacobian, self._layer_of)
-        self._counts.add(
-            layers, jacobian.tasks, gramians, [g for own in jacobian.own.values() for g in own.values()], self.device
-        )
+        others = [gradient for own in jacobian.own.values() for gradient in own.values()]
+        self._counts.add(layers, jacobian.tasks, gramians, others, self.device)
         self._floor.observe(WholeGradients.of_step(jacobian, layers, self._layer_of))
 
     def observe_sketched(
         self, losses: Mapping[str, Tensor], reach: Reach, weights: Mapping[str, Tensor] | None
     ) -> dict[Tensor, Tensor]:
-        """Record one step from sketches of its gradients, none of which is kept.
+        """Record one step from sketches of its gradients, and return their sum, by the tasks' weights if given.
 
-        Args:
-            losses: `{task: scalar loss}`; their graph is freed.
-            reach: of the losses.
-            weights: of the tasks in the sum that is returned; 1 if not given.
-
-        Returns:
-            The weighted sum of the gradients.
+        The losses' graph is freed, and no gradient is kept.
         """
         layers = reach.shared_layers(self._layer_of)
-        if self._sketch is None or self._sketch[0] != layers:
-            self._sketch = layers, GradientSketch([list(self.layers[i].parameters.values()) for i in layers])
-        sketch = self._sketch[1]
+        sketch = self._sketch_of(layers)
         sketches, total = sketched_step(losses, reach, weights, sketch, self)
         others = [gradient for leaf, gradient in total.items() if leaf not in sketch]
         self._counts.add(layers, reach.tasks, sketch_gramians(sketches), others, self.device)
@@ -233,10 +220,12 @@ class Profiler:
 
     def sketches_by_task(self) -> TaskSketches:
         """For the gradients of the step to come, where it goes task by task and needs no whole gradients."""
-        numbers = list(range(len(self.layers)))
-        if self._sketch is None or self._sketch[0] != numbers:
-            self._sketch = numbers, GradientSketch([list(layer.parameters.values()) for layer in self.layers])
-        return TaskSketches(self._sketch[1], self.device)
+        return TaskSketches(self._sketch_of(list(range(len(self.layers)))), self.device)
+
+    def _sketch_of(self, layers: list[int]) -> GradientSketch:
+        if self._sketch is None or self._sketch[0] != layers:
+            self._sketch = layers, GradientSketch([list(self.layers[i].parameters.values()) for i in layers])
+        return self._sketch[1]
 
     def observe_by_task(self, sketches: Tensor, reach: Reach, others: Sequence[Tensor]) -> None:
         """Record a step that went task by task; `others` are gradients that no layer's sketch has."""
@@ -299,14 +288,7 @@ class Profiler:
             CheckpointError: the state is of a profiler with other settings.
         """
         state = {"units": {}, "floor_every": None, "next_floor": 0, **state}  # profiles from before had none of these
-        for name, value in self._settings().items():
-            if name not in state:
-                raise CheckpointError(f"This is not the saved state of a profiler: it has no {name}.")
-            if state[name] != value:
-                raise CheckpointError(
-                    f"The saved profile has other {name}: {state[name]}, not {value}. Use the settings of "
-                    "the interrupted run, or start over."
-                )
+        refuse_other_settings(state, self._settings())
         self._calls, self._next_floor = state["calls"], state["next_floor"]
         self._counts.load_state_dict(state, self.device)
         if self._stable is not None and state["stable"] is not None:

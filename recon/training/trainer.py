@@ -23,13 +23,13 @@ from recon.support.network.trainable import refuse_untrainable
 from recon.support.processes import broadcast_model
 from recon.training.batches.accumulation import Accumulate, Update, check_accumulate, updates_in_step, updates_of
 from recon.training.batches.batch_stream import BatchStream, batch_count
-from recon.training.second_batch import LookAhead, take_floor
 from recon.training.checkpoints import Checkpoints
 from recon.training.history import Epoch, History
 from recon.training.optimizers import SchedulerOrMaker, add_parameters, as_one, check_parameters, schedulers_of
 from recon.training.precision import Amp, Precision
 from recon.training.recorder import Recorder
 from recon.training.run import TrainingRun
+from recon.training.second_batch import LookAhead, take_floor
 from recon.training.stepper import Stepper
 
 _BAR_SECONDS = 2.0  # between two looks at the losses: each waits for the device
