@@ -43,7 +43,6 @@ from recon.support.tables import text_table
 from recon.training.evaluation import directions
 
 RANKINGS: tuple[By, ...] = get_args(By)
-CONTROLS = ("random", "first")
 JOINT = "joint"
 FLOOR = 2  # a floor in every second step: the study is of what it says, not of its price
 
