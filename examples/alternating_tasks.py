@@ -17,7 +17,7 @@ import torch
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, TensorDataset
 
 import recon
 
@@ -32,17 +32,17 @@ class Digits(nn.Module):
 
     def forward(self, images: Tensor, task: str) -> Tensor:
         """(N, 2) logits of one task."""
-        return self.heads[task](self.body(images))  # type: ignore[no-any-return]
+        return self.heads[task](self.body(images))
 
 
-def loaders() -> dict[str, DataLoader[tuple[Tensor, Tensor]]]:
+def loaders() -> dict[str, DataLoader[tuple[Tensor, ...]]]:
     """Images and labels of each task: two halves of the digits, which no image is in both of."""
     data = load_digits()
     images, digits = torch.tensor(data.images / 16, dtype=torch.float32), torch.tensor(data.target)
     labels = {"odd": digits % 2, "large": (digits > 4).long()}
     halves = {"odd": slice(None, None, 2), "large": slice(1, None, 2)}
     return {
-        task: DataLoader(list(zip(images[half], labels[task][half], strict=True)), batch_size=32, shuffle=True)
+        task: DataLoader(TensorDataset(images[half], labels[task][half]), batch_size=32, shuffle=True)
         for task, half in halves.items()
     }
 
@@ -65,7 +65,7 @@ def train(method: str, epochs: int = 2) -> tuple[nn.Module, recon.ConflictMap]:
     return model, profiler.conflict_map()
 
 
-def alternating(data: dict[str, DataLoader[tuple[Tensor, Tensor]]]) -> Iterator[tuple[str, Tensor, Tensor]]:
+def alternating(data: dict[str, DataLoader[tuple[Tensor, ...]]]) -> Iterator[tuple[str, Tensor, Tensor]]:
     """A batch of one task, then one of the other."""
     for batches in zip(*data.values(), strict=True):
         for task, (images, labels) in zip(data, batches, strict=True):
