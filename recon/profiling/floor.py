@@ -190,6 +190,7 @@ class FloorPairs:
         self._weights: list[int] = []  # of the step, or of the floor that waits for its step
         self._first: Gradients | None = None
         self._waiting: Gradients | None = None
+        self._lenient = False  # whether the one that waits may turn out to have no task of its step
         self._open = False  # whether the last step can still get a floor
         self._recorded = False  # whether it is one to record
 
@@ -213,10 +214,14 @@ class FloorPairs:
             self._first = first
             return
         second, self._waiting, self._open = self._waiting, None, False
-        self._found(compare(first, second))
+        if not self._lenient or set(first.tasks) & set(second.tasks):
+            self._found(compare(first, second))
 
     def take(self, gradients: Callable[[], Gradients], *, before: bool = False) -> None:
-        """A second batch, whose gradients are made if they are of use; `before` says that its step is yet to come.
+        """A second batch, whose gradients are made if they are of use.
+
+        `before` says that its step is yet to come. There may then be no task in common, and one that still waits is
+        replaced: only a loss that is computed says whether its task is absent, and a step without losses is none.
 
         Raises:
             UsageError: no task is in both batches, or the step to come has a floor already.
@@ -229,9 +234,9 @@ class FloorPairs:
             self._first, self._open = None, False
             self._found(compare(first, gradients()))
             return
-        if self._waiting is not None:
+        if self._waiting is not None and not before:
             raise UsageError(f"This step has a floor already. {_WHERE}")
-        self._waiting, self._weights = gradients(), now
+        self._waiting, self._weights, self._lenient = gradients(), now, before
         self._first, self._open = None, False
 
     def _versions(self) -> list[int]:

@@ -8,7 +8,7 @@ from recon.problems.losses import TaskLosses
 from recon.support.network.forward import Part, fresh, to_device
 from recon.support.network.layers import unwrapped
 from recon.support.network.state import state_kept
-from recon.support.processes import gather
+from recon.support.processes import gather, world_size
 from recon.support.random_states import global_states_kept, scatter_global_states
 from recon.training.batches.accumulation import Update
 from recon.training.forward_pass import added_up, joint_losses
@@ -57,7 +57,8 @@ def take_floor(run: TrainingRun, losses: TaskLosses, update: Update, updates: Lo
     with state_kept(model), global_states_kept():
         scatter_global_states()
         found = added_up(list(joint_losses(model, parts, compared, run.precision)))
-        run.profiler.floor_of_next_step(run.precision.scaled(found))
+        if found or world_size() > 1:  # other ranks may have some
+            run.profiler.floor_of_next_step(run.precision.scaled(found))
 
 
 def _tasks(update: Update, losses: TaskLosses) -> list[str]:

@@ -227,6 +227,58 @@ def test_batches_that_lack_targets(pattern, observed):
     assert {tuple(layer.floor.observed) for layer in cmap.layers} == {tuple(observed)}
 
 
+@pytest.mark.parametrize(
+    ("pattern", "observed"),
+    [
+        # Only the loss of the whole batch knows: nothing in the second batch; nothing in the first; nothing in common.
+        (["ab", "", "ab", "ab"], [1, 1]),
+        (["", "ab", "ab", "ab"], [1, 1]),
+        (["ab", "", "a", "b", "ab", "ab"], [1, 1]),
+    ],
+)
+def test_losses_of_whole_batches_that_turn_out_to_be_absent(pattern, observed):
+    def losses(outputs, batch):
+        return {task: LOSSES[task](outputs[task], target) for task, target in batch.targets["all"].items()}
+
+    loader = [(x, {"all": targets}) for x, targets in Rotating(pattern)]
+    torch.manual_seed(0)
+    model = Net()
+    cmap = recon.profile(
+        model,
+        loader,
+        losses,
+        tasks=("a", "b"),
+        optimizer=torch.optim.AdamW(model.parameters(), 0.01),
+        floor=100,
+        epochs=1,
+    )
+    assert {tuple(layer.floor.observed) for layer in cmap.layers} == {tuple(observed)}
+
+
+@pytest.mark.parametrize("accumulate", [1, "tasks"])
+def test_tasks_with_batches_of_their_own_take_floors(accumulate):
+    """Each joint step is followed by another one; or by as many batches of one task as it takes to see both."""
+
+    def one_by_one():
+        for x, targets in batches(8):
+            if accumulate == "tasks":
+                yield from ((x, {task: target}) for task, target in targets.items())
+            else:
+                yield {task: (x.clone(), target) for task, target in targets.items()}
+
+    ends = []
+    for floor in (None, 3):
+        torch.manual_seed(0)
+        model = Net()
+        optimizer = torch.optim.AdamW(model.parameters(), 0.01)
+        loader = list(one_by_one())
+        cmap = recon.profile(model, loader, LOSSES, optimizer=optimizer, floor=floor, epochs=1, accumulate=accumulate)
+        ends.append(model.state_dict())
+    assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
+    assert cmap.steps == 8
+    assert {tuple(layer.floor.observed) for layer in cmap.layers} == {(3, 3)}  # steps 1, 4 and 7
+
+
 @pytest.mark.parametrize("floor", [0, 1, -3, 2.5, "often", True])
 def test_a_floor_that_is_no_number_of_steps_is_refused(floor):
     with pytest.raises(UsageError, match=r"floor is .*Give 'auto', None, or a whole number n of at least 2"):
