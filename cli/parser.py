@@ -165,6 +165,11 @@ def steps_or_part(text: str) -> int | float:
     return _number(text, float, lambda value: 0 < value < 1, "a whole number of at least 1, or a part between 0 and 1")
 
 
+def batches_or_tasks(text: str) -> int | str:
+    """A number of batches for one step, or `tasks`."""
+    return text if text == "tasks" else _number(text, int, lambda n: n >= 1, "a whole number of at least 1, or tasks")
+
+
 def share(text: str) -> float:
     """An argument that is a part of a whole."""
     return _number(text, float, lambda value: 0 < value <= 1, "a number above 0 and at most 1")

@@ -1,4 +1,4 @@
-"""The options that make a recipe: for `recon train`."""
+"""The options that make a recipe: for `recon train`, and some for `recon profile` and `recon bench`."""
 
 from __future__ import annotations
 
@@ -10,12 +10,15 @@ from recon.experiments import Recipe
 from recon.experiments.recipe import OPTIMIZERS, SCHEDULES
 from recon_cli.parser import (
     Parser,
+    batches_or_tasks,
     non_negative_number,
     part_below_one,
     positive_integer,
     positive_number,
     steps_or_part,
 )
+
+Group = argparse._ArgumentGroup  # what add_argument_group gives has no public name
 
 
 def add_recipe_options(parser: Parser) -> None:
@@ -39,15 +42,26 @@ def add_recipe_options(parser: Parser) -> None:
         metavar="STEPS",
         help="let the learning rate rise over the first STEPS steps, or over a part of all steps, such as 0.05",
     )
+    add_step_options(group)
+
+
+def add_step_options(group: Group) -> None:
+    """Add the options that say how a step is taken."""
     group.add_argument("--clip", type=positive_number, metavar="NORM", help="scale longer updates down to this norm")
+    add_accumulate(group)
+    group.add_argument("--amp", choices=("bf16", "fp16"), help="precision of the forward; fp16 on GPUs only")
+
+
+def add_accumulate(group: Group) -> None:
+    """Add the option that says which batches make a step."""
     group.add_argument(
         "--accumulate",
-        type=positive_integer,
+        type=batches_or_tasks,
         default=1,
         metavar="N",
-        help="take a step for every N batches, with the mean of their updates (default: 1)",
+        help="take a step for every N batches, with the mean of their updates (default: 1); or tasks: one joint step of "
+        "as many batches as it takes to see each task",
     )
-    group.add_argument("--amp", choices=("bf16", "fp16"), help="precision of the forward; fp16 on GPUs only")
 
 
 def recipe_of(args: argparse.Namespace, epochs: int) -> Recipe:

@@ -12,6 +12,7 @@ from recon.experiments.bench.presets import PRESETS
 from recon_cli.options import layers
 from recon_cli.options.outputs import claimed_folder
 from recon_cli.options.problem import add_problem, problem_of
+from recon_cli.options.recipe import add_accumulate
 from recon_cli.options.rename import add_rename_option, renames
 from recon_cli.parser import (
     METHOD,
@@ -64,6 +65,7 @@ def add_parser(verbs: Verbs) -> None:
     size.add_argument("--profile-epochs", type=positive_integer, metavar="N", help="epochs of the profile")
     size.add_argument("--train-batches", type=positive_integer, metavar="N", help="use at most N batches an epoch")
     size.add_argument("--test-batches", type=positive_integer, metavar="N", help="use at most N test batches")
+    add_accumulate(size)
     which = parser.add_argument_group("which layers")
     which.add_argument(
         "--top-k",
@@ -177,7 +179,8 @@ def _preset(args: argparse.Namespace, problem: Problem) -> Preset:
     preset = PRESETS[args.preset](problem)
     names = ("seeds", "epochs", "profile_epochs", "train_batches", "test_batches")
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    return replace(preset, methods=tuple(args.methods or preset.methods), **given)
+    recipe = replace(preset.recipe, accumulate=args.accumulate)
+    return replace(preset, methods=tuple(args.methods or preset.methods), recipe=recipe, **given)
 
 
 def _choice(args: argparse.Namespace) -> dict[str, list[str]]:

@@ -17,6 +17,7 @@ from recon.support import launch
 from recon_cli.options import layers
 from recon_cli.options.outputs import claimed_file
 from recon_cli.options.problem import PROBLEM_NAMES, add_problem, problem_of
+from recon_cli.options.recipe import add_step_options
 from recon_cli.parser import (
     METHOD,
     Report,
@@ -57,6 +58,8 @@ def add_parser(verbs: Verbs) -> None:
         recon profile digits --backbone ResNet18 --out resnet.json
         recon profile digits --backbone ResNet18 --exclude '.*bn\\d' --units 'layer\\d+\\.\\d+' --out blocks.json
         recon profile digits --floor 4 --out map.json
+        recon profile digits --clip 1 --amp bf16 --out map.json
+        recon profile three_loaders.py:problem --accumulate tasks --out map.json
         recon profile digits --out map.json --resume
         torchrun --nproc-per-node 2 -m recon_cli profile digits --out map.json
         """,
@@ -74,6 +77,7 @@ def add_parser(verbs: Verbs) -> None:
     )
     parser.add_argument("--method", default="joint", help=f"{METHOD} (default: joint)")
     add_training_options(parser)
+    add_step_options(parser.add_argument_group("how a step is taken"))
     parser.add_argument(
         "--until-stable",
         type=share,
@@ -156,7 +160,7 @@ def _profile(args: argparse.Namespace, problem: Problem, device: torch.device, c
     loader, _ = make_loaders(problem, args.seed, device)
     several = launch.count() > 1
     if not several:
-        refuse_unprofilable(model, loader, problem.losses)
+        refuse_unprofilable(model, loader, problem.losses, args.accumulate)
     subset = {} if args.train_samples is None else {"train_samples": args.train_samples}
     made_by = {
         "problem": problem.name,
@@ -183,6 +187,9 @@ def _profile(args: argparse.Namespace, problem: Problem, device: torch.device, c
         epochs=args.epochs,
         threshold=threshold_of(problem, args.threshold),
         method=args.method,
+        clip=args.clip,
+        accumulate=args.accumulate,
+        amp=args.amp,
         every=args.every,
         until_stable=args.until_stable,
         top_k=args.top_k,
@@ -225,11 +232,15 @@ def _is_ours(cmap: ConflictMap, args: argparse.Namespace, problem: Problem) -> b
         "train_samples": args.train_samples,
         "backbone": backbone_title(problem, model),
         "learning_rate": group.get("initial_lr", group.get("lr")),
+        "accumulate": args.accumulate if args.accumulate != 1 else None,
         "memory": args.memory if args.memory != "exact" else None,
         "every": args.every if args.every != 1 else None,
         "floor_every": floor_steps(args.floor),
         "processes": launch.count() if launch.count() > 1 else None,
-        **{name: getattr(args, name) for name in ("seed", "method", "epochs", "until_stable", *layers.NAMES)},
+        **{
+            name: getattr(args, name)
+            for name in ("seed", "method", "epochs", "until_stable", "clip", "amp", *layers.NAMES)
+        },
     }
     same = all(cmap.made_by.get(name) == value for name, value in asked.items())
     return same and cmap.threshold == threshold_of(problem, args.threshold)

@@ -69,7 +69,7 @@ def make_scheduler(
     recipe = recipe or Recipe()
     recipe.check(epochs)
     if not depends_on_length(problem, recipe):
-        if recipe.warm_up is not None and isinstance(loader, Sized):
+        if recipe.warm_up is not None and recipe.accumulate != "tasks" and isinstance(loader, Sized):
             _warm_up_steps(recipe, epochs * _steps_per_epoch(problem, loader, recipe))
         return None if recipe.warm_up is None else partial(_rising, steps=int(recipe.warm_up))
     per_epoch = _steps_per_epoch(problem, loader, recipe)
@@ -94,6 +94,12 @@ def _steps_per_epoch(problem: Problem, loader: Iterable[Batch], recipe: Recipe) 
         raise ProblemError(
             f"The learning rate's schedule needs the number of steps, but the train loader of {problem.name!r} has no "
             "length. Give it a __len__, or choose the schedule constant."
+        )
+    if recipe.accumulate == "tasks":
+        raise UsageError(
+            "The learning rate's schedule needs the number of steps, but accumulate='tasks' gathers as many batches for "
+            "a step as it takes to see every task. Choose the schedule constant, or give each task a loader of its own, "
+            "and join them: recon.joint_loader({'task name': loader, ...})."
         )
     return -(-len(loader) // recipe.accumulate)
 

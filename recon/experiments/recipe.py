@@ -26,7 +26,7 @@ class Recipe:
         gamma: see there.
         warm_up: how long the learning rate rises at first: a number of steps, or below 1 a part of all steps.
         clip: the largest norm of an update.
-        accumulate: batches for one step.
+        accumulate: batches for one step; or `tasks`, as many as it takes to see each task.
         amp: precision of the forward; the model's own if None.
     """
 
@@ -39,7 +39,7 @@ class Recipe:
     gamma: float | None = None
     warm_up: int | float | None = None
     clip: float | None = None
-    accumulate: int = 1
+    accumulate: int | Literal["tasks"] = 1
     amp: Literal["bf16", "fp16"] | None = None
 
     def settings(self) -> dict[str, Any]:

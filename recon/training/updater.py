@@ -55,6 +55,7 @@ class Updater:
         Returns:
             `{task: loss}`, detached, empty if no task is present; and `{task: weight}`, as `recon.backward` gives it.
         """
+        parts = [part for part in parts if (needed := self.losses.needed(part)) is None or needed]
         passes = self._passes(parts)
         if len(parts) > 1:
             return self._joint(passes)

@@ -194,7 +194,7 @@ class Bench:
         self.tell(f"Profiling {problem.name}: {settings.profile_epochs} epoch(s) of joint training")
         model = make_model(problem, 0).to(device_of(settings))
         loader, _ = make_loaders(problem, 0)
-        refuse_unprofilable(model, loader, problem.losses)
+        refuse_unprofilable(model, loader, problem.losses, settings.recipe.accumulate)
         return profiling.profile(
             model,
             loader,
@@ -202,6 +202,7 @@ class Bench:
             optimizer=make_optimizer(problem, model, replace(settings.recipe, schedule=None)),
             epochs=settings.profile_epochs,
             threshold=settings.threshold,
+            accumulate=settings.recipe.accumulate,
             layers=settings.layers,
             exclude=settings.exclude,
             units=settings.units,

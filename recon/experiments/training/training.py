@@ -21,8 +21,10 @@ from recon.experiments.run import RUN_FILE, SINGLE_TASK, Run
 from recon.experiments.training.evaluations import Evaluations
 from recon.experiments.training.run_folder import BEST, CHECKPOINT_FILE, METRICS_FILE, RUN_MARKS, RunFolder
 from recon.experiments.training.tensorboard import Events
+from recon.methods import parse
 from recon.problems.problem import Problem, Task
 from recon.profiling.conflict_counter import ConflictCounter, Counting
+from recon.profiling.preflight import refuse_lonely
 from recon.support import launch
 from recon.training import RankBatches
 from recon.training.evaluation import directions
@@ -189,8 +191,10 @@ class Training:
         problem = self.problem
         # Fresh loaders and random state: what was looked at before must not shift the order of the batches.
         train, test = make_loaders(problem, self.seed, self.device)
-        seed_everything(self.seed)
         losses = problem.losses_of(task.name for task in tasks)
+        if not run.is_single_task and not parse(self.method).works_alone:
+            refuse_lonely(train, losses, self.recipe.accumulate)
+        seed_everything(self.seed)
         keeper = RunFolder(folder, run, self.folder, model, tasks, test, self.evaluations, self.tell)
         counter = None
         if self.counting is not None and not run.is_single_task:

@@ -16,7 +16,7 @@ _STEPS = 20  # with one task each, before the warning
 
 WHAT_TO_DO = (
     "Join the tasks' batches: recon.joint_loader({'task name': loader, ...}) for recon.train and recon.profile, "
-    "recon.Window(model, method) in a loop of your own, or recon.train(..., accumulate='tasks')."
+    "recon.Window(model, method) in a loop of your own, or recon.train(..., accumulate='tasks') (--accumulate tasks)."
 )
 """For messages about tasks that never meet."""
 
