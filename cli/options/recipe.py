@@ -59,8 +59,8 @@ def add_accumulate(group: Group) -> None:
         type=batches_or_tasks,
         default=1,
         metavar="N",
-        help="take a step for every N batches, with the mean of their updates (default: 1); or tasks: one joint step of "
-        "as many batches as it takes to see each task",
+        help="take a step for every N batches, with the mean of their updates (default: 1); or tasks: one joint step "
+        "of as many batches as it takes to see each task",
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import random
 from collections.abc import Iterable
+from itertools import chain, islice
 from typing import Any
 
 import numpy as np
@@ -16,8 +17,11 @@ from recon.errors import ProblemError, UsageError, type_name
 from recon.problems.loading import prepare
 from recon.problems.problem import Problem
 from recon.support import launch
+from recon.support.loaders import refuse_dict
 from recon.support.network.forward import Batch, Part, batch_parts, to_device
+from recon.training.batches.accumulation import updates_of
 
+_MOST_BATCHES = 20  # are looked at for one of each task
 _SAMPLES = 8  # enough for batch norm, little enough to be quick
 
 
@@ -85,12 +89,19 @@ def threshold_of(problem: Problem, asked: float | None) -> float:
 def first_batch(problem: Problem, loader: Iterable[Batch], device: torch.device) -> list[Part]:
     """The train loader's first batch, as the parts that run through the model at once.
 
+    Where it has a target of one task alone, those of the batches that follow, until each task was seen.
+
     Raises:
         ProblemError: there is none, or it is no batch.
     """
-    for batch in loader:
-        if parts := batch_parts(batch):
-            return to_device(parts, device)
+    losses = problem.losses_of(problem.task_names)
+    refuse_dict(loader)
+    batches = (batch for batch in islice(loader, _MOST_BATCHES) if batch_parts(batch))
+    for batch in batches:
+        parts = batch_parts(batch)
+        if len({task for part in parts for task in losses.present(part)}) == 1:
+            parts = list(next(updates_of(chain([batch], batches), "tasks", losses)).parts)
+        return to_device(parts, device)
     raise ProblemError(f"The train loader of {problem.name!r} gave no batch. Check that its data set is not empty.")
 
 

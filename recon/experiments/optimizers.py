@@ -97,9 +97,9 @@ def _steps_per_epoch(problem: Problem, loader: Iterable[Batch], recipe: Recipe) 
         )
     if recipe.accumulate == "tasks":
         raise UsageError(
-            "The learning rate's schedule needs the number of steps, but accumulate='tasks' gathers as many batches for "
-            "a step as it takes to see every task. Choose the schedule constant, or give each task a loader of its own, "
-            "and join them: recon.joint_loader({'task name': loader, ...})."
+            "The learning rate's schedule needs the number of steps, but accumulate='tasks' gathers as many batches "
+            "for a step as it takes to see every task. Choose the schedule constant, or give each task a loader of its "
+            "own, and join them: recon.joint_loader({'task name': loader, ...})."
         )
     return -(-len(loader) // recipe.accumulate)
 

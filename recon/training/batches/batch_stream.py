@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from recon.errors import CheckpointError, LoaderError, ProblemError, ReconError
-from recon.support.loaders import LoaderOfLoaders, every_batch_once
+from recon.support.loaders import LoaderOfLoaders, every_batch_once, refuse_dict
 from recon.support.network.forward import Batch, Part, batch_parts
 from recon.support.processes import rank, world_size
 from recon.support.random_states import (
@@ -46,6 +46,7 @@ class BatchStream:
     """
 
     def __init__(self, loader: Iterable[Batch], remembers: bool) -> None:
+        refuse_dict(loader)
         self.loader = loader
         self.remembers = remembers
         self.drawn = 0
