@@ -139,7 +139,7 @@ class Profiler:
         """Record one step, and leave `.grad` as `sum(losses).backward()` would.
 
         Args:
-            losses: `{task name: scalar loss}`; a task missing from the batch is left out.
+            losses: `{task name: scalar loss}`; a task missing from the batch is left out, or None.
             loss_scale: see `recon.backward`; cosines are the same at every scale.
 
         Raises:
@@ -282,11 +282,7 @@ class Profiler:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on recording from what `state_dict` gave.
-
-        Raises:
-            CheckpointError: the state is of a profiler with other settings.
-        """
+        """Go on recording from what `state_dict` gave; a CheckpointError if that profiler had other settings."""
         state = {"units": {}, "floor_every": None, "next_floor": 0, **state}  # profiles from before had none of these
         refuse_other_settings(state, self._settings())
         self._calls, self._next_floor = state["calls"], state["next_floor"]
@@ -295,10 +291,7 @@ class Profiler:
             self._stable.next_check = state["stable"]["next_check"]
 
     def conflict_map(self, made_by: Mapping[str, Any] | None = None) -> ConflictMap:
-        """What has been counted so far.
-
-        Args:
-            made_by: how the map was made, to be kept in its file.
+        """What has been counted so far; `made_by` says how, and is kept in the map's file.
 
         Raises:
             UsageError: nothing was recorded, no two tasks have met in a step, or no layer is shared.

@@ -11,7 +11,7 @@ from recon.support.network.state import state_kept
 from recon.support.processes import gather, world_size
 from recon.support.random_states import global_states_kept, scatter_global_states
 from recon.training.batches.accumulation import Update
-from recon.training.forward_pass import added_up, joint_losses
+from recon.training.batches.forward_pass import added_up, joint_losses
 from recon.training.run import TrainingRun
 
 

@@ -21,7 +21,7 @@ from recon.support.network.state import state_kept
 from recon.support.processes import average_, gather, world_size
 from recon.support.random_states import global_states_kept
 from recon.training.batches.accumulation import Update
-from recon.training.forward_pass import added_up, joint_losses, non_finite_tasks, part_losses
+from recon.training.batches.forward_pass import added_up, joint_losses, non_finite_tasks, part_losses
 from recon.training.optimizers import take_step
 from recon.training.recorder import Recorder, Step
 from recon.training.run import TrainingRun

@@ -12,7 +12,7 @@ from recon.methods.window import Window
 from recon.problems.losses import TaskLosses
 from recon.support.network.forward import Part
 from recon.support.processes import world_size
-from recon.training.forward_pass import PLAIN, joint_losses
+from recon.training.batches.forward_pass import PLAIN, joint_losses
 from recon.training.precision import Precision
 
 Scalars = dict[str, Tensor]

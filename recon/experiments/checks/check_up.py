@@ -25,7 +25,7 @@ from recon.profiling.preflight import look_ahead, nothing_changed
 from recon.profiling.step_prices import memory_prices, step_prices
 from recon.support.network.forward import Batch, Part, batch_parts, fresh, model_device, to_device
 from recon.support.network.layers import module_at, unwrapped
-from recon.training.forward_pass import added_up, joint_losses
+from recon.training.batches.forward_pass import added_up, joint_losses
 from recon.training.optimizers import as_one, check_parameters, parts_of
 
 _NO_BATCH = (
