@@ -6,23 +6,14 @@ conflict between two tasks is evidence only where it is more frequent than that.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple, Protocol
+from collections.abc import Callable, Sequence
+from typing import Literal, NamedTuple
 
-import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from recon.errors import UsageError
-from recon.methods.gradients.cross_gramians import Products, cross_gramians
-from recon.methods.gradients.jacobian import TaskJacobian, Workspace, task_jacobian
-from recon.methods.gradients.observer import StepObserver
-from recon.methods.gradients.passes import differentiate
-from recon.methods.gradients.reach import find_reach
-from recon.profiling.sketch import GradientSketch, sketch_products
-from recon.support.network.layers import Layer
-from recon.support.processes import average_
+from recon.profiling.batch_gradients import Gradients
 
 FloorEvery = int | Literal["auto"] | None
 """In which of the profiled steps a noise floor is taken."""
@@ -56,79 +47,6 @@ class Comparison(NamedTuple):
     second_norms: Tensor  # (L, T); zero for a task that the second batch lacks
 
 
-class Gradients(Protocol):
-    """One batch's task gradients, whole or sketched."""
-
-    @property
-    def tasks(self) -> tuple[str, ...]:
-        """The tasks, in the order of the rows."""
-
-    def with_second(self, second: Gradients) -> tuple[list[int], Products]:
-        """The L shared layers that can be compared, and the products of both batches there."""
-
-    def unchanged(self) -> bool:
-        """Whether nobody has written into them since."""
-
-
-@dataclass
-class WholeGradients:
-    """The gradients themselves."""
-
-    jacobian: TaskJacobian
-    layers: list[int]  # the shared ones
-    layer_of: Mapping[Tensor, int]
-
-    @classmethod
-    def of_step(cls, jacobian: TaskJacobian, layers: list[int], layer_of: Mapping[Tensor, int]) -> WholeGradients:
-        """Those in the shared layers alone: the others need not be kept."""
-        shared = set(layers)
-        own = {
-            task: {leaf: gradient for leaf, gradient in gradients.items() if layer_of.get(leaf) in shared}
-            for task, gradients in jacobian.own.items()
-        }
-        return cls(replace(jacobian, own=own), layers, layer_of)
-
-    def __post_init__(self) -> None:
-        self._versions = [tensor._version for tensor in self._tensors()]
-
-    @property
-    def tasks(self) -> tuple[str, ...]:
-        """See `Gradients`."""
-        return self.jacobian.tasks
-
-    def with_second(self, second: Gradients) -> tuple[list[int], Products]:
-        """See `Gradients`."""
-        assert isinstance(second, WholeGradients)
-        return self.layers, cross_gramians(self.jacobian, second.jacobian, self.layers, self.layer_of)
-
-    def unchanged(self) -> bool:
-        """See `Gradients`."""
-        return self._versions == [tensor._version for tensor in self._tensors()]
-
-    def _tensors(self) -> list[Tensor]:
-        return [self.jacobian.matrix, *(g for own in self.jacobian.own.values() for g in own.values())]
-
-
-@dataclass
-class SketchedGradients:
-    """Sketches (T, L, m) of the gradients in L layers."""
-
-    tasks: tuple[str, ...]
-    layers: list[int]
-    sketches: Tensor
-
-    def with_second(self, second: Gradients) -> tuple[list[int], Products]:
-        """See `Gradients`."""
-        assert isinstance(second, SketchedGradients)
-        common = [layer for layer in self.layers if layer in second.layers]
-        one, other = (part.sketches[:, [part.layers.index(layer) for layer in common]] for part in (self, second))
-        return common, sketch_products(one, other)
-
-    def unchanged(self) -> bool:
-        """See `Gradients`."""
-        return True
-
-
 def compare(first: Gradients, second: Gradients) -> Comparison:
     """The step's gradients with those of a second batch.
 
@@ -145,36 +63,6 @@ def compare(first: Gradients, second: Gradients) -> Comparison:
     places = [second.tasks.index(task) if task in second.tasks else len(second.tasks) for task in first.tasks]
     across, second_squares = (pad(values, (0, 1))[..., places] for values in (found.across, found.second_squares))
     return Comparison(layers, first.tasks, across, found.squares.sqrt(), second_squares.sqrt())
-
-
-def second_gradients(
-    losses: Mapping[str, Tensor], observer: StepObserver, layers: Sequence[Layer], layer_of: Mapping[Tensor, int]
-) -> Gradients:
-    """The gradients of a second batch, in the observer's kind of memory; `.grad` stays as it is, the graph is freed."""
-    with torch.autocast(observer.device.type, enabled=False):
-        if observer.memory == "sketch":
-            return _sketched(losses, observer, layers, layer_of)
-        jacobian = task_jacobian(losses, observer.parameters, Workspace(), observer.buffers)
-        return WholeGradients(jacobian, [], layer_of)
-
-
-def _sketched(
-    losses: Mapping[str, Tensor], observer: StepObserver, layers: Sequence[Layer], layer_of: Mapping[Tensor, int]
-) -> Gradients:
-    reach = find_reach(losses, observer.parameters)
-    # Every layer that a task reaches: which of them the step shares may not be known yet.
-    reached = sorted({layer_of[p] for found in reach.parameters.values() for p in found if p in layer_of})
-    sketch = GradientSketch([list(layers[i].parameters.values()) for i in reached])
-    sketches = sketch.zeros(len(reach.tasks), observer.device)
-
-    def receive(number: int, leaves: list[Tensor], gradients: list[Tensor]) -> None:
-        for leaf, gradient in zip(leaves, gradients, strict=True):
-            if leaf in sketch:
-                sketch.fold(leaf, gradient, sketches[number])
-
-    differentiate(losses, reach, observer.buffers, receive)
-    average_([sketches])
-    return SketchedGradients(reach.tasks, reached, sketches)
 
 
 class FloorPairs:

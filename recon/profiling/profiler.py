@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, get_args
 
@@ -19,16 +19,9 @@ from recon.methods.gradients.observer import Memory
 from recon.methods.gradients.reach import Reach
 from recon.methods.updates.scaled_losses import LossScaleLike
 from recon.methods.updates.step import backward, check_losses, present
+from recon.profiling.batch_gradients import SketchedGradients, WholeGradients, gradients_of
 from recon.profiling.conflict_counts import ConflictCounts, refuse_other_settings
-from recon.profiling.floor import (
-    Comparison,
-    FloorEvery,
-    FloorPairs,
-    SketchedGradients,
-    WholeGradients,
-    floor_steps,
-    second_gradients,
-)
+from recon.profiling.floor import Comparison, FloorEvery, FloorPairs, floor_steps
 from recon.profiling.sketch import GradientSketch, TaskSketches, sketch_gramians
 from recon.profiling.sketched_step import sketched_step
 from recon.profiling.stability import StableRanking
@@ -170,19 +163,17 @@ class Profiler:
                 next step begins, if the step that it was called for never came.
             GradientError: a task's loss depends on no trainable parameter.
         """
-        self._take_floor(present(losses))
+        losses = present(losses)
+        check_losses(losses)
+        self._floor.take(lambda: gradients_of(losses, self, self.layers, self._layer_of))
 
     def wants_floor(self) -> bool:
         """Whether a floor is due in the step to come; `recon.train` asks before each."""
         return self.floor_every is not None and self.records_next() and self.steps >= self._next_floor
 
-    def floor_of_next_step(self, losses: Mapping[str, Tensor]) -> None:
-        """`floor`, where the step is known to be the one to come."""
-        self._take_floor(losses, before=True)
-
-    def _take_floor(self, losses: Mapping[str, Tensor], *, before: bool = False) -> None:
-        check_losses(losses)
-        self._floor.take(lambda: second_gradients(losses, self, self.layers, self._layer_of), before=before)
+    def floor_of_next_step(self, losses: Mapping[str, Tensor] | Iterable[Mapping[str, Tensor]]) -> None:
+        """`floor`, where the step is known to be the one to come: the losses of one forward, or of several in turn."""
+        self._floor.take(lambda: gradients_of(losses, self, self.layers, self._layer_of), before=True)
 
     def records_next(self) -> bool:
         """Whether the step to come is one to profile."""

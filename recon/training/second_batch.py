@@ -11,7 +11,7 @@ from recon.support.network.state import state_kept
 from recon.support.processes import gather, world_size
 from recon.support.random_states import global_states_kept, scatter_global_states
 from recon.training.batches.accumulation import Update
-from recon.training.batches.forward_pass import added_up, joint_losses
+from recon.training.batches.forward_pass import joint_losses
 from recon.training.run import TrainingRun
 
 
@@ -56,9 +56,11 @@ def take_floor(run: TrainingRun, losses: TaskLosses, update: Update, updates: Lo
     parts = [to_device(Part(fresh(part.inputs), part.targets), run.device) for part in second.parts]
     with state_kept(model), global_states_kept():
         scatter_global_states()
-        found = added_up(list(joint_losses(model, parts, compared, run.precision)))
-        if found or world_size() > 1:  # other ranks may have some
-            run.profiler.floor_of_next_step(run.precision.scaled(found))
+        passes = map(run.precision.scaled, joint_losses(model, parts, compared, run.precision))
+        if len(parts) > 1:
+            run.profiler.floor_of_next_step(passes)
+        elif (found := next(passes, {})) or world_size() > 1:  # other ranks may have some
+            run.profiler.floor_of_next_step(found)
 
 
 def _tasks(update: Update, losses: TaskLosses) -> list[str]:

@@ -258,6 +258,30 @@ def test_a_floor_of_a_step_that_is_not_profiled_is_left_out(model, counted, orde
 
 
 @pytest.mark.parametrize("memory", ["exact", "sketch"])
+def test_a_joint_batch_runs_one_forward_after_the_other(model, counted, memory):
+    """As one forward of all tasks; a task may have several batches, and each graph is freed before the next."""
+
+    def passes():
+        earlier = []
+        for parts in ({"a": 1}, {"b": 1, "c": 0.25}, {"c": 0.75}):
+            for loss in earlier:
+                with pytest.raises(RuntimeError, match="second time"):
+                    loss.backward()
+            found = {task: parts[task] * loss for task, loss in losses(model, 100, parts).items()}
+            earlier = list(found.values())
+            yield found
+
+    for second in (losses(model, 100), passes()):
+        profiler = Profiler(model, memory=memory)
+        profiler.floor_of_next_step(second)
+        profiler.backward(losses(model, 0))
+    one, other = counted
+    assert one[:2] == other[:2]
+    for left, right in zip(one[2:], other[2:], strict=True):
+        torch.testing.assert_close(left, right, rtol=0, atol=1e-6 if memory == "sketch" else 1e-12)
+
+
+@pytest.mark.parametrize("memory", ["exact", "sketch"])
 def test_a_window_takes_floors_before_amid_and_after_its_tasks(model, counted, memory):
     for when in ("before", "amid", "after", "in backward"):
         profiler = Profiler(model, tasks=TASKS, memory=memory)

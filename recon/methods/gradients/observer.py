@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, Protocol
 
 import torch
@@ -71,8 +71,11 @@ class StepObserver(Protocol):
     def wants_floor(self) -> bool:
         """Whether the step to come is one for a noise floor."""
 
-    def floor_of_next_step(self, losses: Mapping[str, Tensor]) -> None:
-        """Compare the gradients of these losses, of another batch, with those of the step to come."""
+    def floor_of_next_step(self, losses: Mapping[str, Tensor] | Iterable[Mapping[str, Tensor]]) -> None:
+        """Compare the gradients of these losses, of another batch, with those of the step to come.
+
+        Of several forwards, each is differentiated before the next is asked for; losses of the same task add up.
+        """
 
     def state_dict(self) -> dict[str, Any]:
         """What was recorded."""
