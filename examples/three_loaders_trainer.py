@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import sys
 import tempfile
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -27,7 +28,11 @@ from transformers import BertConfig, BertModel, Trainer, TrainingArguments
 import recon
 
 WORDS, LENGTH = 100, 12
-LOSSES = {"topic": cross_entropy, "tags": cross_entropy, "score": mse_loss}
+LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "topic": cross_entropy,
+    "tags": cross_entropy,
+    "score": mse_loss,
+}
 
 
 class Encoder(nn.Module):
@@ -116,4 +121,4 @@ def main(path: str, method: str = "pcgrad", epochs: int = 3) -> recon.ConflictMa
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], *sys.argv[2:3])
+    main(sys.argv[1], sys.argv[2] if len(sys.argv) > 2 else "pcgrad")
