@@ -12,7 +12,7 @@ from recon.methods.window import Window
 from recon.problems.losses import TaskLosses
 from recon.support.network.forward import Part
 from recon.support.processes import world_size
-from recon.training.batches.forward_pass import PLAIN, joint_losses
+from recon.training.batches.forward_pass import PLAIN, added_up, joint_losses
 from recon.training.precision import Precision
 
 Scalars = dict[str, Tensor]
@@ -72,14 +72,20 @@ class Updater:
         weights: Scalars = {}
         with self.precision.joint_step(self._window, passes) as scaled:
             for losses in scaled:
-                for number, (task, loss) in enumerate(losses.items(), start=1):
-                    self._window.add(task, loss, retain_graph=number < len(losses))
-                    total[task] = total[task] + loss.detach() if task in total else loss.detach()
+                self._add(self._window, losses)
+                total = added_up([total, {task: loss.detach() for task, loss in losses.items()}])
+                del losses  # with it goes the graph, before the next part runs
             if total or world_size() > 1:
                 weights = self._window.step()
         return {task: total[task] for task in self.losses.tasks if task in total}, weights
+
+    @staticmethod
+    def _add(window: Window, losses: Scalars) -> None:
+        for number, (task, loss) in enumerate(losses.items(), start=1):
+            window.add(task, loss, retain_graph=number < len(losses))
 
     def _passes(self, parts: Sequence[Part]) -> Iterator[Scalars]:
         for losses in joint_losses(self.model, parts, self.losses, self.precision):
             self.check(losses)
             yield losses
+            del losses

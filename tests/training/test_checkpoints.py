@@ -105,6 +105,19 @@ class Stateful:
         self.epoch, self.place, self.resumed = state["epoch"], state["place"], True
 
 
+class OneTaskABatch:
+    """Each batch has the target of one task, drawn at random."""
+
+    def __init__(self):
+        self.loader = DataLoader(Noisy(), 4, shuffle=True)
+
+    def __iter__(self):
+        draw = random.Random(int(torch.randint(99, ())))  # its own, so that it finds its place
+        for x, targets in self.loader:
+            task = draw.choice("ab")
+            yield x, {task: targets[task]}
+
+
 def tensors():
     x = torch.randn(48, 6, generator=torch.Generator().manual_seed(0))
     return x, {"a": x.sum(1), "b": x[:, 0]}
@@ -130,6 +143,20 @@ LOADERS = {
     "missing labels": Sparse,
     "a list": lambda: list(in_order(TensorBatches(*tensors()), 8)),
     "its own state": Stateful,
+    "joint": lambda: recon.joint_loader(
+        {"a": DataLoader(Noisy(), 8, shuffle=True), "b": DataLoader(Noisy(own=True), 12, shuffle=True)}
+    ),
+    "joint, with generators and workers": lambda: recon.joint_loader(
+        {
+            "a": DataLoader(Noisy(), 16, shuffle=True, num_workers=1, generator=generator()),
+            "b": DataLoader(Stream(), 24),
+        },
+        length=6,
+    ),
+    "joint, one with its own state": lambda: recon.joint_loader(
+        {"a": Stateful(), "b": LOADERS["recon's with a random transform"]()}, length=6
+    ),
+    "joint, in the middle of its own state": lambda: recon.joint_loader({"a": Stateful(), "b": Stateful()}, length=4),
 }
 
 OPTIMIZERS = {
@@ -244,6 +271,19 @@ def test_every_loader_goes_on_with_the_same_batches(path, tmp_path, caplog, load
     # In the first epoch, at the first step after its end, and in the second epoch.
     assert_same(training.in_pieces([3, 5, 6]), training.run(), tmp_path)
     assert not caplog.text
+
+
+@pytest.mark.parametrize(("floor", "pieces"), [(None, [9, 4]), (2, [19, 6])], ids=["plain", "floor"])
+def test_gathered_batches_go_on(path, tmp_path, caplog, monkeypatch, floor, pieces):
+    monkeypatch.setitem(LOADERS, "one task a batch", OneTaskABatch)
+    training = Training(path, "one task a batch", method="pcgrad", accumulate="tasks", floor=floor)
+    assert_same(training.in_pieces(pieces), training.run(), tmp_path)
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
+
+
+def test_a_floor_in_joint_steps_goes_on(path, tmp_path):
+    training = Training(path, "joint", method="pcgrad", floor=2)
+    assert_same(training.in_pieces([5, 8]), training.run(), tmp_path)
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)

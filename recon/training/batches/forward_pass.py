@@ -38,8 +38,11 @@ def joint_losses(
     """
     counts = part_counts(parts, losses)
     for part in parts:
-        found = part_losses(model, part, losses, precision)
-        yield {task: loss / n if (n := counts.get(task, 1)) > 1 else loss for task, loss in found.items()}
+        yield _means(part_losses(model, part, losses, precision), counts)  # and keep no reference to the graph
+
+
+def _means(losses: dict[str, Tensor], counts: Mapping[str, int]) -> dict[str, Tensor]:
+    return {task: loss / n if (n := counts.get(task, 1)) > 1 else loss for task, loss in losses.items()}
 
 
 def part_counts(parts: Sequence[Part], losses: TaskLosses) -> dict[str, int]:

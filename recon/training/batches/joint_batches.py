@@ -120,6 +120,8 @@ class _Passes:
         """The next batch as `(inputs, target)`; None at the end."""
         if self._iterator is None:
             batch = self._begin()
+            if batch is _END:  # one that keeps its place may have been at the end
+                batch = self._begin()
             if batch is _END:
                 raise LoaderError(
                     f"The loader of task {self.task!r} gave no batch. Check that its data set is not empty, and pass a "
