@@ -473,12 +473,13 @@ def _check_sharing(rank: int) -> None:
         list(RankBatches([("text", {"a": torch.zeros(4)})]))
 
 
+@pytest.mark.parametrize("form", ["whole", "joint", "gathered"])
 @pytest.mark.parametrize("method", ["joint", "dwa", "pcgrad"])
-def test_a_training_of_several_ranks(ranks: Ranks, method: str) -> None:
-    ranks.run(_check_training, method)
+def test_a_training_of_several_ranks(ranks: Ranks, method: str, form: str) -> None:
+    ranks.run(_check_training, method, form)
 
 
-def _check_training(rank: int, method: str) -> None:
+def _check_training(rank: int, method: str, form: str) -> None:
     losses = dict.fromkeys(TASKS, lambda out, target: (out.mean(1) - target).square().mean())
     draw = torch.Generator().manual_seed(0)
     loader = [(torch.cat(shards("CatAndStack", step)), torch.randn(6, generator=draw).double()) for step in range(5)]
@@ -490,7 +491,20 @@ def _check_training(rank: int, method: str) -> None:
             torch.nn.init.ones_(parameter)
     with one_process():
         expected = recon.train(one, whole, losses, optimizer=sgd(one), method=method, epochs=2)
-    history = recon.train(many, RankBatches(whole), losses, optimizer=sgd(many), method=method, epochs=2)
+    batches = whole
+    if form == "joint":
+        batches = [{task: (x, y) for task, y in targets.items()} for x, targets in whole]
+    elif form == "gathered":
+        batches = [(x, {task: y}) for x, targets in whole for task, y in targets.items()]
+    history = recon.train(
+        many,
+        RankBatches(batches),
+        losses,
+        optimizer=sgd(many),
+        method=method,
+        epochs=2,
+        accumulate="tasks" if form == "gathered" else 1,
+    )
     for ours, theirs in zip(many.parameters(), one.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-11)
     for ours, theirs in zip(history.epochs, expected.epochs, strict=True):
