@@ -175,10 +175,10 @@ def share(text: str) -> float:
     return _number(text, float, lambda value: 0 < value <= 1, "a number above 0 and at most 1")
 
 
-def floor(text: str) -> int | str | None:
-    """Profiled steps from one noise floor to the next; `auto`, or None for off."""
+def floor(text: str) -> int | str:
+    """Profiled steps from one noise floor to the next; or `auto`, or `off`."""
     if text in ("off", "auto"):
-        return None if text == "off" else text
+        return text
     return _number(text, int, lambda value: value >= 2, "a whole number of at least 2, auto or off")
 
 

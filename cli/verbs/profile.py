@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     import torch
 
     from recon import ConflictMap, Problem
+    from recon.profiling.floor import FloorEvery
     from recon_cli.parser import Verbs
 
 _TOP = 10
@@ -194,7 +195,7 @@ def _profile(args: argparse.Namespace, problem: Problem, device: torch.device, c
         until_stable=args.until_stable,
         top_k=args.top_k,
         memory=args.memory,
-        floor=args.floor,
+        floor=_floor(args),
         layers=args.layers,
         exclude=args.exclude,
         units=args.units,
@@ -207,6 +208,10 @@ def _profile(args: argparse.Namespace, problem: Problem, device: torch.device, c
         # A finished map of an earlier profile stays until this one is finished.
         on_checkpoint=lambda cmap: None if _finished_map(args.out) else cmap.save(args.out),
     )
+
+
+def _floor(args: argparse.Namespace) -> FloorEvery:
+    return None if args.floor == "off" else args.floor
 
 
 def _finished_map(path: Path) -> ConflictMap | None:
@@ -235,7 +240,7 @@ def _is_ours(cmap: ConflictMap, args: argparse.Namespace, problem: Problem) -> b
         "accumulate": args.accumulate if args.accumulate != 1 else None,
         "memory": args.memory if args.memory != "exact" else None,
         "every": args.every if args.every != 1 else None,
-        "floor_every": floor_steps(args.floor),
+        "floor_every": floor_steps(_floor(args)),
         "processes": launch.count() if launch.count() > 1 else None,
         **{
             name: getattr(args, name)
