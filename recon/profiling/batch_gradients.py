@@ -16,7 +16,7 @@ from recon.methods.gradients.jacobian import TaskJacobian, Workspace, task_jacob
 from recon.methods.gradients.observer import StepObserver
 from recon.methods.gradients.passes import Receive, differentiate
 from recon.methods.gradients.reach import LossReach, Reach, agreed, find_reach, no_gradient
-from recon.profiling.sketch import GradientSketch, TaskSketches, sketch_products
+from recon.profiling.sketches.sketch import GradientSketch, TaskSketches, sketch_products
 from recon.support.network.layers import Layer
 from recon.support.processes import average_
 

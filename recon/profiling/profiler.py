@@ -22,8 +22,8 @@ from recon.methods.updates.step import backward, check_losses, present
 from recon.profiling.batch_gradients import SketchedGradients, WholeGradients, gradients_of
 from recon.profiling.conflict_counts import ConflictCounts, refuse_other_settings
 from recon.profiling.floor import Comparison, FloorEvery, FloorPairs, floor_steps
-from recon.profiling.sketch import GradientSketch, TaskSketches, sketch_gramians
-from recon.profiling.sketched_step import sketched_step
+from recon.profiling.sketches.sketch import GradientSketch, TaskSketches, sketch_gramians
+from recon.profiling.sketches.sketched_step import sketched_step
 from recon.profiling.stability import StableRanking
 from recon.support.network.layer_choice import Patterns, choose_layers, given_patterns
 from recon.support.network.layers import find_layers, unwrapped
@@ -55,8 +55,8 @@ class Profiler:
             layers with those of the whole run is at least this, in (0, 1].
         top_k: of how many layers; a quarter of the shared layers when not given.
         memory: `exact` holds the gradients of all T tasks for a moment, T x the shared parameters; `sketch` folds each
-            into a few numbers as it is made (`recon.profiling.sketch`), which takes no more than one gradient, whatever
-            T, and errs by about 0.02 in a cosine. Sketches serve joint training and other weightings of the losses.
+            into a few numbers as it is made, which takes no more than one gradient, whatever T, and errs by about
+            0.02 in a cosine (`recon.profiling.sketches.sketch`). Sketches serve joint training and other weightings of the losses.
         layers: count in these layers alone: a regular expression that matches their whole names, or a list of such
             expressions or names. The training is the same. `exclude` leaves some out, in the same way.
         units: expressions that join layers into one, whose gradients are compared as a whole: `layer\d+\.\d+` each

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from recon.methods.gradients.observer import Memory
 from recon.profiling.profiler import Profiler
-from recon.profiling.sketch import SIZE
+from recon.profiling.sketches.sketch import SIZE
 from recon.support.network.graph import reached_leaves
 from recon.support.network.layers import Layer
 from recon.support.timing import step_seconds

@@ -73,7 +73,7 @@ def test_what_is_kept_between_profile_and_convert(kind, layer, mode, tmp_path):
     plan = BranchPlan.per_task([layer], TASKS)
     if mode == "fan":
         assert recon.costs(model, plan, x).parameters > sum(p.numel() for p in model.parameters())
-        recon.plan(profiler.conflict_map(), model, top_k=1)
+        recon.plan(profiler.conflict_map(), model, layers=[layer])
     branched = recon.convert(model, plan, x, mode=mode)
     outputs, expected = branched(x), model(x)
     for task in TASKS:

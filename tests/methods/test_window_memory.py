@@ -8,7 +8,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 import recon
-from recon.profiling.sketch import SIZE
+from recon.profiling.sketches.sketch import SIZE
 
 TASKS = tuple("abcdef")
 

@@ -8,7 +8,7 @@ from torch import nn
 import recon
 from recon.errors import UsageError
 from recon.profiling.profiler import Profiler
-from recon.profiling.sketch import SIZE, GradientSketch, sketch_gramians
+from recon.profiling.sketches.sketch import SIZE, GradientSketch, sketch_gramians
 from tests.methods.test_jacobian import TwoHeads, losses_of
 
 

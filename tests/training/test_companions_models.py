@@ -55,7 +55,7 @@ def test_adapters_are_profiled_branched_and_trained_and_nothing_else(adapted):
     cmap = check_profiled_step(adapted, lambda m: {t: losses[t](m(x)[t], targets[t]) for t in TASKS})
     names = [layer.name for layer in cmap.layers]
     assert len(names) == 4 and all(name.endswith((".lora_A.default", ".lora_B.default")) for name in names)
-    branched = check_branched(adapted, recon.plan(cmap, adapted, top_k=2), x)
+    branched = check_branched(adapted, recon.plan(cmap, adapted, layers=cmap.ranking()[:2]), x)
     before = copy.deepcopy(branched.state_dict())
     optimizer = torch.optim.SGD([p for p in branched.parameters() if p.requires_grad], lr=0.1)
     recon.train(branched, [(x, targets)] * 3, losses, method="pcgrad", optimizer=optimizer)

@@ -10,7 +10,7 @@ from recon.methods.gradients.observer import StepObserver
 from recon.methods.gradients.passes import differentiate
 from recon.methods.gradients.reach import Reach
 from recon.methods.gradients.sparse import add
-from recon.profiling.sketch import GradientSketch
+from recon.profiling.sketches.sketch import GradientSketch
 
 
 def sketched_step(

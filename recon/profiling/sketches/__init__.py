@@ -1,0 +1,1 @@
+"""Gradients folded into a few numbers, as they are made."""
