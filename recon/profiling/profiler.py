@@ -56,7 +56,8 @@ class Profiler:
         top_k: of how many layers; a quarter of the shared layers when not given.
         memory: `exact` holds the gradients of all T tasks for a moment, T x the shared parameters; `sketch` folds each
             into a few numbers as it is made, which takes no more than one gradient, whatever T, and errs by about
-            0.02 in a cosine (`recon.profiling.sketches.sketch`). Sketches serve joint training and other weightings of the losses.
+            0.02 in a cosine (`recon.profiling.sketches.sketch`). Sketches serve joint training and other weightings of
+            the losses.
         layers: count in these layers alone: a regular expression that matches their whole names, or a list of such
             expressions or names. The training is the same. `exclude` leaves some out, in the same way.
         units: expressions that join layers into one, whose gradients are compared as a whole: `layer\d+\.\d+` each
