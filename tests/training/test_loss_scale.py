@@ -99,6 +99,45 @@ def test_an_overflow_is_no_error_and_halves_the_scale(model, method):
     assert scale.finish_step(method)
 
 
+def joint_step(scale, window, losses):
+    """The losses of one forward after the other."""
+    with scale.joint_step(window):
+        for task, loss in scale.multiplied(losses).items():
+            window.add(task, loss, retain_graph=task == "a")
+        return window.step()
+    return {}
+
+
+@pytest.mark.parametrize("method", ["joint", "uw", "pcgrad", "cagrad", "mgda"])
+def test_the_scale_leaves_a_joint_step_as_it_is(model, method):
+    other = copy.deepcopy(model)
+    plain, scaled = recon.methods.get(method), recon.methods.get(method)
+    for each in (plain, scaled):
+        each.setup(("a", "b"))
+    expected = recon.backward(losses_of(model, X), model, plain)
+    scale = LossScale(CPU)
+    found = joint_step(scale, recon.Window(other, scaled), losses_of(other, X))
+    assert scale.finish_step(scaled) and scale.value == 2**16
+    assert {task: w.item() for task, w in found.items()} == pytest.approx({t: w.item() for t, w in expected.items()})
+    for one, two in zip(
+        [*model.parameters(), *plain.parameters()], [*other.parameters(), *scaled.parameters()], strict=True
+    ):
+        torch.testing.assert_close(one.grad, two.grad, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("method", ["joint", "pcgrad", "mgda"])
+def test_an_overflow_in_a_joint_step_leaves_nothing_in_the_window(model, method):
+    scale, method = LossScale(CPU), recon.methods.get(method)
+    method.setup(("a", "b"))
+    window, losses = recon.Window(model, method), losses_of(model, X)
+    joint_step(scale, window, losses | {"a": losses["a"] * torch.tensor(1e308)})
+    assert not scale.finish_step(method) and scale.value == 2**15 and window.added == ()
+    model.zero_grad()
+    joint_step(scale, window, losses_of(model, X))
+    assert scale.finish_step(method)
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
 def test_a_method_forgets_what_overflowed(model):
     scale, method = LossScale(CPU), Remembers()
     method.setup(("a", "b"))
