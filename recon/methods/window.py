@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 
@@ -15,7 +14,7 @@ from recon.methods.by_name import memoryless, method_by_name
 from recon.methods.gradients.held import HeldGradients
 from recon.methods.gradients.jacobian import Workspace, add_gradient
 from recon.methods.gradients.observer import SketchesByTask, StepObserver
-from recon.methods.gradients.passes import differentiate
+from recon.methods.gradients.passes import differentiate, whole_graph
 from recon.methods.gradients.reach import LossReach, Reach, agreed, no_gradient
 from recon.methods.gradients.sparse import add
 from recon.methods.torchjd_adapter import wrap
@@ -68,9 +67,10 @@ class Window:
         method: str | Method | None = None,
         *,
         profiler: StepObserver | None = None,
-        tasks: Sequence[str] = (),
+        tasks: Sequence[str] | None = None,
         loss_scale: LossScaleLike | None = None,
     ) -> None:
+        tasks = () if tasks is None else tasks
         if isinstance(tasks, str) or not all(isinstance(task, str) for task in tasks):
             raise UsageError(f"tasks is {tasks!r}. Pass the tasks' names, tasks=('seg', 'depth') say.")
         self.model = as_module(model)
@@ -271,7 +271,7 @@ class Window:
 
         outside = [leaf for leaf in leaves if leaf not in inside]
         try:
-            with _whole_graph(task):
+            with whole_graph(_spent(task)):
                 reach = Reach({task: mine}, [], {task: outside})
                 differentiate({task: loss}, reach, self._buffers, receive, retain_graph)
         except BaseException:
@@ -281,16 +281,9 @@ class Window:
         return found
 
 
-@contextmanager
-def _whole_graph(task: str) -> Iterator[None]:
-    """Around a backward pass; a clear error if another task's has freed a part of the graph."""
-    try:
-        yield
-    except RuntimeError as error:
-        if "second time" not in str(error):
-            raise
-        raise UsageError(
-            f"The loss of task {task!r} comes from a forward pass whose graph was freed when another loss was added. "
-            "Run a forward pass for each window.add, add all but the last loss of one forward with retain_graph=True, "
-            "or give all of them to recon.backward."
-        ) from error
+def _spent(task: str) -> str:
+    return (
+        f"The loss of task {task!r} comes from a forward pass whose graph was freed when another loss was added. "
+        "Run a forward pass for each window.add, add all but the last loss of one forward with retain_graph=True, "
+        "or give all of them to recon.backward."
+    )

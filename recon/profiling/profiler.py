@@ -16,6 +16,7 @@ from recon.maps.counts import threshold_bin
 from recon.methods.gradients.gramians import layer_gramians
 from recon.methods.gradients.jacobian import TaskJacobian, Workspace
 from recon.methods.gradients.observer import Memory
+from recon.methods.gradients.passes import whole_graph
 from recon.methods.gradients.reach import Reach
 from recon.methods.updates.scaled_losses import LossScaleLike
 from recon.methods.updates.step import backward, check_losses, present
@@ -166,7 +167,8 @@ class Profiler:
         """
         losses = present(losses)
         check_losses(losses)
-        self._floor.take(lambda: gradients_of(losses, self, self.layers, self._layer_of))
+        with whole_graph("These losses were differentiated already. A floor needs those of a second batch."):
+            self._floor.take(lambda: gradients_of(losses, self, self.layers, self._layer_of))
 
     def wants_floor(self) -> bool:
         """Whether a floor is due in the step to come; `recon.train` asks before each."""

@@ -153,8 +153,21 @@ def schedulers_of(
 ) -> LRScheduler | Together | None:
     """The schedulers that step as one, made where they are not yet; a single function makes one of every optimizer."""
     parts = parts_of(optimizer)
-    if scheduler is None or isinstance(scheduler, LRScheduler):
+    if isinstance(scheduler, LRScheduler):
+        name = type(scheduler).__name__
+        if len(parts) > 1:
+            raise UsageError(
+                f"The scheduler {name} is of one optimizer, but there are {len(parts)}. Pass a list with one for each, "
+                "None for an optimizer without, or a function that makes one of each."
+            )
+        if getattr(scheduler, "optimizer", parts[0]) is not parts[0]:
+            raise UsageError(
+                f"The scheduler {name} is of another optimizer than the one that trains, whose learning rate would "
+                "never change. Make it of this one."
+            )
         return scheduler
+    if scheduler is None:
+        return None
     each: Sequence[Any] = scheduler if isinstance(scheduler, (list, tuple)) else [scheduler] * len(parts)
     if len(each) != len(parts):
         raise UsageError(

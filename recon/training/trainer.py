@@ -126,8 +126,8 @@ def train(
     if epochs < 1:
         raise UsageError(f"epochs is {epochs}. Train for at least 1.")
     check_accumulate(accumulate)
-    if clip is not None and not 0 < clip < math.inf:
-        raise UsageError(f"clip is {clip}; give a norm above 0, or None to leave updates as they are.")
+    if clip is not None and not (isinstance(clip, (int, float)) and 0 < clip < math.inf):
+        raise UsageError(f"clip is {clip!r}; give a norm above 0, or None to leave updates as they are.")
     if not isinstance(model, nn.Module):
         raise UsageError(f"model is a {type(model).__name__}, which cannot be run. Pass a torch.nn.Module.")
     refuse_untrainable(model)

@@ -240,6 +240,7 @@ def test_a_gradient_that_is_not_finite_names_its_task():
 
 
 def test_tasks_are_names():
+    assert recon.Window(new_model(), tasks=None).tasks == ()
     with pytest.raises(UsageError, match=r"tasks=\('seg', 'depth'\)"):
         recon.Window(new_model(), tasks="ab")
 
@@ -300,3 +301,12 @@ def test_a_single_task_baseline_is_not_warned_of(caplog):
     for _ in range(2 * _STEPS):
         recon.backward({"a": loss_of(model, samples(0), "a")}, model, method)
     assert not [r for r in caplog.records if "acts between tasks" in r.getMessage()]
+
+
+def test_the_floor_of_losses_that_were_used_up_says_so():
+    model = new_model()
+    profiler = recon.Profiler(model)
+    losses = {task: loss_of(model, samples(0), task) for task in "ab"}
+    profiler.backward(losses)
+    with pytest.raises(UsageError, match="second batch"):
+        profiler.floor(losses)

@@ -140,6 +140,17 @@ def test_schedulers_that_do_not_fit_are_refused():
         recon.train(model, data(), LOSSES, optimizer=[one, other], scheduler=schedulers)
 
 
+def test_a_scheduler_of_its_own_is_one_of_the_optimizer():
+    model = make(True)
+    one, other = both(model)
+    with pytest.raises(UsageError, match=r"there are 2\. Pass a list"):
+        recon.train(model, data(), LOSSES, optimizer=[one, other], scheduler=StepLR(one, 2))
+    dense = make(False)
+    of_another = StepLR(torch.optim.SGD(dense.parameters(), 0.1), 2)
+    with pytest.raises(UsageError, match="of another optimizer than the one that trains"):
+        recon.train(dense, data(), LOSSES, optimizer=torch.optim.SGD(dense.parameters(), 0.1), scheduler=of_another)
+
+
 def test_parameters_that_no_optimizer_has_are_named(caplog):
     with caplog.at_level(logging.WARNING):
         train(lambda model: SparseAdam(parts(model)[0]))

@@ -337,6 +337,7 @@ def test_options_that_cannot_be(model):
     for options, words in (
         ({"clip": 0}, "clip is 0; give a norm above 0"),
         ({"clip": float("nan")}, "clip is nan"),
+        ({"clip": "1"}, "clip is '1'"),
         ({"accumulate": 0}, "accumulate is 0; a step needs at least 1 batch"),
         ({"amp": "fp16"}, "amp='fp16' needs a GPU.*Use amp='bf16'"),
         ({"amp": "fp8"}, "amp is 'fp8'. Choose 'bf16', 'fp16' or None"),

@@ -68,6 +68,17 @@ def _pass(number: int, loss: Tensor, leaves: list[Tensor], retain_graph: bool, r
 
 
 @contextmanager
+def whole_graph(message: str) -> Iterator[None]:
+    """Around a backward pass; an error with this message if an earlier one has freed a part of the graph."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "second time" not in str(error):
+            raise
+        raise UsageError(message) from error
+
+
+@contextmanager
 def several_passes() -> Iterator[None]:
     """Around a backward pass that keeps the graph; an error if a compiled backward was made for a single one."""
     try:
