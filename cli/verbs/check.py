@@ -7,6 +7,7 @@ import shlex
 from typing import TYPE_CHECKING
 
 from recon_cli.options.problem import PROBLEM_NAMES, add_problem, problem_of
+from recon_cli.options.recipe import add_accumulate
 from recon_cli.parser import Report, add_device_option, add_verb, command_words, seed
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ def add_parser(verbs: Verbs) -> None:
         recon check digits
         recon check examples/own_problem.py:problem
         recon check path/to/file.py:problem --mode per-task --json
+        recon check three_loaders.py:problem --accumulate tasks
         """,
         "Runs the model on the first batches: the losses, which tasks meet, which layers they share, whether each "
         "statement of the forward works on a branched model, parameters, multiply-adds, and the time and memory of a "
@@ -37,6 +39,7 @@ def add_parser(verbs: Verbs) -> None:
         default="fan",
         help="how the model would be branched, as in `recon convert` (default: fan)",
     )
+    add_accumulate(parser.add_argument_group("how a step is taken"))
     add_device_option(parser)
 
 
@@ -47,7 +50,13 @@ def run(args: argparse.Namespace) -> Report:
     from recon.experiments.inputs import choose_device
 
     device = choose_device(args.device)
-    found = check_problem(problem, args.seed, device, args.mode)
-    next_command = ["recon", "profile", *command_words(args, (*PROBLEM_NAMES, "seed")), "--out", "map.json"]
+    found = check_problem(problem, args.seed, device, args.mode, args.accumulate)
+    next_command = [
+        "recon",
+        "profile",
+        *command_words(args, (*PROBLEM_NAMES, "seed", "accumulate")),
+        "--out",
+        "map.json",
+    ]
     text = [str(found), *(["Next, count conflicts:", f"  {shlex.join(next_command)}"] if found.ok else [])]
     return Report("\n".join(text), {"problem": problem.name, **found.as_dict()}, failed=not found.ok)

@@ -161,7 +161,8 @@ def _profile(args: argparse.Namespace, problem: Problem, device: torch.device, c
     loader, _ = make_loaders(problem, args.seed, device)
     several = launch.count() > 1
     if not several:
-        refuse_unprofilable(model, loader, problem.losses, args.accumulate)
+        chosen = {name: getattr(args, name) for name in layers.NAMES}
+        refuse_unprofilable(model, loader, problem.losses, args.accumulate, **chosen)
     subset = {} if args.train_samples is None else {"train_samples": args.train_samples}
     made_by = {
         "problem": problem.name,

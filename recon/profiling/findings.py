@@ -23,7 +23,9 @@ class Preflight:
 
     Attributes:
         tasks: those that have a loss, in order.
-        batches: how many were looked at.
+        batches: how many were looked at; joint steps, if batches are gathered into these.
+        gathered: whether they are.
+        counted: whether it is known which tasks meet.
         finished: whether the look came to its end: no forward and no loss failed.
         seen: in how many of them each task has a target.
         met: in how many of them both tasks of a pair have one.
@@ -39,6 +41,8 @@ class Preflight:
 
     tasks: tuple[str, ...]
     batches: int = 0
+    gathered: bool = False
+    counted: bool = False
     finished: bool = False
     seen: dict[str, int] = field(default_factory=dict)
     met: dict[Pair, int] = field(default_factory=dict)
@@ -77,14 +81,21 @@ class Preflight:
     @property
     def never_met(self) -> list[Pair]:
         """The pairs of tasks that are in no batch together; none if that is not known."""
-        if not self.finished:
+        if not self.counted:
             return []
         return [pair for pair in combinations(self.tasks, 2) if not self.met.get(pair)]
 
     @property
     def where(self) -> str:
         """Where the tasks were looked for, in words."""
+        if self.gathered:
+            return "in the joint step" if self.batches == 1 else f"in the first {self.batches} joint steps"
         return "in the batch" if self.batches == 1 else f"in the first {self.batches} batches"
+
+    @property
+    def absent(self) -> list[str]:
+        """The tasks that take part in none of them."""
+        return [task for task in self.tasks if task not in self.seen]
 
     def meet(self, tasks: Iterable[str], apart: bool) -> None:
         """Count the tasks of one step; `apart` says that they have inputs of their own."""
@@ -96,13 +107,22 @@ class Preflight:
         for pair in combinations(present, 2):
             self.met[pair] = self.met.get(pair, 0) + 1
 
-    def judge(self) -> None:
-        """Say what the findings mean: add problems and warnings."""
-        if not self.finished:
-            return
-        where = self.where
-        absent = [task for task in self.tasks if task not in self.seen]
-        if absent:
+    def judge(self, nothing: ReconError | None = None) -> None:
+        """Say what the findings mean: add problems and warnings.
+
+        Args:
+            nothing: the error for tasks that are in no batch, if this was the whole epoch.
+        """
+        if self.counted:
+            self._judge_meetings(nothing)
+        if self.finished:
+            self._judge_layers()
+
+    def _judge_meetings(self, nothing: ReconError | None) -> None:
+        where, absent = self.where, self.absent
+        if nothing is not None:
+            self.problems.append(nothing)
+        elif absent:
             self.warnings.append(
                 f"{where[0].upper()}{where[1:]}, {shortened(map(repr, absent))} has no target: nothing is known of it."
             )
@@ -113,7 +133,9 @@ class Preflight:
                 f"These pairs of tasks never meet {where}: {_pairs(self.never_met)}. Nothing will be known of their "
                 f"conflicts. {WHAT_TO_DO}"
             )
-        if not self.shared and not absent:
+
+    def _judge_layers(self) -> None:
+        if not self.shared and not self.absent:
             self.problems.append(
                 UsageError(
                     "No layer is shared: no two tasks' losses depend on the same trainable layer, so there is nothing "
@@ -124,6 +146,22 @@ class Preflight:
             self.warnings.append(
                 f"These pairs of tasks share no trainable layer, so they cannot conflict: {_pairs(self.strangers)}."
             )
+
+    def choose(self, chosen: Sequence[Layer]) -> None:
+        """Say so if no layer that was chosen to be counted is shared, as far as all tasks are known."""
+        if not self.finished or self.absent or not self.shared:
+            return
+        for layer in chosen:
+            members = layer.members or (layer.name,)
+            if len({task for name in members for task in self.reached.get(name, ())}) > 1:
+                return
+        names, shared = (shortened(layer.name for layer in layers) for layers in (chosen, self.shared))
+        self.problems.append(
+            UsageError(
+                f"None of the {len(chosen)} layers that were chosen ({names}) is shared: the losses of two tasks "
+                f"depend on none of them. Choose layers of the common backbone: {shared}."
+            )
+        )
 
     def nobody_meets(self) -> str:
         """The message for tasks of which no two meet."""

@@ -23,10 +23,12 @@ from recon.problems.losses import Losses, LossOfEach, TaskLosses, as_losses
 from recon.profiling.findings import Preflight
 from recon.support.network.forward import Batch, Part, batch_parts, call, check_outputs, fresh, model_device, to_device
 from recon.support.network.graph import graph_behind
+from recon.support.network.layer_choice import Patterns, choose_layers
 from recon.support.network.layers import find_layers, unwrapped
 from recon.support.network.state import state_kept
 from recon.support.network.trainable import refuse_untrainable
 from recon.support.random_states import global_states_kept
+from recon.training.batches.absent import nothing_for
 from recon.training.batches.accumulation import Accumulate, updates_of
 from recon.training.batches.first_look import first_batches
 from recon.training.batches.meetings import FIRST
@@ -36,7 +38,14 @@ LOOKED_AT = FIRST
 
 
 def refuse_unprofilable(
-    model: nn.Module, loader: Iterable[Batch], losses: Losses | TaskLosses, accumulate: Accumulate = 1
+    model: nn.Module,
+    loader: Iterable[Batch],
+    losses: Losses | TaskLosses,
+    accumulate: Accumulate = 1,
+    *,
+    layers: Patterns | None = None,
+    exclude: Patterns | None = None,
+    units: Patterns | None = None,
 ) -> None:
     """Raise now what a profile would raise sooner or later; a training that follows does not notice the look.
 
@@ -44,14 +53,17 @@ def refuse_unprofilable(
     its batches once, is not looked at.
 
     Raises:
-        ProblemError: model, losses and batches do not fit together.
+        ProblemError: model, losses and batches do not fit together, or a task is in no batch of a short loader.
         GradientError: a loss is not finite, or depends on no parameter.
-        UsageError: no two tasks meet in the first batches, or no layer is shared.
+        UsageError: no two tasks meet in the first batches, no layer is shared, or none of those chosen to be counted.
+        UnknownNameError: an expression matches no layer.
     """
     losses = as_losses(losses)
+    chosen = choose_layers(model, layers, exclude, units)
     with suppress(LoaderError):
         batches, found = look_ahead(model, losses, [], loader, accumulate)
         if batches:
+            found.choose(chosen)
             found.refuse()
 
 
@@ -62,7 +74,7 @@ def refuse_lonely(loader: Iterable[Batch], losses: Losses | TaskLosses, accumula
         UsageError: none do.
     """
     losses = as_losses(losses)
-    found = Preflight(losses.tasks)
+    found = Preflight(losses.tasks, gathered=accumulate == "tasks")
     with suppress(LoaderError, ProblemError):  # the training says so when it gets there
         updates = [update.parts for update in updates_of(telling_batches(loader, losses), accumulate, losses)]
         found.batches = len(updates)
@@ -91,7 +103,9 @@ def look_ahead(
     loader: Iterable[Batch] | None,
     accumulate: Accumulate = 1,
 ) -> tuple[Sequence[Batch], Preflight]:
-    """`inspect_batches` of those given, and of a loader's first: as many as it takes to see whether all tasks meet.
+    """`inspect_batches` of those given, or of a loader's first: as many as it takes to see whether all tasks meet.
+
+    Where a loader has fewer, that was its whole epoch: a task that is in none of them is a problem.
 
     Returns:
         The batches looked at, none if there are none, and what they show.
@@ -99,16 +113,25 @@ def look_ahead(
     Raises:
         LoaderError: the loader raised.
     """
-    batches = given or (telling_batches(loader, losses) if loader is not None else [])
+    batches = drawn = given or (telling_batches(loader, losses) if loader is not None else [])
     found = inspect_batches(model, batches, losses, accumulate)
     if found.never_met and loader is not None and len(batches) == 1:
-        batches = [*given, *(first_batches(loader, LOOKED_AT) or [])]
-        found = inspect_batches(model, batches, losses, accumulate)
+        drawn = first_batches(loader, LOOKED_AT) or []
+        if drawn:
+            batches, found = [*given, *drawn], inspect_batches(model, drawn, losses, accumulate, given)
+    nothing = None
+    if found.absent and loader is not None and drawn and len(drawn) < LOOKED_AT:
+        nothing = nothing_for(found.absent, f"of the loader ({len(drawn)} in all)", losses, loader)
+    found.judge(nothing)
     return batches, found
 
 
 def inspect_batches(
-    model: nn.Module, batches: Sequence[Batch], losses: TaskLosses, accumulate: Accumulate = 1
+    model: nn.Module,
+    batches: Sequence[Batch],
+    losses: TaskLosses,
+    accumulate: Accumulate = 1,
+    also: Sequence[Batch] = (),
 ) -> Preflight:
     """Run the model forward on the first batch of each task, and follow what the losses depend on.
 
@@ -119,25 +142,32 @@ def inspect_batches(
         batches: the first of a loader, see `telling_batches`.
         losses: of the tasks.
         accumulate: which of the batches make one step, see `recon.train`.
+        also: batches to run before these, which do not count.
     """
-    found = Preflight(losses.tasks, len(batches))
+    found = Preflight(losses.tasks, len(batches), gathered=accumulate == "tasks")
     try:
         found.layers = find_layers(unwrapped(model))
         refuse_untrainable(model)
         updates = [update.parts for update in updates_of(batches, accumulate, losses)]
+        uncounted = [batch_parts(batch) for batch in also]
     except ReconError as error:
         found.problems.append(error)
         return found
     found.batches = len(updates)
     with nothing_changed(model, losses):
+        for extra in uncounted:
+            _tasks_in(extra, found, model, losses)
         for parts in updates:
-            present = [task for part in parts for task in _tasks_of(part, found, model, losses)]
-            if found.problems:
-                break
-            found.meet(present, len(parts) > 1)
+            found.meet(_tasks_in(parts, found, model, losses), len(parts) > 1)
     found.finished = not found.problems
-    found.judge()
+    found.counted = found.finished or isinstance(losses, LossOfEach)  # else only the function knows
     return found
+
+
+def _tasks_in(parts: Sequence[Part], found: Preflight, model: nn.Module, losses: TaskLosses) -> list[str]:
+    """The tasks of a step; once there is a problem, nothing more is run, and the targets say it."""
+    present = [] if found.problems else [task for part in parts for task in _tasks_of(part, found, model, losses)]
+    return [task for part in parts for task in losses.present(part)] if found.problems else present
 
 
 def _tasks_of(part: Part, found: Preflight, model: nn.Module, losses: TaskLosses) -> Iterable[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,7 +13,10 @@ import torch
 from torch import Tensor
 
 from recon.errors import GradientError, ProblemError
+from recon.problems.losses import TaskLosses
+from recon.support.network.forward import Batch
 from recon.support.processes import gather, rank, world_size
+from recon.training.batches.absent import nothing_for
 
 logger = logging.getLogger(__name__)
 
@@ -149,8 +152,9 @@ class EpochMeter:
         weights = {task: total / weight_counts[task] for task, total in weight_sums.items()}
         return Epoch(self.number, self.steps, self.seconds, losses, weights, skipped=self.skipped)
 
-    def whole_epoch(self, tasks: tuple[str, ...]) -> Epoch:
+    def whole_epoch(self, losses: TaskLosses, loader: Iterable[Batch]) -> Epoch:
         """The record of an epoch that went through all batches, over all ranks; each task must have had a target."""
+        tasks = losses.tasks
         everyone = gather(self._totals())
         counts, *others = (_added_up(tables, tasks) for tables in zip(*everyone, strict=True))
         never = [task for task in tasks if task not in counts]
@@ -160,10 +164,7 @@ class EpochMeter:
                 "generator, lasts one epoch: pass a DataLoader or a list."
             )
         if never:
-            raise ProblemError(
-                f"No batch of epoch {self.number} had a target for {never}. The loader yields (inputs, {{task name: "
-                "target}): check the names, and that it is not empty."
-            )
+            raise nothing_for(never, f"of epoch {self.number}", losses, loader)
         self._warn_of_nothing(others[0])
         return self._record(counts, *others)
 

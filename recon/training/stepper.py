@@ -170,8 +170,8 @@ def _warn_of_other_names(parts: Sequence[Part], losses: TaskLosses) -> None:
         logger.warning(
             "The first batch has no target for %s, but it has targets for %s, which are not tasks. If these are the "
             "same under another name, use one name for both.",
-            missing,
-            others,
+            ", ".join(map(repr, missing)),
+            ", ".join(map(repr, others)),
         )
 
 

@@ -184,7 +184,7 @@ def train(
                 if profiler is not None and not run.stopped:
                     run.meetings.refuse_none(len(losses.tasks), epoch_ends=True)
                 method.end_epoch()
-                run.end_epoch(run.meter.epoch() if run.stopped else run.meter.whole_epoch(losses.tasks))
+                run.end_epoch(run.meter.epoch() if run.stopped else run.meter.whole_epoch(losses, loader))
 
 
 def _with_bar(run: TrainingRun, epochs: int, show: bool) -> Iterator[Batch]:

@@ -93,6 +93,12 @@ def turns():
     x = torch.randn(8, 6)
     batches = [(x, {"up": x[:, 0]}), (x, {"down": x[:, 1]})] * 3
     return problem(loaders=lambda seed: (batches, batches))
+
+
+def unlabelled():
+    x = torch.randn(8, 6)
+    batches = [(x, {"up": x[:, 0]})] * 6
+    return problem(loaders=lambda seed: (batches, batches))
 """
 
 
@@ -130,6 +136,7 @@ def test_the_report_as_json(command, ask):
         ("alone", "No layer is shared"),
         ("nan", "The loss of task 'up' is nan before anything is trained"),
         ("turns", r"No two tasks meet in the first 6 batches \(up in 3, down in 3\)"),
+        ("unlabelled", r"No batch of the loader \(6 in all\) had a target for 'down'"),
     ],
 )
 def test_a_problem_of_the_problem_gives_exit_code_1(command, function, words):
@@ -156,6 +163,7 @@ def test_wrong_usage_gives_exit_code_2(refused):
         ("alone", 2, "No layer is shared"),
         ("nan", 1, "The loss of task 'up' is nan before anything is trained"),
         ("turns", 2, "No two tasks meet in the first 6 batches"),
+        ("unlabelled", 2, "No batch of the loader (6 in all) had a target for 'down'"),
     ],
 )
 def test_what_cannot_be_profiled_is_refused_before_it_is_trained(
@@ -164,6 +172,23 @@ def test_what_cannot_be_profiled_is_refused_before_it_is_trained(
     monkeypatch.setattr("recon.profiling.warm_up.train", None)
     got, _, err = command(f"{verb} tiny.py:{function} --out", tmp_path / "out")
     assert (got, words in err) == (code, True), err
+
+
+def test_layers_that_are_not_shared_are_refused_before_anything_is_trained(command, tmp_path, monkeypatch):
+    monkeypatch.setattr("recon.profiling.warm_up.train", None)
+    code, _, err = command("profile tiny.py:problem --layers heads.up --out", tmp_path / "map.json")
+    assert code == 2 and "is shared: the losses of two tasks depend on none of them" in err and "stem, norm" in err
+
+
+def test_a_unit_is_shared_where_its_layers_are_reached_by_different_tasks(command, tmp_path):
+    line = "profile tiny.py:problem --epochs 1 --layers heads.* --units heads --out"
+    assert command(line, tmp_path / "map.json")[0] == 0
+
+
+def test_batches_of_one_task_turn_green_with_joint_steps(command):
+    code, out, _ = command("check tiny.py:turns --accumulate tasks")
+    assert code == 0 and "In the first 3 joint steps, all tasks meet." in out
+    assert "recon profile tiny.py:turns --accumulate tasks --out map.json" in out
 
 
 def test_the_look_does_not_change_the_profile(command, tmp_path, monkeypatch):
@@ -175,5 +200,5 @@ def test_the_look_does_not_change_the_profile(command, tmp_path, monkeypatch):
         assert command("profile tiny.py:problem --epochs 3 --out", tmp_path / name)[0] == 0
         maps.append(json.loads((tmp_path / name).read_text()))
         assert maps[-1]["made_by"].pop("seconds") > 0
-        monkeypatch.setattr(preflight, "refuse_unprofilable", lambda *args: None)
+        monkeypatch.setattr(preflight, "refuse_unprofilable", lambda *args, **chosen: None)
     assert len(looks) == 1 and maps[0] == maps[1]

@@ -226,6 +226,13 @@ class Tuple(Net):
 def test_a_model_that_returns_a_tuple():
     message = only(recon.check(Tuple(), batch(), LOSSES).problems)
     assert "must return {task name: output}, but it returned tuple" in message
+    assert "recon.name_outputs" in message and "Problem(output_names=" in message
+
+
+def test_what_each_task_runs_into_is_told_once():
+    x, targets = batch()
+    apart = {task: (x, target) for task, target in targets.items()}
+    assert "it returned tuple" in only(recon.check(Tuple(), apart, LOSSES).problems)
 
 
 class Fails(Net):
@@ -252,7 +259,9 @@ def test_outputs_that_no_task_uses():
 
 
 def test_an_output_that_is_missing(net):
-    message = only(recon.check(net, batch(), {**LOSSES, "c": F.mse_loss}, loader=[(batch()[0], {"c": 0})]).problems)
+    x, targets = batch()
+    named = x, {**targets, "c": 0}
+    message = only(recon.check(net, batch(), {**LOSSES, "c": F.mse_loss}, loader=[named]).problems)
     assert "no entry for task 'c'" in message
 
 
@@ -288,6 +297,54 @@ def test_pairs_that_never_meet():
 def test_a_task_without_a_target_in_the_batch():
     report = recon.check(Three(), batch(), {**LOSSES, "c": F.mse_loss}, timed=False)
     assert "In the batch, 'c' has no target" in " ".join(report.warnings)
+
+
+def test_a_task_that_is_absent_from_the_whole_loader():
+    losses = {**LOSSES, "c": F.mse_loss}
+    report = recon.check(Three(), None, losses, loader=[batch()] * 6, timed=False)
+    assert "No batch of the loader (6 in all) had a target for 'c'" in only(report.problems)
+    assert not report.ok and not any("'c'" in warning for warning in report.warnings)
+    assert recon.check(Three(), batch(), losses, loader=[batch()] * 6, timed=False).problems == report.problems
+
+
+def test_a_task_that_is_absent_from_the_first_batches_only():
+    losses = {**LOSSES, "c": F.mse_loss}
+    report = recon.check(Three(), None, losses, loader=[batch()] * 21, timed=False)
+    assert report.ok and "In the first 20 batches, 'c' has no target" in " ".join(report.warnings)
+
+
+def test_a_loss_of_the_whole_batch_that_never_has_a_task():
+    def never(outputs, batch):
+        return {"a": outputs["a"].mean(), "b": outputs["b"].mean(), "c": None}
+
+    report = recon.check(Three(), None, never, tasks=("a", "b", "c"), loader=[batch()] * 2, timed=False)
+    message = only(report.problems)
+    assert "your loss gave None for 'c' in every batch" in message and "Leave it out of tasks=" in message
+
+
+def test_tasks_that_never_meet_beside_a_name_that_is_wrong():
+    x, targets = batch()
+    losses = {**LOSSES, "zzz": F.mse_loss}
+    loader = [(x, {task: targets["a"]}) for task in losses] * 6
+    report = recon.check(Three(), None, losses, loader=loader, timed=False)
+    wrong, lonely = report.problems
+    assert "no entry for task 'zzz'" in wrong
+    assert "No two tasks meet in the first 18 batches (a in 6, b in 6, zzz in 6)" in lonely
+    assert "all tasks meet" not in str(report) and len(report.never_met) == 3
+
+
+def test_the_batch_is_not_counted_beside_the_loader(net):
+    loader = [one_task("a"), one_task("b")] * 3
+    report = recon.check(net, loader[0], LOSSES, loader=loader, timed=False)
+    assert report.batches == 6 and report.seen == {"a": 3, "b": 3}
+    assert "in the first 6 batches (a in 3, b in 3)" in only(report.problems)
+
+
+def test_batches_that_are_gathered_into_joint_steps(net):
+    loader = [one_task("a"), one_task("b")] * 3
+    report = recon.check(net, None, LOSSES, loader=loader, accumulate="tasks")
+    assert report.ok and report.seen == {"a": 3, "b": 3} and report.step_seconds
+    assert "In the first 3 joint steps, all tasks meet." in str(report)
 
 
 def test_a_batch_of_another_form(net):

@@ -194,7 +194,15 @@ class Bench:
         self.tell(f"Profiling {problem.name}: {settings.profile_epochs} epoch(s) of joint training")
         model = make_model(problem, 0).to(device_of(settings))
         loader, _ = make_loaders(problem, 0)
-        refuse_unprofilable(model, loader, problem.losses, settings.recipe.accumulate)
+        refuse_unprofilable(
+            model,
+            loader,
+            problem.losses,
+            settings.recipe.accumulate,
+            layers=settings.layers,
+            exclude=settings.exclude,
+            units=settings.units,
+        )
         return profiling.profile(
             model,
             loader,

@@ -23,8 +23,9 @@ from recon.problems.problem import Problem
 from recon.profiling.findings import Preflight, message_of
 from recon.profiling.preflight import look_ahead, nothing_changed
 from recon.profiling.step_prices import memory_prices, step_prices
-from recon.support.network.forward import Batch, Part, batch_parts, fresh, model_device, to_device
+from recon.support.network.forward import Batch, Part, fresh, model_device, to_device
 from recon.support.network.layers import module_at, unwrapped
+from recon.training.batches.accumulation import Accumulate, check_accumulate, updates_of
 from recon.training.batches.forward_pass import added_up, joint_losses
 from recon.training.optimizers import as_one, check_parameters, parts_of
 
@@ -43,6 +44,7 @@ def check(
     tasks: Sequence[str] | None = None,
     loader: Iterable[Batch] | None = None,
     optimizer: Optimizer | Sequence[Optimizer] | None = None,
+    accumulate: Accumulate = 1,
     mode: Mode = "fan",
     timed: bool = True,
 ) -> CheckReport:
@@ -56,8 +58,10 @@ def check(
         batch: one batch of the training; None for the loader's first.
         losses: `{task name: (output, target) -> scalar}`, or one function of the whole batch, see `recon.train`.
         tasks: the names of the tasks, for losses that are one function.
-        loader: the training's. Which tasks meet is looked up in its first batch, or in 20 if not all meet there.
+        loader: the training's. Which tasks meet is looked up in the batch, or in the loader's first 20 if not all meet
+            there.
         optimizer: the training's.
+        accumulate: which batches make one step, see `recon.train`.
         mode: how the model would be branched, see `recon.convert`.
         timed: whether to measure what profiling would cost a step.
 
@@ -66,25 +70,28 @@ def check(
 
     Raises:
         UsageError: there is neither a batch nor a loader, `losses` is not of at least two tasks, `model` no module, or
-            there is no such mode. What is wrong with any of them is not raised, but reported.
+            there is no such mode or `accumulate`. What is wrong with any of them is not raised, but reported.
     """
     losses = _checked_losses(model, batch, losses, tasks, loader)
     checked_mode(mode)
+    check_accumulate(accumulate)
     try:
-        batches, found = look_ahead(model, losses, [] if batch is None else [batch], loader)
+        batches, found = look_ahead(model, losses, [] if batch is None else [batch], loader, accumulate)
     except LoaderError as error:
         return CheckReport(tasks=losses.tasks, mode=mode, problems=(str(error),))
     if not batches:
         return CheckReport(tasks=losses.tasks, mode=mode, problems=(_NO_BATCH,))
-    return _Check(model, batches, losses, found, mode).report(optimizer, timed)
+    return _Check(model, batches, losses, found, mode, accumulate).report(optimizer, timed)
 
 
-def check_problem(problem: Problem, seed: int, device: torch.device, mode: Mode = "fan") -> CheckReport:
+def check_problem(
+    problem: Problem, seed: int, device: torch.device, mode: Mode = "fan", accumulate: Accumulate = 1
+) -> CheckReport:
     """`check` of a problem's fresh model, on the first batches of its train loader."""
     model = make_model(problem, seed).to(device)
     loader, _ = make_loaders(problem, seed, device)
     optimizer = make_optimizer(problem, model, Recipe())
-    return check(model, None, problem.losses, loader=loader, optimizer=optimizer, mode=mode)
+    return check(model, None, problem.losses, loader=loader, optimizer=optimizer, accumulate=accumulate, mode=mode)
 
 
 def _checked_losses(
@@ -112,13 +119,14 @@ class _Check:
     losses: TaskLosses
     found: Preflight
     mode: Mode
+    accumulate: Accumulate = 1
     problems: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
     def report(self, optimizer: Any, timed: bool) -> CheckReport:
         """Look at everything else."""
         found = self.found
-        self.problems += map(message_of, found.problems)
+        self.problems += dict.fromkeys(map(message_of, found.problems))  # each task may give the same
         self.warnings += found.warnings
         self._look_at_optimizer(optimizer)
         more: dict[str, Any] = {}
@@ -136,6 +144,8 @@ class _Check:
         return CheckReport(
             tasks=found.tasks,
             batches=found.batches,
+            gathered=found.gathered,
+            all_meet=found.finished and not found.never_met,
             seen=found.seen,
             never_met=tuple(found.never_met),
             losses=found.losses,
@@ -152,10 +162,10 @@ class _Check:
             **more,
         )
 
-    def _fullest(self) -> list[Part]:
-        """The parts of the first batch with targets of the most tasks."""
-        of_batches = [batch_parts(batch) for batch in self.batches]
-        return max(of_batches, key=lambda parts: len({t for part in parts for t in self.losses.present(part)}))
+    def _fullest(self) -> Sequence[Part]:
+        """The parts of the first step with targets of the most tasks."""
+        steps = [update.parts for update in updates_of(self.batches, self.accumulate, self.losses)]
+        return max(steps, key=lambda parts: len({t for part in parts for t in self.losses.present(part)}))
 
     def _look_at_optimizer(self, optimizer: Any) -> None:
         if optimizer is None:

@@ -18,9 +18,11 @@ class CheckReport:
 
     Args:
         tasks: the tasks.
-        batches: how many batches were looked at.
+        batches: how many batches were looked at; joint steps, if batches are gathered into these.
+        gathered: whether they are, by `accumulate='tasks'`.
         seen: in how many of them each task has a target.
         never_met: the pairs of tasks that have no batch in common.
+        all_meet: whether each two tasks have one.
         losses: of each task, on the first batch that has its target.
         unused_outputs: the entries of the model's output that are no task's.
         reads: `{task: others}`, the tasks whose output is computed from that of others.
@@ -45,8 +47,10 @@ class CheckReport:
 
     tasks: tuple[str, ...]
     batches: int = 0
+    gathered: bool = False
     seen: dict[str, int] = field(default_factory=dict)
     never_met: tuple[tuple[str, str], ...] = ()
+    all_meet: bool = False
     losses: dict[str, float] = field(default_factory=dict)
     unused_outputs: tuple[str, ...] = ()
     reads: dict[str, tuple[str, ...]] = field(default_factory=dict)
@@ -99,9 +103,10 @@ class CheckReport:
         return lines
 
     def _meetings(self) -> list[str]:
-        if not self.seen or self.never_met:
+        if not self.all_meet:
             return []  # a problem or a warning says more
-        which = "the first batch" if self.batches == 1 else f"the first {self.batches} batches"
+        one, several = ("joint step", "joint steps") if self.gathered else ("batch", "batches")
+        which = f"the first {one}" if self.batches == 1 else f"the first {self.batches} {several}"
         always = min(self.seen.values()) == self.batches
         return [f"In {which}, all tasks meet{'' if always or self.batches == 1 else ', though not in each'}."]
 

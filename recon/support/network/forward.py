@@ -166,7 +166,8 @@ def check_outputs(outputs: Any, tasks: Iterable[str]) -> Mapping[str, Any]:
         got = "Tensor" if isinstance(outputs, Tensor) else type_name(outputs)
         raise ProblemError(
             f"The model must return {{task name: output}}, but it returned {got}. Let its forward return a dict with "
-            "one entry for each task, or name the outputs of a tuple: recon.name_outputs(model, ('seg', 'depth'))."
+            "one entry for each task, or name the outputs of a tuple: recon.name_outputs(model, ('seg', 'depth')), or "
+            "Problem(output_names=('seg', 'depth')) for the command line."
         )
     missing = [task for task in tasks if task not in outputs]
     if missing:
