@@ -1,4 +1,4 @@
-"""Scores as text, and what `--auto` says of each layer: conflict or noise."""
+"""Scores as text, and what `--auto` says of each layer: conflict, noise or unsure."""
 
 from __future__ import annotations
 
@@ -26,10 +26,17 @@ def verdicts(choice: Choice) -> list[dict[str, Any]]:
             "name": name,
             choice.by: choice.scores[name],
             "probability": None if choice.sure[name] != choice.sure[name] else round(choice.sure[name], 3),
-            "verdict": "conflict" if choice.sure[name] >= SURE else "noise",
+            "verdict": _verdict(choice.sure[name], SURE),
         }
         for name in sorted(choice.sure, key=lambda name: -choice.scores[name])
     ]
+
+
+def _verdict(probability: float, sure: float) -> str:
+    """Noise is what is no likelier to be conflict than not; what was not measured is neither."""
+    if probability >= sure:
+        return "conflict"
+    return "noise" if probability <= 0.5 else "unsure"
 
 
 def verdict_table(choice: Choice) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from recon.support.tables import counted
 from recon_cli.terminal import tell
 
 if TYPE_CHECKING:
@@ -31,8 +32,8 @@ def match_map(cmap: ConflictMap, problem: Problem, model: nn.Module, rename: Map
 def fit_line(path: Path, found: Match) -> str:
     """One line on how the map fits."""
     return (
-        f"Map {path}, made for {_tasks(found.cmap)}: {len(found.matched)} layers matched, {len(found.missing)} missing "
-        f"from the model, {len(found.changed)} with other shapes there."
+        f"Map {path}, made for {_tasks(found.cmap)}: {counted(len(found.matched), 'layer')} matched, "
+        f"{len(found.missing)} missing from the model, {len(found.changed)} with other shapes there."
     )
 
 

@@ -8,7 +8,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from recon.errors import UsageError, cut, printable
-from recon.support.tables import text_table
+from recon.support.tables import counted, text_table
 from recon_cli.texts.evidence import score_text
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 FLOOR = (
     "floor: how often a task conflicts with itself on two batches at the same weights, the mean over the tasks; "
-    "excess: how far the pairs' rates lie above it."
+    "excess: each pair's rate less the larger floor of its two tasks, at least 0, the mean over the pairs."
 )
 _SURE = 0.95  # a probability of being in the top K, or of not: anything less is within noise of the cut
 
@@ -51,7 +51,7 @@ def ranked_layers(
     """
     if top_k is not None and not 1 <= top_k <= len(cmap.layers):
         raise UsageError(
-            f"There is no top {top_k} of {len(cmap.layers)} shared layers: choose 1 to {len(cmap.layers)}."
+            f"There is no top {top_k} of {counted(len(cmap.layers), 'shared layer')}: choose 1 to {len(cmap.layers)}."
         )
     scores, shares = cmap.scores(threshold, tasks, by), cmap.shares(threshold, tasks, by)
     quarters = dict(zip(scores, cmap.stage_shares(tasks).tolist(), strict=True))
@@ -124,6 +124,45 @@ def unsure_why(
     return f"No intervals: merged and imported maps{older} do not keep the scores over time that intervals come from."
 
 
+def nothing_text(
+    cmap: ConflictMap,
+    layers: list[dict[str, Any]],
+    threshold: float | None = None,
+    tasks: Sequence[str] | None = None,
+    by: By = "count",
+) -> str:
+    """That there is nothing to branch, where none of the `ranked_layers` has a score; else empty."""
+    if _has_conflict(layers):
+        return ""
+    who = f"{' and '.join(tasks)} never" if tasks else "no two tasks"
+    at = cmap.threshold if threshold is None else threshold
+    above = " more often than a task has with itself" if by == "excess" else ""
+    return f"There is nothing to branch: {who} had a cosine below {at:g}{above} in any shared layer."
+
+
+def notes_below(
+    cmap: ConflictMap,
+    layers: list[dict[str, Any]],
+    threshold: float | None = None,
+    tasks: Sequence[str] | None = None,
+    by: By = "count",
+) -> list[str]:
+    """What to read under a ranking with its quarters."""
+    at = "" if threshold in (None, cmap.threshold) else f", at {cmap.threshold:g}"
+    notes = [
+        unsure_why(cmap, threshold, tasks, by),
+        f"q1-q4: the share in each quarter of the training{at}.",
+        met_text(cmap, tasks),
+        FLOOR if cmap.has_floor else "",
+        nothing_text(cmap, layers, threshold, tasks, by),
+    ]
+    return [note for note in notes if note]
+
+
+def _has_conflict(layers: list[dict[str, Any]]) -> bool:
+    return any(layer["score"] for layer in layers)
+
+
 def ranking_table(
     layers: list[dict[str, Any]],
     top: int | None = None,
@@ -131,7 +170,12 @@ def ranking_table(
     top_k: int | None = None,
     by: By = "count",
 ) -> str:
-    """A ranking's first layers as text: a line under the first `top_k`, and which layers are within noise of it."""
+    """A ranking's first layers as text: a line under the first `top_k`, and which layers are within noise of it.
+
+    Where no layer has a score, there is no such line: the order is the model's.
+    """
+    if not _has_conflict(layers):
+        top_k = None
     shown = layers[:top]
     columns = [
         ("rank", [str(layer["rank"]) for layer in shown]),

@@ -166,7 +166,7 @@ def _report(
     next_command = ["recon", "train", *command_words(args, PROBLEM_NAMES), "--model", str(args.out), "--out", "run"]
     text = [
         *([fit_line(args.map, found), ""] if found else []),
-        f"Branched are {choice}.",
+        f"Branched: {choice}.",
         *(f"  {name}" for name in plan.layers),
         *selection.groups_lines(plan.layers),
         f"Shared layers that keep running statistics for each group of tasks: {len(statistics)}",

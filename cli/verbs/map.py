@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import recon
 from recon.errors import UsageError
+from recon.support.tables import counted
 from recon_cli.options.outputs import check_file
 from recon_cli.options.rename import add_rename_option, renames
 from recon_cli.options.selection import add_by_option
@@ -14,7 +15,7 @@ from recon_cli.parser import Parser, Report, add_verb, any_path, file_path, posi
 from recon_cli.terminal import tell
 from recon_cli.texts.map_compare import comparison_data, comparison_text
 from recon_cli.texts.map_pairs import pairs_data, pairs_text
-from recon_cli.texts.map_show import FLOOR, header_text, met_text, ranked_layers, ranking_table, unsure_why
+from recon_cli.texts.map_show import header_text, notes_below, nothing_text, ranked_layers, ranking_table
 
 if TYPE_CHECKING:
     from recon import ConflictMap
@@ -180,15 +181,12 @@ def _show_ranking(cmap: ConflictMap, args: argparse.Namespace) -> Report:
     top_k = args.top_k or max(1, len(cmap.layers) // 4)
     tasks, by = args.tasks, args.by
     layers = ranked_layers(cmap, args.threshold, top_k=top_k, tasks=tasks, by=by)
-    own = args.threshold is None or args.threshold == cmap.threshold
-    text = [header_text(cmap), "", ranking_table(layers, args.top, quarters=True, top_k=top_k, by=by), ""]
-    text += [why] if (why := unsure_why(cmap, args.threshold, tasks, by)) else []
-    text.append(f"q1-q4: the share in each quarter of the training{'' if own else f', at {cmap.threshold:g}'}.")
-    text += [met_text(cmap, tasks)] if met_text(cmap, tasks) else []
-    text += [FLOOR] if cmap.has_floor else []
+    table = ranking_table(layers, args.top, quarters=True, top_k=top_k, by=by)
+    text = [header_text(cmap), "", table, "", *notes_below(cmap, layers, args.threshold, tasks, by)]
     if args.plot:
         text.append(f"Saved {args.plot}.")
-    data = {**_of_map(cmap, args), "quarters_threshold": cmap.threshold, "top_k": top_k}
+    nothing = nothing_text(cmap, layers, args.threshold, tasks, by)
+    data = {**_of_map(cmap, args), "quarters_threshold": cmap.threshold, "top_k": top_k, "conflict": not nothing}
     return Report("\n".join(text), {**data, "by": by, "layers": layers[: args.top]})
 
 
@@ -254,9 +252,10 @@ def import_(args: argparse.Namespace) -> Report:
 def _save(cmap: ConflictMap, args: argparse.Namespace, done: str) -> Report:
     cmap.save(args.out)
     layers = ranked_layers(cmap)
-    steps = "an unknown number of" if cmap.steps is None else cmap.steps
+    steps = "an unknown number of steps" if cmap.steps is None else counted(cmap.steps, "step")
+    shared = counted(len(layers), "shared layer")
     text = [
-        f"{done}: {len(layers)} shared layers, {steps} steps. Score: how often a cosine was below {cmap.threshold:g}.",
+        f"{done}: {shared}, {steps}. Score: how often a cosine was below {cmap.threshold:g}.",
         "",
         ranking_table(layers, _TOP),
         "",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import shlex
 import textwrap
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import recon
@@ -14,6 +15,7 @@ from recon_cli.options.pictures import add_picture_options, check_pictures, show
 from recon_cli.options.problem import PROBLEM_NAMES, add_problem, problem_of
 from recon_cli.options.rename import renames
 from recon_cli.parser import Report, add_verb, command_words, seed
+from recon_cli.terminal import tell
 from recon_cli.texts.costs import cost_table, with_ratios
 from recon_cli.texts.evidence import score_text, verdict_table, verdicts
 from recon_cli.texts.map_fit import fit_data, fit_line, match_map
@@ -57,12 +59,17 @@ def run(args: argparse.Namespace) -> Report:
     from recon.experiments.inputs import example_inputs, few_samples, make_model
     from recon.plans import CostModel  # late: these import torch
     from recon.support.network.layers import find_layers
+    from recon.support.network.task_layers import wasted_copies
 
     model = make_model(problem, args.seed)
     found = match_map(cmap, problem, model, renames(args)) if cmap else None
     inputs, samples = few_samples(example_inputs(problem, args.seed))
     costs = CostModel(model, problem.task_names, inputs)
     choice = selection.choose(args, problem, model, found, costs)
+    wasted = wasted_copies(model, choice.plan.layers, problem.task_names, inputs)
+    for note in wasted:
+        tell(f"note: {note}")
+    choice = replace(choice, notes=[*choice.notes, *wasted])
     kinds = {layer.name: layer.kind for layer in find_layers(model)}
     shown = show_pictures(args, model, found, costs, choice, samples)
     return _report(args, choice, found, costs, samples, kinds, shown)

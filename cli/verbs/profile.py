@@ -14,6 +14,7 @@ from recon import problems
 from recon.errors import MapFileError
 from recon.experiments.training.run_folder import epoch_line
 from recon.support import launch
+from recon.support.tables import counted
 from recon_cli.options import layers
 from recon_cli.options.outputs import claimed_file
 from recon_cli.options.problem import PROBLEM_NAMES, add_problem, problem_of
@@ -32,7 +33,7 @@ from recon_cli.parser import (
 )
 from recon_cli.progress import shows_progress
 from recon_cli.terminal import tell
-from recon_cli.texts.map_show import FLOOR, met_text, ranked_layers, ranking_table, unsure_why
+from recon_cli.texts.map_show import FLOOR, met_text, nothing_text, ranked_layers, ranking_table, unsure_why
 
 if TYPE_CHECKING:
     import torch
@@ -256,11 +257,11 @@ def _report(args: argparse.Namespace, problem: Problem, cmap: ConflictMap) -> Re
     unsure = unsure_why(cmap)
     top_k = min(args.top_k or max(1, len(cmap.layers) // 4), len(cmap.layers))
     ranked = ranked_layers(cmap, top_k=top_k)
-    conflicts = any(layer["score"] for layer in ranked)
+    nothing = nothing_text(cmap, ranked)
     next_command = ["recon", "convert", *command_words(args, PROBLEM_NAMES), "--map", str(args.out)]
     next_command += ["--top-k", str(top_k), "--out", "branched"]
     text = [
-        f"{len(ranked)} shared layers, {cmap.steps} steps, {cmap.skipped} skipped. "
+        f"{counted(len(ranked), 'shared layer')}, {counted(cmap.steps or 0, 'step')}, {cmap.skipped} skipped. "
         f"Score: how often a cosine was below {cmap.threshold:g}.",
         "",
         ranking_table(ranked, max(_TOP, top_k + 2), top_k=top_k),
@@ -268,7 +269,7 @@ def _report(args: argparse.Namespace, problem: Problem, cmap: ConflictMap) -> Re
         *([met_text(cmap)] if met_text(cmap) else []),
         *([FLOOR] if cmap.has_floor else []),
         "",
-        *(_next(args, shlex.join(next_command)) if conflicts else [_nothing(args, cmap)]),
+        *_next(args, nothing, shlex.join(next_command)),
     ]
     data = {
         "map": str(args.out),
@@ -278,18 +279,13 @@ def _report(args: argparse.Namespace, problem: Problem, cmap: ConflictMap) -> Re
         "steps": cmap.steps,
         "skipped": cmap.skipped,
         "top_k": top_k,
-        "conflict": conflicts,
+        "conflict": not nothing,
         "layers": ranked,
     }
     return Report("\n".join(text), data)
 
 
-def _next(args: argparse.Namespace, command: str) -> list[str]:
+def _next(args: argparse.Namespace, nothing: str, command: str) -> list[str]:
+    if nothing:
+        return [f"Saved {args.out}. {nothing} Train the model as it is."]
     return [f"Saved {args.out}. Next, branch the worst layers:", f"  {command}"]
-
-
-def _nothing(args: argparse.Namespace, cmap: ConflictMap) -> str:
-    return (
-        f"Saved {args.out}. There is nothing to branch: no two tasks had a cosine below {cmap.threshold:g} in any "
-        "shared layer. Train the model as it is."
-    )

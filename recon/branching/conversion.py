@@ -22,6 +22,7 @@ from recon.errors import PlanError, UsageError
 from recon.support.network.forward import fresh, run
 from recon.support.network.layers import module_at, unwrapped
 from recon.support.network.state import state_kept
+from recon.support.network.task_layers import wasted_copies
 from recon.support.network.trainable import refuse_sharded
 
 logger = logging.getLogger(__name__)
@@ -84,6 +85,8 @@ def convert(
     branched = form(model, branched, plan, example_inputs)
     if plan.statistics is None:
         _warn_of_missing_tasks(model, plan, example_inputs)
+        for note in wasted_copies(model, plan.layers, plan.tasks, fresh(example_inputs)):
+            logger.warning("%s", note)
     if verify:
         logger.info("%s", check(model, branched, example_inputs))
     return branched

@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch import nn
 
 from recon import branching, methods, plans
 from recon.branching.surgery.copies import copy_model
@@ -18,10 +17,8 @@ from recon.experiments.optimizers import make_optimizer
 from recon.experiments.recipe import Recipe
 from recon.plans import Costs
 from recon.problems.problem import Problem
-from recon.support.network.forward import Part, model_device, task_outputs
-from recon.support.network.graph import reached_leaves
-from recon.support.network.layers import find_layers
-from recon.support.network.state import state_kept
+from recon.support.network.forward import Part, model_device
+from recon.support.network.task_layers import tasks_by_layer
 from recon.training.optimizers import as_one
 from recon.training.updater import Updater
 
@@ -41,14 +38,7 @@ def single_task_costs(model: nn.Module, tasks: tuple[str, ...], inputs: Any) -> 
     when every shared layer is branched, so that is what is counted.
     """
     inputs, samples = few_samples(inputs)
-    with state_kept(model):
-        outputs = task_outputs(model.train(), inputs, tasks)
-    reached = [reached_leaves([v for v in tree_leaves(outputs[t]) if isinstance(v, Tensor)]) for t in tasks]
-    shared = [
-        layer.name
-        for layer in find_layers(model)
-        if sum(not leaves.isdisjoint(layer.parameters.values()) for leaves in reached) > 1
-    ]
+    shared = [name for name, using in tasks_by_layer(model, tasks, inputs).items() if len(using) > 1]
     plan = branching.BranchPlan.per_task(shared, tasks) if shared else None
     try:
         costs = plans.costs(model, plan, inputs)

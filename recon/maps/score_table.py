@@ -15,6 +15,7 @@ from recon.maps.measures import By, check_by, mean_excess, mean_rate
 from recon.maps.noise.confidence import above_mean_share, interval, top_k_share
 from recon.maps.noise.draws import PairDraws, score_draws, series
 from recon.maps.pair_table import PairTable
+from recon.support.tables import counted
 
 
 @dataclass(repr=False)
@@ -27,9 +28,9 @@ class ScoreTable(PairTable):
 
     def __repr__(self) -> str:
         steps = "?" if self.steps is None else self.steps
-        first = ", ".join(self.ranking()[:3])
+        shared, first = counted(len(self.layers), "shared layer"), ", ".join(self.ranking()[:3])
         return (
-            f"{type(self).__name__}({len(self.tasks)} tasks, {len(self.layers)} shared layers, {steps} steps, "
+            f"{type(self).__name__}({len(self.tasks)} tasks, {shared}, {steps} steps, "
             f"S={self.threshold:g}; first: {first})"
         )
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from recon.branching import BranchPlan
 from recon.maps.measures import By
+from recon.support.tables import counted
 
 
 @dataclass(frozen=True)
@@ -40,8 +41,9 @@ class Choice:
     def __str__(self) -> str:
         chosen = self.scored
         all_scored = set(self.plan.layers) == {m for name in chosen for m in self.units.get(name, [name])}
-        of = f" of {len(self.scores)} shared layers" if all_scored else " layers"
-        return f"{len(chosen) if all_scored else len(self.plan.layers)}{of}: {self.reason}"
+        if all_scored:
+            return f"{len(chosen)} of {counted(len(self.scores), 'shared layer')}: {self.reason}"
+        return f"{counted(len(self.plan.layers), 'layer')}: {self.reason}"
 
     @property
     def scored(self) -> list[str]:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from recon.branching import Partition
 from recon.errors import PlanError, shortened
 from recon.plans.scoring import Scoring, named
+from recon.support.tables import counted
 
 _INSTEAD = "To branch all the same, name the layers"
 
@@ -99,8 +100,8 @@ def _no_floor(scoring: Scoring) -> str:
         return ""
     pairs = dict.fromkeys(pair for found in layers.values() for pair in found)
     return (
-        f"In {len(layers)} layers ({shortened(layers)}) the noise floor of {named(pairs)} was not measured: these "
-        "pairs count as 0 there. Profile with more floor steps."
+        f"In {counted(len(layers), 'layer')} ({shortened(layers)}) the noise floor of {named(pairs)} was not measured: "
+        "these pairs count as 0 there. Profile with more floor steps."
     )
 
 

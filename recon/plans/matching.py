@@ -106,9 +106,10 @@ def match(cmap: ConflictMap, model: nn.Module, rename: Mapping[str, str] | None 
     hint = rename_hint(given, list(by_path)) if missing else ""
     if not found:
         names = [scored.name for scored in cmap.layers]
+        none = f"none of its {len(names)} layers is" if len(names) > 1 else "its only layer is not"
         advice = f"{hint} Or profile" if hint else "Profile"
         raise MapMismatchError(
-            f"The map was made for another architecture: none of its {len(names)} layers is in this model (the map has "
+            f"The map was made for another architecture: {none} in this model (the map has "
             f"{shortened(names)}; the model has {shortened(layer.name for layer in layers)}). {advice} this model, or "
             "take the map made for it."
         )

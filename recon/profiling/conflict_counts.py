@@ -17,6 +17,7 @@ from recon.profiling.counted_map import counted_map
 from recon.profiling.floor import Comparison
 from recon.profiling.tally import Tally
 from recon.support.network.layers import Layer
+from recon.support.tables import counted
 from recon.training.batches.meetings import nobody_meets
 
 
@@ -97,9 +98,11 @@ class ConflictCounts:
         shared = {number: self.layers[number] for number in sorted(self.shared)}
         if chosen and not shared:
             names = shortened(layer.name for layer in self.layers)
+            one = len(self.layers) == 1
+            what = "The layer that was chosen" if one else f"None of the {len(self.layers)} layers that were chosen"
             raise UsageError(
-                f"None of the {len(self.layers)} layers that were chosen ({names}) is shared: in none of {self.steps} "
-                "steps did the losses of two tasks depend on one of them. Choose layers of the common backbone."
+                f"{what} ({names}) is {'not ' * one}shared: in none of {counted(self.steps, 'step')} did the losses of "
+                f"two tasks depend on {'it' if one else 'one of them'}. Choose layers of the common backbone."
             )
         return counted_map(self._tally, shared, self.tasks, made_by)
 

@@ -43,6 +43,11 @@ def short_number(count: float) -> str:
     return f"{count:.0f}"
 
 
+def counted(count: int, noun: str) -> str:
+    """A number of things, as in "1 layer" or "2 layers"."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
 def with_ratio(text: str, ratio: float | None) -> str:
     """A number's text and its ratio to a reference, as in "11.2M (1.50x)"."""
     return text if ratio is None else f"{text} ({ratio:.2f}x)"

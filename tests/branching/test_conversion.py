@@ -599,6 +599,31 @@ def test_an_output_that_lacks_a_task():
         convert(nn.Sequential(nn.Linear(6, 4)).double(), BranchPlan.per_task(["0"], TASKS), vector(2))
 
 
+class OwnTrunks(nn.Module):
+    """Task b reads the result of a's own layer, without its gradient; the third layer is frozen."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.own, self.frozen = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4).requires_grad_(False)
+
+    def forward(self, x):
+        x = self.frozen(self.stem(x))
+        y = self.own(x)
+        return {"a": y, "b": x + y.detach()}
+
+
+@pytest.mark.parametrize("mode", ["fan", "per-task"])
+def test_a_layer_of_one_task_is_named(mode, caplog):
+    model, inputs = OwnTrunks(), torch.randn(3, 4)
+    convert(model, BranchPlan.per_task(["stem", "own", "frozen"], ("a", "b")), inputs, mode=mode)
+    told = [record.message for record in caplog.records if "alone" in record.message]
+    assert told == ["own: used by task a alone, so the other tasks' copies are never trained."]
+    assert model.training and all(parameter.grad is None for parameter in model.parameters())
+    caplog.clear()
+    convert(model, BranchPlan.per_task(["stem"], ("a", "b")), inputs, mode=mode)
+    assert not caplog.records
+
+
 def test_a_plan_for_some_of_the_tasks_tells_what_it_leaves_out(caplog):
     class Three(nn.Module):
         def __init__(self):

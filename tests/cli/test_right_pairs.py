@@ -90,6 +90,62 @@ def test_named_layers_are_branched_all_the_same(ask):
     assert [layer["name"] for layer in out["layers"]] == ["y"] and out["covered"] == 0
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ("", "no two tasks had a cosine below -0.1 in any"),
+        ("--tasks a,b", "a and b never had a cosine below -0.1 in any"),
+        ("--by rate", "no two tasks had a cosine below -0.1 in any"),
+    ],
+)
+def test_a_map_without_a_conflict_says_so_and_draws_no_line(command, ask, options, said):
+    _, text, _ = command(f"map show quiet.json {options}")
+    assert f"There is nothing to branch: {said} shared layer." in text
+    assert "in top" not in text and "Within noise" not in text and "~" not in text
+    assert ask(f"map show quiet.json {options}")["conflict"] is False
+    assert "nothing to branch" not in command("map show fights.json")[1]
+    assert ask("map show fights.json")["conflict"] is True
+
+
+def test_the_legend_of_the_excess_adds_up(command, ask):
+    """By the rule in it, a map's own numbers of a layer give its excess."""
+    _, text, _ = command("map show noisy.json")
+    assert "excess: each pair's rate less the larger floor of its two tasks, at least 0, the mean" in text
+    cmap = recon.ConflictMap.load("noisy.json")
+    floors, rates = cmap.floor(), cmap.pair_scores()
+    for layer in ask("map show noisy.json")["layers"]:
+        name = layer["name"]
+        seen, own = cmap.observed()[name], floors[name]
+        each = [max(0, rates[name][pair] / seen[pair] - max(own[task] for task in pair)) for pair in seen]
+        assert layer["excess"] == pytest.approx(sum(each) / len(each), abs=1e-9)
+
+
+# What one task alone uses.
+
+
+@pytest.mark.parametrize("map_option", ["", " --map fights.json"])
+def test_layers_of_one_task_are_named(command, ask, map_option):
+    note = "heads.a: used by task a alone, so the other tasks' copies are never trained."
+    line = f"plan same.py:three{map_option} --layers y heads.a"
+    code, _, err = command(line)
+    assert code == 0 and f"note: {note}" in err and "y: used" not in err
+    assert note in ask(line)["notes"]
+
+
+# One layer, not one layers.
+
+
+def test_one_layer_is_no_layers(command, files):
+    score_map({"x": 3}, tasks=("a", "b")).save(files / "one.json")
+    _, text, _ = command("plan same.py:two --map one.json --top-k 1")
+    assert "1 layer matched" in text and "1 of 1 shared layer:" in text and "1 layers" not in text
+    _, text, _ = command("convert same.py:two --layers x --out one")
+    assert "Branched: 1 layer: named" in text
+    (files / "published.json").write_text('{"x": 3}')
+    _, text, _ = command("map import published.json --threshold -0.1 --out read.json")
+    assert "1 shared layer, an unknown number of steps" in text
+
+
 # What was never measured, and by what layers are chosen.
 
 
@@ -131,11 +187,11 @@ def test_auto_prints_which_layers_are_conflict_and_which_noise(command, ask):
     line = "plan same.py:two --map noisy.json --auto"
     out = ask(line)
     assert out["by"] == "excess" and [layer["name"] for layer in out["layers"]] == ["y"]
-    assert {of["name"]: of["verdict"] for of in out["evidence"]} == {"x": "noise", "y": "conflict", "z": "noise"}
+    assert {of["name"]: of["verdict"] for of in out["evidence"]} == {"x": "unsure", "y": "conflict", "z": "noise"}
     _, text, _ = command(line)
     assert "Conflict above the noise floor covered:" in text
     rows = {line.split()[0]: line.split()[-1] for line in text.splitlines() if line.startswith(("x ", "y ", "z "))}
-    assert rows["x"] == "noise" and rows["y"] == "conflict"
+    assert rows == {"x": "unsure", "y": "conflict", "z": "noise"}
     assert not ask("plan same.py:three --map fights.json --top-k 1")["evidence"]
 
 

@@ -25,7 +25,7 @@ from recon.experiments.run import Run
 from recon.experiments.training.training import silent
 from recon.support.files.documents import json_values
 from recon.support.files.whole import write_text
-from recon.support.tables import text_table
+from recon.support.tables import counted, text_table
 
 PROBLEM = "digits"
 
@@ -137,7 +137,7 @@ class Story:
                 "",
                 self._spread(),
                 "",
-                f"Recon branched {len(self.layers)} of {len(self.found.cmap.layers)} shared layers:",
+                f"Recon branched {len(self.layers)} of {counted(len(self.found.cmap.layers), 'shared layer')}:",
                 f"  {', '.join(self.layers)}",
                 "",
                 "Conflicting steps (cos < 0), in %, in the layers that stay shared, under joint training:",

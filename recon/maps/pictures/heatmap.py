@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from recon.maps.counts import STAGES
 from recon.maps.score_table import ScoreTable
 from recon.support.pictures import save_picture
+from recon.support.tables import counted
 
 
 def heatmap(cmap: ScoreTable, path: str | Path, branched: Sequence[str] = ()) -> None:
@@ -25,6 +26,6 @@ def heatmap(cmap: ScoreTable, path: str | Path, branched: Sequence[str] = ()) ->
     axes.set_xticks(range(STAGES), [f"quarter {i + 1}" for i in range(STAGES)])
     axes.set_title(f"Steps with conflicting gradients (cos < {cmap.threshold:g})", fontsize=10)
     if branched:
-        axes.set_xlabel(f"▸ branched: {len(branched)} of {len(names)} shared layers", fontsize=8)
+        axes.set_xlabel(f"▸ branched: {len(branched)} of {counted(len(names), 'shared layer')}", fontsize=8)
     figure.colorbar(image, label="% of steps and task pairs")
     save_picture(figure, path)
