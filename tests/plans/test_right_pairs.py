@@ -257,7 +257,7 @@ def test_a_map_without_a_floor_cannot_tell_noise():
 def test_pairs_without_a_floor_are_named():
     cmap = with_floor({"x": 0.6, "y": 0.4, "z": 0.1}, {"x": 0.1, "y": 0.1})
     (note,) = chosen(cmap, top_k=1, by="excess").notes
-    assert "In 1 layers (z) the noise floor of a-b was not measured" in note
+    assert "In 1 layer (z) the noise floor of a-b was not measured" in note
 
 
 def test_another_way_to_score_is_refused():
