@@ -19,6 +19,7 @@ from recon.errors import (
     UsageError,
 )
 from recon.methods.gradients.reach import compiled_as_one, find_reach
+from recon.methods.updates.one_task_steps import FIRST
 from recon.problems.losses import Losses, LossOfEach, TaskLosses, as_losses
 from recon.profiling.findings import Preflight
 from recon.support.network.forward import Batch, Part, batch_parts, call, check_outputs, fresh, model_device, to_device
@@ -31,7 +32,6 @@ from recon.support.random_states import global_states_kept
 from recon.training.batches.absent import nothing_for
 from recon.training.batches.accumulation import Accumulate, updates_of
 from recon.training.batches.first_look import first_batches
-from recon.training.batches.meetings import FIRST
 
 LOOKED_AT = FIRST
 """How many batches of a loader are looked at, unless all tasks meet in the first."""

@@ -18,6 +18,7 @@ from recon.methods.gradients.jacobian import TaskJacobian, Workspace
 from recon.methods.gradients.observer import Memory
 from recon.methods.gradients.passes import whole_graph
 from recon.methods.gradients.reach import Reach
+from recon.methods.updates.one_task_steps import FIRST
 from recon.methods.updates.scaled_losses import LossScaleLike
 from recon.methods.updates.step import backward, check_losses, present
 from recon.profiling.batch_gradients import SketchedGradients, WholeGradients, gradients_of
@@ -30,7 +31,6 @@ from recon.support.network.layer_choice import Patterns, choose_layers, given_pa
 from recon.support.network.layers import find_layers, unwrapped
 from recon.support.network.trainable import Model, as_module
 from recon.support.processes import broadcast_answer
-from recon.training.batches.meetings import FIRST
 
 logger = logging.getLogger(__name__)
 

@@ -15,6 +15,7 @@ from recon.errors import GradientError, UsageError
 from recon.maps import ConflictMap
 from recon.methods import Method
 from recon.methods.gradients.observer import Memory
+from recon.methods.updates.one_task_steps import FIRST
 from recon.problems.losses import Losses, TaskLosses, as_losses
 from recon.profiling.floor import FloorEvery
 from recon.profiling.profiler import Profiler
@@ -23,7 +24,7 @@ from recon.support.network.layer_choice import Patterns
 from recon.training import Epoch, History, train
 from recon.training.batches.accumulation import Accumulate
 from recon.training.batches.batch_stream import batch_count
-from recon.training.batches.meetings import FIRST, NobodyMeetsError
+from recon.training.batches.meetings import NobodyMeetsError
 from recon.training.optimizers import SchedulerOrMaker, as_one, name_of
 from recon.training.precision import Amp
 

@@ -10,12 +10,19 @@ from torch import nn
 
 import recon
 from recon.errors import GradientError, NonFiniteError, UnknownNameError, UsageError
-from recon.methods.updates.one_task_steps import _STEPS
+from recon.methods.updates.one_task_steps import FIRST
 from tests.methods.test_jacobian import TwoHeads
 from tests.methods.test_step import FAMILY
 
 NAMES = [name for name in recon.methods.names() if name != "rotograd"]
 MIXED = ["uw+pcgrad", "joint:weights=0.3/1.7", "gradnorm+cagrad", "gradnorm:layer=conv"]
+CASES = [
+    (name, memory)
+    for name in [*NAMES, *MIXED]
+    for memory in (None, "exact", "sketch")
+    # Sketches serve weightings alone.
+    if memory != "sketch" or (FAMILY.get(name) != "aggregator" and "+" not in name)
+]
 
 
 def new_model():
@@ -57,11 +64,8 @@ def gradients(model):
     return [p.grad for p in model.parameters()]
 
 
-@pytest.mark.parametrize("memory", [None, "exact", "sketch"])
-@pytest.mark.parametrize("name", [*NAMES, *MIXED])
+@pytest.mark.parametrize("name, memory", CASES)
 def test_task_by_task_is_all_at_once(name, memory):
-    if memory == "sketch" and (FAMILY.get(name) == "aggregator" or name in ("uw+pcgrad", "gradnorm+cagrad")):
-        pytest.skip("sketches serve weightings alone")
     one, other = new_model(), new_model()
     methods = [set_up(name, one), set_up(name, other)]
     profilers = [profiler_of(one, memory), profiler_of(other, memory)]
@@ -288,7 +292,7 @@ def test_absent_losses_are_left_out():
 def test_a_method_that_meets_one_task_at_a_time_says_so(caplog):
     model, method = new_model(), set_up("pcgrad", new_model())
     with caplog.at_level(logging.WARNING):
-        for step in range(2 * _STEPS):
+        for step in range(2 * FIRST):
             task = "ab"[step % 2]
             recon.backward({task: loss_of(model, samples(0), task)}, model, method)
     (message,) = [r.getMessage() for r in caplog.records if "acts between tasks" in r.getMessage()]
@@ -298,7 +302,7 @@ def test_a_method_that_meets_one_task_at_a_time_says_so(caplog):
 
 def test_a_single_task_baseline_is_not_warned_of(caplog):
     model, method = new_model(), recon.methods.get("pcgrad")
-    for _ in range(2 * _STEPS):
+    for _ in range(2 * FIRST):
         recon.backward({"a": loss_of(model, samples(0), "a")}, model, method)
     assert not [r for r in caplog.records if "acts between tasks" in r.getMessage()]
 

@@ -12,7 +12,8 @@ from recon.support.processes import gather
 
 logger = logging.getLogger(__name__)
 
-_STEPS = 20  # with one task each, before the warning
+FIRST = 20
+"""Steps after which at least two tasks should have met."""
 
 WHAT_TO_DO = (
     "Join the tasks' batches: recon.joint_loader({'task name': loader, ...}) for recon.train and recon.profile, "
@@ -43,7 +44,7 @@ def warn_of_one_task_steps(method: Method, tasks: Sequence[str]) -> None:
     seen.tasks |= here
     if len(here) > 1:
         seen.done = True
-    elif seen.steps >= _STEPS and len(seen.tasks.union(method.tasks)) > 1:
+    elif seen.steps >= FIRST and len(seen.tasks.union(method.tasks)) > 1:
         seen.done = True
         logger.warning(
             "Method %r acts between tasks, but each of the first %d steps had one task alone (%s), so it did nothing: "

@@ -6,11 +6,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from recon.errors import UsageError
-from recon.methods.updates.one_task_steps import WHAT_TO_DO
+from recon.methods.updates.one_task_steps import FIRST, WHAT_TO_DO
 from recon.support.processes import gather
-
-FIRST = 20
-"""Updates after which at least two tasks should have met."""
 
 
 class NobodyMeetsError(UsageError):
